@@ -1,0 +1,104 @@
+"""When a backward pass begins and when it has ended, for whoever acts on gradients."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def differentiable_tensors(tree: Any) -> list[torch.Tensor]:
+    """Tensors in a nest of containers and dataclasses whose gradient autograd will compute."""
+    found: list[torch.Tensor] = []
+    stack = [tree]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, torch.Tensor):
+            if item.requires_grad:
+                found.append(item)
+        elif isinstance(item, list | tuple):
+            stack.extend(reversed(item))
+        elif isinstance(item, dict):
+            stack.extend(reversed(item.values()))
+        elif hasattr(item, "__dataclass_fields__"):
+            stack.extend(getattr(item, name) for name in item.__dataclass_fields__)
+    return found
+
+
+class BackwardWatch:
+    """Calls `begin` before the first, and `end` after the last, event of each outermost backward.
+
+    The backward of the model's outputs is what begins it, so that nested backwards (reentrant
+    activation checkpointing) belong to the outer one. A backward that starts elsewhere begins
+    with the first call of `ensure_begun`, from a gradient hook.
+
+    Args:
+        model: the root module.
+        begin, end: bound methods of the watcher; held weakly, so that it can be freed.
+    """
+
+    def __init__(
+        self, model: nn.Module, begin: Callable[[], None], end: Callable[[], None]
+    ) -> None:
+        self._begin = weakref.WeakMethod(begin)
+        self._end = weakref.WeakMethod(end)
+        self._running = False
+        here = weakref.ref(self)
+
+        def enter(module: nn.Module, args: Any) -> None:
+            watch = here()
+            if watch is not None:
+                watch._forget_broken()
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            watch = here()
+            if watch is not None and not watch._running and torch.is_grad_enabled():
+                for tensor in differentiable_tensors(output):
+                    tensor.register_hook(begun)
+
+        def begun(_: torch.Tensor) -> None:
+            watch = here()
+            if watch is not None:
+                watch.ensure_begun()
+
+        self._handles = [
+            model.register_forward_pre_hook(torch._disable_dynamo(enter), prepend=True),
+            model.register_forward_hook(torch._disable_dynamo(leave)),
+        ]
+
+    @property
+    def running(self) -> bool:
+        """Whether a backward is under way."""
+        self._forget_broken()
+        return self._running
+
+    def ensure_begun(self) -> None:
+        """Note that a backward is under way; must be called from within it."""
+        if self._running:
+            return
+        self._running = True
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(self._finish)
+        begin = self._begin()
+        if begin is not None:
+            begin()
+
+    def _finish(self) -> None:
+        self._running = False
+        end = self._end()
+        if end is not None:
+            end()
+
+    def _forget_broken(self) -> None:
+        """An exception ended the last backward before its end was announced."""
+        if self._running and torch._C._current_graph_task_id() == -1:
+            self._running = False
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()

@@ -1,0 +1,378 @@
+"""Collectives over a `Group`: optimal in bytes, counted, and explicit about who failed.
+
+gloo's own reduce-scatter moves as much as a full all-reduce. Here all-gather, reduce-scatter
+and all-to-all on gloo are direct exchanges: each rank sends to each other rank only what that
+rank lacks, which is the optimal (N-1)/N of the tensor, and reduce-scatter adds what it receives
+in fp32. Other backends (NCCL, ...) use their own collectives, which are optimal already.
+
+Every function returns a `Pending` when `async_op` is true, else None once complete.
+Collective: all ranks of `group` must call, with equal shapes and dtypes, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_core.comm.group import Group
+from ds_core.errors import CommError
+
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+_REDUCE_OPS = {
+    "sum": dist.ReduceOp.SUM,
+    "max": dist.ReduceOp.MAX,
+    "min": dist.ReduceOp.MIN,
+}
+
+
+class Pending:
+    """A collective under way; `wait()` completes it. Waiting twice is harmless."""
+
+    __slots__ = ("_caller", "_finish", "_group", "_op", "_works")
+
+    def __init__(
+        self,
+        op: str,
+        group: Group,
+        caller: str,
+        works: Sequence[Any],
+        finish: Callable[[], None] | None = None,
+    ) -> None:
+        self._op, self._group, self._caller = op, group, caller
+        self._works: Sequence[Any] = works
+        self._finish = finish
+
+    def wait(self) -> None:
+        """Block until the result is in place (on a GPU: until the current stream will see it).
+
+        Raises CommError naming operation, group, caller and the ranks that stopped answering.
+        """
+        works, self._works = self._works, ()
+        try:
+            for work in works:
+                work.wait()
+        except RuntimeError as error:
+            raise _failure(self._op, self._group, self._caller, error) from error
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            finish()
+
+
+def all_gather(
+    out: torch.Tensor,
+    shard: torch.Tensor,
+    group: Group,
+    *,
+    caller: str = "",
+    async_op: bool = False,
+) -> Pending | None:
+    """Fill `out` with every rank's `shard`, in rank order.
+
+    out: `[N * S]` contiguous; shard: `[S]`, same dtype; it may be this rank's slice of `out`,
+    in which case nothing is copied locally. Sends (N-1) * S elements.
+    """
+    size = shard.numel()
+    _check(out.numel() == size * group.size, "all_gather", caller, group, out, shard)
+    own = out[group.rank * size : (group.rank + 1) * size]
+    if own.data_ptr() != shard.data_ptr():
+        own.copy_(shard)
+    sent = (group.size - 1) * size * shard.element_size()
+
+    def start() -> tuple[Sequence[Any], None]:
+        assert group.pg is not None
+        if group.backend != "gloo":
+            return [group.pg._allgather_base(out, own)], None
+        tag, parts = group.next_tag(), out.view(group.size, size)
+        return _exchange(group, tag, lambda peer: own, lambda peer: parts[peer]), None
+
+    return _run("all_gather", group, caller, sent, start, async_op)
+
+
+def reduce_scatter(
+    out: torch.Tensor,
+    full: torch.Tensor,
+    group: Group,
+    *,
+    accumulate: bool = False,
+    caller: str = "",
+    async_op: bool = False,
+) -> Pending | None:
+    """Put into `out` this rank's 1/N of the sum of every rank's `full`, added in fp32.
+
+    full: `[N * S]` contiguous, unchanged unless `out` is this rank's slice of it; out: `[S]`, any
+    float dtype. With `accumulate`, the sum is added to `out`. The order of addition is by rank,
+    whoever computes it. Sends (N-1) * S elements.
+    """
+    size = full.numel() // max(group.size, 1)
+    _check(out.numel() * group.size == full.numel(), "reduce_scatter", caller, group, out, full)
+    parts = full.view(group.size, size)
+    own = parts[group.rank]
+    in_place = own.data_ptr() == out.data_ptr()
+    if group.size == 1:
+        if not in_place:
+            out.add_(own) if accumulate else out.copy_(own)
+        return Pending("reduce_scatter", group, caller, ()) if async_op else None
+    sent = (group.size - 1) * size * full.element_size()
+    direct = out.dtype == full.dtype and not accumulate and not in_place
+
+    def start_exchange() -> tuple[Sequence[Any], Callable[[], None]]:
+        # The part of the lowest other rank is the first to be added. It lands in the result
+        # itself where that is possible: for two ranks no temporary memory is needed at all.
+        first = 1 if group.rank == 0 else 0
+        received = {first: out if direct else torch.empty_like(own)}
+
+        def landing(peer: int) -> torch.Tensor:
+            if peer not in received:
+                received[peer] = torch.empty_like(own)
+            return received[peer]
+
+        works = _exchange(group, group.next_tag(), lambda peer: parts[peer], landing)
+
+        def finish() -> None:
+            home = out if in_place and group.rank < 2 else received[first]
+            received[group.rank] = own
+            in_order = [received[r] for r in range(group.size)]
+            _sum_in_rank_order(out, in_order, home, accumulate)
+
+        return works, finish
+
+    def start_native() -> tuple[Sequence[Any], Callable[[], None] | None]:
+        assert group.pg is not None
+        target = out if direct else torch.empty_like(own)
+        work = group.pg._reduce_scatter_base(target, full)
+
+        def finish() -> None:
+            if accumulate:
+                out.add_(target)
+            elif target is not out:
+                out.copy_(target)
+
+        return [work], finish
+
+    start = start_exchange if group.backend == "gloo" else start_native
+    return _run("reduce_scatter", group, caller, sent, start, async_op)
+
+
+def all_reduce(
+    tensor: torch.Tensor,
+    group: Group,
+    *,
+    op: str = "sum",
+    caller: str = "",
+    async_op: bool = False,
+) -> Pending | None:
+    """Replace `tensor` (contiguous) by its sum, max or min over the ranks.
+
+    Sends 2 (N-1)/N of the tensor.
+    """
+    sent = 2 * (group.size - 1) * tensor.numel() * tensor.element_size() // group.size
+
+    def start() -> tuple[Sequence[Any], None]:
+        assert group.pg is not None
+        options = dist.AllreduceOptions()
+        options.reduceOp = _REDUCE_OPS[op]
+        return [group.pg.allreduce([tensor], options)], None
+
+    return _run("all_reduce", group, caller, sent, start, async_op)
+
+
+def all_to_all(
+    out: torch.Tensor,
+    full: torch.Tensor,
+    group: Group,
+    *,
+    caller: str = "",
+    async_op: bool = False,
+) -> Pending | None:
+    """Send the r-th 1/N of `full` to rank r; `out` receives one part of each rank, in rank order.
+
+    out, full: `[N * S]` contiguous, same dtype, not overlapping. Sends (N-1)/N of `full`.
+    """
+    _check(out.numel() == full.numel(), "all_to_all", caller, group, out, full)
+    size = full.numel() // group.size
+    parts_in, parts_out = full.view(group.size, size), out.view(group.size, size)
+    parts_out[group.rank].copy_(parts_in[group.rank])
+    sent = (group.size - 1) * size * full.element_size()
+
+    def start() -> tuple[Sequence[Any], None]:
+        assert group.pg is not None
+        if group.backend != "gloo":
+            return [group.pg.alltoall_base(out, full, [], [])], None
+        tag = group.next_tag()
+        return _exchange(group, tag, lambda p: parts_in[p], lambda p: parts_out[p]), None
+
+    return _run("all_to_all", group, caller, sent, start, async_op)
+
+
+def broadcast(
+    tensor: torch.Tensor,
+    group: Group,
+    *,
+    source: int = 0,
+    caller: str = "",
+    async_op: bool = False,
+) -> Pending | None:
+    """Replace `tensor` (contiguous) by that of rank `source` of the group.
+
+    The source is charged with (N-1) tensors, the least that must leave it in total.
+    """
+    sent = tensor.numel() * tensor.element_size() * (group.size - 1)
+
+    def start() -> tuple[Sequence[Any], None]:
+        assert group.pg is not None
+        options = dist.BroadcastOptions()
+        options.rootRank = source
+        return [group.pg.broadcast([tensor], options)], None
+
+    return _run(
+        "broadcast", group, caller, sent if group.rank == source else 0, start, async_op
+    )
+
+
+def send(
+    tensor: torch.Tensor, group: Group, *, to: int, tag: int = 0, caller: str = "", async_op: bool = False
+) -> Pending | None:
+    """Send `tensor` to rank `to` of the group, which must call `recv`."""
+
+    def start() -> tuple[Sequence[Any], None]:
+        assert group.pg is not None
+        return [group.pg.send([tensor], to, tag)], None
+
+    return _run("send", group, caller, tensor.numel() * tensor.element_size(), start, async_op)
+
+
+def recv(
+    tensor: torch.Tensor,
+    group: Group,
+    *,
+    source: int,
+    tag: int = 0,
+    caller: str = "",
+    async_op: bool = False,
+) -> Pending | None:
+    """Receive into `tensor` what rank `source` of the group sends."""
+
+    def start() -> tuple[Sequence[Any], None]:
+        assert group.pg is not None
+        return [group.pg.recv([tensor], source, tag)], None
+
+    return _run("recv", group, caller, 0, start, async_op)
+
+
+def barrier(group: Group, *, caller: str = "") -> None:
+    """Return once every rank of the group has arrived."""
+
+    def start() -> tuple[Sequence[Any], None]:
+        assert group.pg is not None
+        return [group.pg.barrier()], None
+
+    _run("barrier", group, caller, 0, start, False)
+
+
+def all_gather_object(value: Any, group: Group, *, caller: str = "") -> list[Any]:
+    """Every rank's `value`, in rank order. For control information: it is pickled."""
+    if group.size == 1:
+        return [value]
+    out: list[Any] = [None] * group.size
+    try:
+        dist.all_gather_object(out, value, group=group.pg)
+    except RuntimeError as error:
+        raise _failure("all_gather_object", group, caller, error) from error
+    return out
+
+
+def broadcast_object(value: Any, group: Group, *, source: int = 0, caller: str = "") -> Any:
+    """The `value` of rank `source` of the group. For control information: it is pickled."""
+    if group.size == 1:
+        return value
+    box = [value]
+    try:
+        dist.broadcast_object_list(box, src=group.ranks[source], group=group.pg)
+    except RuntimeError as error:
+        raise _failure("broadcast_object", group, caller, error) from error
+    return box[0]
+
+
+def _exchange(
+    group: Group,
+    tag: int,
+    outgoing: Callable[[int], torch.Tensor],
+    incoming: Callable[[int], torch.Tensor],
+) -> list[Any]:
+    """Start sending one tensor to, and receiving one from, every other rank of a gloo group."""
+    pg = group.pg
+    assert pg is not None
+    peers = [(group.rank + step) % group.size for step in range(1, group.size)]
+    # Receives first, so that what arrives has a place to land. Peers in rotation, so that
+    # not all ranks send to the same one first.
+    works: list[Any] = [pg.recv([incoming(peer)], peer, tag) for peer in reversed(peers)]
+    works += [pg.send([outgoing(peer)], peer, tag) for peer in peers]
+    return works
+
+
+def _sum_in_rank_order(
+    out: torch.Tensor, parts: list[torch.Tensor], home: torch.Tensor, accumulate: bool
+) -> None:
+    """out = [out +] parts[0] + parts[1] + ..., in fp32 where the parts are less precise.
+
+    `home`: one of the first two parts, or `out`; it holds the running sum of fp32 parts.
+    """
+    if parts[0].dtype in _LOW_PRECISION:
+        total = parts[0].float().add_(parts[1])
+    else:
+        total = torch.add(parts[0], parts[1], out=home)
+    for part in parts[2:]:
+        total.add_(part)
+    if accumulate:
+        out.add_(total)
+    elif total.data_ptr() != out.data_ptr():
+        out.copy_(total)
+
+
+def _run(
+    op: str,
+    group: Group,
+    caller: str,
+    sent_bytes: int,
+    start: Callable[[], tuple[Sequence[Any], Callable[[], None] | None]],
+    async_op: bool,
+) -> Pending | None:
+    if group.size == 1:
+        return Pending(op, group, caller, ()) if async_op else None
+    try:
+        works, finish = start()
+    except RuntimeError as error:
+        raise _failure(op, group, caller, error) from error
+    group.ledger.record(op, group.name, caller, sent_bytes)
+    pending = Pending(op, group, caller, works, finish)
+    if async_op:
+        return pending
+    pending.wait()
+    return None
+
+
+def _failure(op: str, group: Group, caller: str, error: RuntimeError) -> CommError:
+    cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    silent = group.silent_ranks(cause)
+    who = (
+        f"rank {', '.join(map(str, silent))} stopped answering"
+        if silent
+        else "every rank is alive, so their order, shapes or dtypes of operations differ"
+    )
+    return CommError(
+        f"{op} of {caller or 'the caller'} in group {group.name!r} (ranks "
+        f"{list(group.ranks)}) failed on rank {group.ranks[group.rank]}: {who} ({cause})"
+    )
+
+
+def _check(
+    condition: bool, op: str, caller: str, group: Group, one: torch.Tensor, other: torch.Tensor
+) -> None:
+    if not condition:
+        raise CommError(
+            f"{op} of {caller or 'the caller'}: {list(one.shape)} and {list(other.shape)} do not "
+            f"fit a group of {group.size} ranks"
+        )

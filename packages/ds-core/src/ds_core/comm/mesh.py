@@ -1,0 +1,90 @@
+"""Named axes of ranks: which group a parameter's gradient is averaged over, and so on."""
+
+from __future__ import annotations
+
+import math
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ds_core.comm.environment import init
+from ds_core.comm.group import Group
+from ds_core.comm.ledger import Ledger
+from ds_core.errors import CommError
+
+#: Axes in their order, outermost (slowest network) first.
+AXES = ("pp", "dp", "sp", "tp")
+
+
+class Mesh:
+    """Ranks arranged along named axes, each axis of this rank a `Group`; one ledger for all.
+
+    Args:
+        axes: size per axis, any of pp, dp, sp, tp; their product must be the world size. Axes
+            that are left out have size 1.
+        device_mesh: a torch DeviceMesh to use instead; its dimension names become the axes.
+
+    Raises CommError if the product differs from the world size or an axis is unknown.
+    Collective: all ranks must build the same mesh.
+    """
+
+    def __init__(self, device_mesh: DeviceMesh | None = None, /, **axes: int) -> None:
+        init()
+        self.ledger = Ledger()
+        self._groups: dict[tuple[str, ...], Group] = {}
+        if device_mesh is not None:
+            names = device_mesh.mesh_dim_names
+            if not names:
+                raise CommError("Mesh: the DeviceMesh has no dimension names; name one of them dp")
+            self.axes = dict(zip(names, device_mesh.shape, strict=True))
+            self._device_mesh: DeviceMesh | None = device_mesh
+            return
+        unknown = sorted(set(axes) - set(AXES))
+        if unknown:
+            raise CommError(f"Mesh: unknown axis {unknown[0]!r}; the axes are {', '.join(AXES)}")
+        self.axes = {name: axes.get(name, 1) for name in AXES}
+        world = dist.get_world_size()
+        if math.prod(self.axes.values()) != world:
+            sizes = " x ".join(f"{name}={size}" for name, size in self.axes.items())
+            raise CommError(f"Mesh: {sizes} is not the world size, {world}")
+        self._device_mesh = None if self.axes["dp"] == world else self._build()
+
+    @classmethod
+    def world(cls) -> Mesh:
+        """A mesh whose only axis larger than one is "dp", over all ranks."""
+        init()
+        return cls(dp=dist.get_world_size())
+
+    def size(self, axis: str) -> int:
+        """Ranks along `axis`; 1 for an axis that the mesh does not have."""
+        return self.axes.get(axis, 1)
+
+    def group(self, *axes: str) -> Group:
+        """This rank's group along one axis, or along several flattened into one.
+
+        Collective on first use for several axes.
+        """
+        if axes not in self._groups:
+            self._groups[axes] = self._make(axes)
+        return self._groups[axes]
+
+    def _build(self) -> DeviceMesh:
+        kept = {name: size for name, size in self.axes.items() if size > 1} or {"dp": 1}
+        device = "cpu" if dist.get_backend() == "gloo" else "cuda"
+        return init_device_mesh(device, tuple(kept.values()), mesh_dim_names=tuple(kept))
+
+    def _make(self, axes: tuple[str, ...]) -> Group:
+        name = "x".join(axes)
+        present = tuple(axis for axis in axes if self.size(axis) > 1)
+        if not present:
+            return Group(name, [dist.get_rank()], None, self.ledger)
+        if self._device_mesh is None:
+            pg = dist.group.WORLD
+            if pg is None:
+                raise CommError("Mesh: the process group was destroyed; call comm.init() again")
+            return Group(name, range(dist.get_world_size()), pg, self.ledger)
+        if len(present) == 1:
+            pg = self._device_mesh.get_group(present[0])
+        else:
+            pg = self._device_mesh[present]._flatten().get_group()
+        return Group(name, dist.get_process_group_ranks(pg), pg, self.ledger)

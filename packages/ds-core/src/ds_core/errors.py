@@ -1,0 +1,41 @@
+"""Errors that ds-core and the pillars raise.
+
+Every message says what was wrong, the value that was found, what is allowed, and what to do.
+A pillar derives its own from `DsError`, so that one `except` clause covers the suite.
+"""
+
+
+class DsError(Exception):
+    """Base of every error that the suite raises on purpose."""
+
+
+class ConfigError(DsError, ValueError):
+    """A configuration cannot be honoured. The message names the key by its path."""
+
+
+class PluginError(DsError, RuntimeError):
+    """An installed package registers something that clashes or cannot be loaded."""
+
+
+class CommError(DsError, RuntimeError):
+    """A collective could not complete. The message names the operation, group, caller and ranks."""
+
+
+class ModelMismatchError(DsError, ValueError):
+    """Ranks hold models that differ; the message names the first parameter that does."""
+
+
+class NonFiniteError(DsError, FloatingPointError):
+    """A loss or gradient is not finite. The message names the step, the tensor and the rank."""
+
+
+class CheckpointError(DsError, RuntimeError):
+    """A checkpoint is missing, damaged, or belongs to another model."""
+
+
+class LaunchError(DsError, RuntimeError):
+    """A job could not be started."""
+
+
+class OpError(DsError, RuntimeError):
+    """An operation has no implementation that can run here, or was misused."""

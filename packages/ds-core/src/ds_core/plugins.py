@@ -1,0 +1,70 @@
+"""Discovery of what installed packages add to the seams of ds-core.
+
+Each seam is one entry-point group, `ds_core.<seam>`. Installing a distribution makes its
+entries available; nothing is imported until an entry is asked for by name.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal
+
+from ds_core.errors import PluginError
+
+Seam = Literal[
+    "sharding", "runners", "transports", "ops", "observers", "config", "accelerators", "commands"
+]
+
+#: Where a name that nobody registered could come from: what users are told to install.
+KNOWN_PROVIDERS: dict[Seam, dict[str, str]] = {
+    "config": {
+        "zero_optimization": "ds-zero",
+        "aio": "ds-ops",
+        "compression_training": "ds-compress",
+        "tensor_parallel": "ds-pipe",
+        "pipeline": "ds-pipe",
+        "expert_parallel": "ds-moe",
+        "hybrid_engine": "ds-inference",
+    },
+    "sharding": {"zero_optimization": "ds-zero"},
+}
+
+
+def registered(seam: Seam) -> dict[str, EntryPoint]:
+    """Entries of one seam by name, unloaded.
+
+    Raises PluginError if two distributions register the same name.
+    """
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=f"ds_core.{seam}"):
+        other = found.get(entry.name)
+        if other is not None and other.value != entry.value:
+            raise PluginError(
+                f"ds_core.{seam}: both {_distribution(other)} ({other.value}) and "
+                f"{_distribution(entry)} ({entry.value}) register {entry.name!r}; uninstall one of them"
+            )
+        found[entry.name] = entry
+    return found
+
+
+def load(seam: Seam, name: str) -> Any:
+    """The object that an installed package registered under `name`.
+
+    Raises PluginError if nobody did (saying which package would), or if its import fails.
+    """
+    entries = registered(seam)
+    if name not in entries:
+        package = KNOWN_PROVIDERS.get(seam, {}).get(name)
+        remedy = f"pip install {package}" if package else f"registered: {sorted(entries) or 'none'}"
+        raise PluginError(f"ds_core.{seam}: nothing installed provides {name!r} ({remedy})")
+    try:
+        return entries[name].load()
+    except Exception as error:
+        raise PluginError(
+            f"ds_core.{seam}: {name!r} of {_distribution(entries[name])} "
+            f"({entries[name].value}) does not load: {error}"
+        ) from error
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else "an unnamed distribution"

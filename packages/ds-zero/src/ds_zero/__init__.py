@@ -1,0 +1,19 @@
+"""ZeRO: optimizer state, gradients and parameters of a model, sharded over data-parallel ranks."""
+
+from ds_zero._version import __version__
+from ds_zero.access import GatheredParameters
+from ds_zero.api import shard
+from ds_zero.errors import ShardError
+from ds_zero.init import Init
+from ds_zero.memory import estimate_memory
+from ds_zero.optimizer import ZeroOptimizer
+
+__all__ = [
+    "GatheredParameters",
+    "Init",
+    "ShardError",
+    "ZeroOptimizer",
+    "__version__",
+    "estimate_memory",
+    "shard",
+]

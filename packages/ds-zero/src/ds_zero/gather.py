@@ -1,0 +1,334 @@
+"""Stage 3 at run time: each unit is whole while a module needs it, and a shard otherwise.
+
+Hooks on the units' modules gather before forward and before backward, free after use, and start the
+next gather of the plan early, so that it overlaps the compute. What is issued when is decided by
+`GatherOrder`, alike on all ranks.
+"""
+
+from __future__ import annotations
+
+import enum
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ds_core import comm
+from ds_core.backward import differentiable_tensors
+from torch import nn
+
+from ds_zero.errors import ShardError
+from ds_zero.order import GatherOrder
+from ds_zero.unit import Unit
+
+
+class UnitState(enum.Enum):
+    """Where a unit's full parameters are."""
+
+    SHARDED = enum.auto()  # nowhere on this rank; its parameters are shapes
+    ARRIVING = enum.auto()  # a gather is under way, or complete and not used yet
+    IN_USE = enum.auto()  # present, and its parameters are ordinary ones
+
+
+class GatherRuntime:
+    """Gathers and frees the units of one model at stage 3.
+
+    Args:
+        model: the root module, whose forward and backward delimit a pass.
+        units: all units of the model.
+        ensure_begun: tells the watch over backwards that one is under way.
+        prefetch: how many gathers may be under way or unused beside what is in use.
+
+    Collective: all ranks run forward and backward the same number of times.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: list[Unit],
+        ensure_begun: Callable[[], None],
+        *,
+        prefetch: int = 1,
+    ) -> None:
+        self._units = units
+        self._ensure_begun = ensure_begun
+        self._prefetch = prefetch
+        self._state = dict.fromkeys(range(len(units)), UnitState.IN_USE)
+        self._pending: dict[int, comm.Pending] = {}
+        self._kept: set[int] = {unit.index for unit in units if unit.is_root}
+        self._key: tuple[Any, ...] = ()
+        self._held = False
+        self.in_backward = False
+        self._of_param = {id(p): u for u in units for p in u.params}
+        control = _control_group(units[0].group)
+        self._order = GatherOrder(
+            self._issue,
+            lambda value: _exchange(control, value),
+            lambda values: comm.all_gather_object(values, control, caller="gather order"),
+        )
+        self._handles: list[Any] = []
+        self._install(model)
+        for unit in units:
+            self._release(unit)
+
+    # ------------------------------------------------------------------ hooks
+
+    def _install(self, model: nn.Module) -> None:
+        here = weakref.ref(self)
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            runtime = here()
+            if runtime is not None:
+                runtime._enter_root(module, args, kwargs)
+
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            runtime = here()
+            if runtime is not None:
+                runtime._leave_root(output)
+
+        add = self._handles.append
+        add(
+            model.register_forward_pre_hook(
+                torch._disable_dynamo(enter), with_kwargs=True, prepend=True
+            )
+        )
+        add(model.register_forward_hook(torch._disable_dynamo(leave), with_kwargs=True))
+        of_module: dict[nn.Module, list[Unit]] = {}
+        for unit in self._units:
+            for module in unit.modules:
+                if not unit.is_root:
+                    of_module.setdefault(module, []).append(unit)
+        for module, units in of_module.items():
+            self._install_on(module, units, here)
+
+    def _install_on(
+        self, module: nn.Module, units: list[Unit], here: Callable[[], GatherRuntime | None]
+    ) -> None:
+        last = [unit for unit in units if unit.modules[-1] is module]
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            runtime = here()
+            if runtime is not None:
+                runtime._before_forward(units, (args, kwargs))
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            runtime = here()
+            if runtime is not None:
+                runtime._after_forward(units, last, output)
+
+        self._handles.append(
+            module.register_forward_pre_hook(
+                torch._disable_dynamo(before), with_kwargs=True, prepend=True
+            )
+        )
+        self._handles.append(module.register_forward_hook(torch._disable_dynamo(after)))
+
+    def close(self) -> None:
+        """Remove every hook. Parameters stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # ------------------------------------------------------------------ passes
+
+    def _enter_root(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if self.in_backward and torch._C._current_graph_task_id() != -1:
+            return  # activation checkpointing runs the whole model again
+        if self.in_backward or self._order.active:
+            self._recover()
+        signature = (len(args), tuple(sorted(kwargs)), module.training, torch.is_grad_enabled())
+        self._key = signature
+        self._order.begin(("forward", *signature))
+        for unit in self._units:
+            if unit.is_root:
+                self.need(unit)
+
+    def _leave_root(self, output: Any) -> None:
+        if self.in_backward or not self._order.active:
+            return
+        self._order.end()
+        backward_follows = torch.is_grad_enabled() and differentiable_tensors(output)
+        self._release_all(keep=self._kept if backward_follows else set())
+
+    def begin_backward(self) -> None:
+        """Called in the backward of the model's outputs, before that of any unit."""
+        if self.in_backward:
+            return
+        self.in_backward = True
+        if self._order.active:
+            self._recover()
+        self._order.begin(("backward", *self._key))
+        for index in sorted(self._kept):
+            self.need(self._units[index])
+
+    def end_backward(self) -> None:
+        """Called once the whole backward is done: free everything."""
+        if not self.in_backward:
+            return
+        self._order.end()
+        self.in_backward = False
+        self._release_all(keep=set())
+
+    def _recover(self) -> None:
+        """An exception ended the previous pass on the way: start from a clean state."""
+        self._order.abandon()
+        self.in_backward = False
+        self._release_all(keep=set())
+
+    def _release_all(self, keep: set[int]) -> None:
+        if self._held:
+            return
+        for unit in self._units:
+            if unit.index not in keep:
+                self._release(unit)
+
+    # ------------------------------------------------------------------ units
+
+    def _before_forward(self, units: list[Unit], inputs: Any) -> None:
+        for unit in units:
+            self.need(unit)
+        frozen = [unit for unit in units if not unit.trainable]
+        if frozen and torch.is_grad_enabled():
+            # Nothing accumulates in a frozen unit: it has served its backward when the gradient of
+            # the module's input is known.
+            here, weak = weakref.ref(self), [weakref.ref(unit) for unit in frozen]
+
+            def served(_: torch.Tensor) -> None:
+                runtime = here()
+                if runtime is not None and runtime.in_backward:
+                    for unit in filter(None, (ref() for ref in weak)):
+                        runtime.release(unit)
+
+            for tensor in differentiable_tensors(inputs)[:1]:
+                tensor.register_hook(served)
+
+    def _after_forward(self, units: list[Unit], last: list[Unit], output: Any) -> None:
+        if torch.is_grad_enabled():
+            here, weak = weakref.ref(self), [weakref.ref(unit) for unit in units]
+
+            def before_backward(_: torch.Tensor) -> None:
+                runtime = here()
+                if runtime is not None:
+                    runtime._ensure_begun()
+                    for unit in filter(None, (ref() for ref in weak)):
+                        runtime.need(unit)
+
+            for tensor in differentiable_tensors(output):
+                tensor.register_hook(before_backward)
+        if not self.in_backward:
+            # In a backward this forward is a recomputation, and its backward comes next.
+            for unit in last:
+                if unit.index not in self._kept:
+                    self.release(unit)
+
+    def need(self, unit: Unit) -> None:
+        """Make the parameters of `unit` present, and start the next gather of the plan."""
+        if self._state[unit.index] is UnitState.IN_USE:
+            return
+        if not self._order.active:
+            # Outside a pass of the root module nothing is agreed: all ranks must do the same.
+            if self._state[unit.index] is UnitState.SHARDED:
+                self._issue(unit.index)
+        elif self._state[unit.index] is UnitState.ARRIVING:
+            self._order.note(unit.index)
+        else:
+            self._order.need(unit.index)
+        self._arrive(unit)
+        while len(self._pending) < self._prefetch:
+            if self._order.ahead() is None:
+                break
+
+    def release(self, unit: Unit) -> None:
+        """The parameters of `unit` are not needed for now."""
+        if not self._held and unit.index not in self._kept:
+            self._release(unit)
+
+    def _issue(self, index: int) -> None:
+        unit = self._units[index]
+        if self._state[index] is UnitState.ARRIVING:
+            self._pending.pop(index).wait()
+        pending = unit.start_gather()
+        if self._state[index] is UnitState.IN_USE:
+            # Others want it: serve them; our own values are overwritten by the same ones.
+            pending.wait()
+            return
+        self._pending[index] = pending
+        self._state[index] = UnitState.ARRIVING
+
+    def _arrive(self, unit: Unit) -> None:
+        issued = list(self._pending)
+        self._pending.pop(unit.index).wait()
+        unit.show()
+        self._state[unit.index] = UnitState.IN_USE
+        for passed in issued[: issued.index(unit.index)]:
+            # Gathered before this one and not used: only other ranks needed it.
+            self._release(self._units[passed])
+
+    def _release(self, unit: Unit) -> None:
+        if self._state[unit.index] is UnitState.SHARDED:
+            return
+        pending = self._pending.pop(unit.index, None)
+        if pending is not None:
+            pending.wait()
+        self._state[unit.index] = UnitState.SHARDED
+        unit.free(self)
+
+    # ------------------------------------------------------------------ use outside the hooks
+
+    def touch(self, params: list[nn.Parameter], operation: str) -> None:
+        """A sharded parameter is used where no hook foresaw it (Keeper protocol).
+
+        Within a pass its unit is gathered now, and from now on kept whole in every pass, because
+        what uses it outside its module may save it for backward. Outside a pass it is an error.
+        """
+        units = {self._of_param[id(param)] for param in params}
+        if not (self._order.active or self.in_backward):
+            names = [s.name for u in units for s in u.specs if any(s.param is p for p in params)]
+            raise ShardError(
+                f"parameter {names[0]!r} is sharded (ZeRO stage 3) and {operation} needs its "
+                f"values: use `with ds_zero.GatheredParameters([param], optimizer)` on all ranks, "
+                f"or optimizer.full_parameter({names[0]!r})"
+            )
+        for unit in sorted(units, key=lambda u: u.index):
+            self._kept.add(unit.index)
+            self.need(unit)
+
+    @contextmanager
+    def hold(self, units: list[Unit] | None = None) -> Iterator[None]:
+        """Keep units whole inside the block: to read or edit them, or for many forwards.
+
+        Collective: all ranks enter with the same units.
+        """
+        chosen = self._units if units is None else units
+        gathered = [u for u in chosen if self._state[u.index] is UnitState.SHARDED]
+        for unit in gathered:
+            self._issue(unit.index)
+        for unit in gathered:
+            self._arrive(unit)
+        held_before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = held_before
+            if not held_before:
+                for unit in gathered:
+                    self._release(unit)
+
+
+def _control_group(group: comm.Group) -> comm.Group:
+    """A lane for the exchange of a few integers between hosts, on gloo whatever the device."""
+    if group.backend in ("gloo", "none", "fake"):
+        return group.lane("gather order")
+    pg = dist.new_group(list(group.ranks), backend="gloo", use_local_synchronization=True)
+    return comm.Group("control", group.ranks, pg, group.ledger)
+
+
+def _exchange(control: comm.Group, value: int) -> list[int]:
+    mine = torch.tensor([value], dtype=torch.int64)
+    everybody = torch.empty(control.size, dtype=torch.int64)
+    comm.all_gather(everybody, mine, control, caller="gather order")
+    return [int(answer) for answer in everybody.tolist()]

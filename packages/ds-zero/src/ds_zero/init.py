@@ -1,0 +1,166 @@
+"""Building a model whose full weights never exist on one rank.
+
+Inside `Init`, every module hands its parameters over as soon as its parent adopts it: each
+rank keeps 1/N of each. What then touches a parameter (`model.apply(init_weights)`, loading
+weights, resizing embeddings) finds it whole: it is gathered on touch and sharded again when
+the next one is touched. So any initialisation code works, and with equal seeds on all ranks the
+values are those of the unsharded build, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from types import TracebackType
+from typing import Any
+
+import torch
+from ds_core import comm
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from ds_zero.errors import ShardError
+from ds_zero.sharded_param import hide, is_sharded, show
+
+_RECORD = "_ds_init"
+
+
+class _Record:
+    """This rank's part of one parameter that is not in a unit yet."""
+
+    def __init__(self, owner: Init, param: nn.Parameter) -> None:
+        self.owner = owner
+        self.shape, self.numel = param.shape, param.numel()
+        group = owner.group
+        self.size = -(-self.numel // group.size) if self.numel else 0
+        self.part = torch.zeros(self.size, dtype=owner.dtype_of(param), device=param.device)
+
+    def store(self, value: torch.Tensor) -> None:
+        """Keep this rank's part of the full value."""
+        start = min(self.owner.group.rank * self.size, self.numel)
+        own = value.detach().reshape(-1)[start : start + self.size]
+        self.part[: own.numel()].copy_(own)
+
+    def gather(self) -> torch.Tensor:
+        """The full value. Collective."""
+        group = self.owner.group
+        whole = torch.empty(self.size * group.size, dtype=self.part.dtype, device=self.part.device)
+        comm.all_gather(whole, self.part, group, caller="Init")
+        return whole[: self.numel].view(self.shape)
+
+
+class Init:
+    """Context manager under which a model is built sharded.
+
+        with ds_zero.Init():
+            model = Transformer(config)
+        optimizer = ds_zero.shard(model, torch.optim.AdamW(model.parameters()), stage=3)
+
+    Args:
+        mesh: ranks to shard over along "dp"; default: all.
+        dtype: parameters are kept in this floating dtype; default: as built.
+        enabled: if False, do nothing.
+        live_parameters: how many touched parameters may be whole at a time, at least.
+
+    After the block the model is ready for `ds_zero.shard(..., stage=1|2|3)`, and nothing else: a
+    forward before that raises ShardError. Collective: all ranks build the same model, with the
+    same random seed if its values are to agree.
+    """
+
+    def __init__(
+        self,
+        *,
+        mesh: comm.Mesh | None = None,
+        dtype: torch.dtype | None = None,
+        enabled: bool = True,
+        live_parameters: int = 2,
+    ) -> None:
+        if dtype is not None and not dtype.is_floating_point:
+            raise ShardError(f"Init: dtype must be a floating one, got {dtype}")
+        self._mesh, self._dtype, self._enabled = mesh, dtype, enabled
+        self._max_live = max(1, live_parameters)
+        self._live: OrderedDict[int, nn.Parameter] = OrderedDict()
+        self._roots: dict[nn.Module, None] = {}
+        self._hook: Any = None
+        self._group: comm.Group | None = None
+
+    @property
+    def group(self) -> comm.Group:
+        if self._group is None:
+            mesh = comm.Mesh.world() if self._mesh is None else self._mesh
+            self._group = mesh.group("dp")
+        return self._group
+
+    def dtype_of(self, param: torch.Tensor) -> torch.dtype:
+        """The dtype in which a parameter is kept."""
+        floating = param.dtype.is_floating_point
+        return self._dtype if self._dtype is not None and floating else param.dtype
+
+    def __enter__(self) -> Init:
+        if self._enabled:
+            self._hook = register_module_module_registration_hook(self._adopted)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._enabled:
+            return
+        self._hook.remove()
+        if kind is not None:
+            return
+        for module in list(self._roots):
+            self._take(module)
+        self._roots.clear()
+        self._evict(keep=())
+
+    def _adopted(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        """A parent registers a finished child: its parameters can go."""
+        self._roots[parent] = None
+        if child is not None:
+            self._roots.pop(child, None)
+            self._take(child)
+
+    def _take(self, module: nn.Module) -> None:
+        for param in module.parameters():
+            if not hasattr(param, _RECORD) and not param.is_meta:
+                record = _Record(self, param)
+                record.store(param)
+                setattr(param, _RECORD, record)
+                hide(param, self)
+
+    def touch(self, params: list[nn.Parameter], operation: str) -> None:
+        """Make `params` whole for `operation`, and shard others again (Keeper protocol)."""
+        for param in params:
+            show(param, getattr(param, _RECORD).gather())
+            self._live[id(param)] = param
+        self._evict(keep=tuple(id(param) for param in params))
+
+    def _evict(self, keep: tuple[int, ...]) -> None:
+        limit = max(self._max_live, len(keep)) if keep else 0
+        for key in [key for key in self._live if key not in keep]:
+            if len(self._live) <= limit:
+                return
+            param = self._live.pop(key)
+            record = getattr(param, _RECORD, None)
+            if record is not None and not is_sharded(param):
+                record.store(param)
+                hide(param, self)
+
+
+def gathered_value(param: nn.Parameter) -> torch.Tensor:
+    """The full value of a parameter, gathered if `Init` sharded it; its record ends here."""
+    record: _Record | None = getattr(param, _RECORD, None)
+    if record is None:
+        return param.detach()
+    value = record.gather() if is_sharded(param) else param.detach()
+    record.owner._live.pop(id(param), None)
+    delattr(param, _RECORD)
+    return value
+
+
+def record_of(param: nn.Parameter) -> _Record | None:
+    """The part of `param` that `Init` keeps, until the parameter joins a unit."""
+    return getattr(param, _RECORD, None)

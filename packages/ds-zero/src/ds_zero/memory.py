@@ -1,0 +1,74 @@
+"""How many bytes ZeRO holds per rank, by closed formula, before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ds_zero.errors import ShardError
+
+#: Bytes per element that an optimizer keeps beside the parameters, in fp32.
+_STATE_BYTES = {"adam": 8, "adamw": 8, "sgd": 0, "sgd-momentum": 4, "adagrad": 4, "rmsprop": 4}
+
+
+def estimate_memory(
+    model: nn.Module | int,
+    *,
+    stage: int,
+    world_size: int,
+    dtype: torch.dtype = torch.bfloat16,
+    grad_dtype: torch.dtype | None = None,
+    optimizer: str = "adamw",
+    largest_unit: int | None = None,
+) -> Mapping[str, int]:
+    """Bytes per rank of parameters, gradients, master copy and optimizer state; and their total.
+
+    With P parameters of 2 bytes and fp32 Adam: 16 P at stage 0, 4 P + 12 P/N at 1, 2 P + 14 P/N
+    at 2, 16 P/N at 3. Padding (under 64 bytes per parameter and rank) and activations are not
+    included; "transient" is what stage 3 holds beside its shards while it computes: two units and
+    their gradients.
+
+    Args:
+        model: a module (on any device, "meta" included) or its number of parameters.
+        stage: 0 to 3.
+        world_size: ranks that share the model.
+        dtype: of parameters; below fp32 a master copy in fp32 is counted.
+        grad_dtype: in which gradients accumulate; default: `dtype`.
+        optimizer: one of adam, adamw, sgd, sgd-momentum, adagrad, rmsprop.
+        largest_unit: parameters of the largest unit; default: found from the model, else 0.
+
+    Raises ShardError for a stage, world size or optimizer that makes no sense.
+    Source: Rajbhandari et al. 2020, section 5 and table 1.
+    """
+    if stage not in (0, 1, 2, 3):
+        raise ShardError(f"stage: got {stage!r}, expected one of 0, 1, 2, 3")
+    if world_size < 1:
+        raise ShardError(f"world_size: got {world_size}, expected at least 1")
+    if optimizer not in _STATE_BYTES:
+        raise ShardError(
+            f"optimizer: got {optimizer!r}, expected one of {', '.join(sorted(_STATE_BYTES))}"
+        )
+    numel = model if isinstance(model, int) else sum(p.numel() for p in model.parameters())
+    if largest_unit is None:
+        largest_unit = 0 if isinstance(model, int) else _largest_unit(model)
+    own = -(-numel // world_size)
+    parts = {
+        "parameters": (own if stage == 3 else numel) * dtype.itemsize,
+        "gradients": (own if stage >= 2 else numel) * (grad_dtype or dtype).itemsize,
+        "master": (own if stage >= 1 else numel) * (4 if dtype.itemsize < 4 else 0),
+        "optimizer": (own if stage >= 1 else numel) * _STATE_BYTES[optimizer],
+    }
+    parts["persistent"] = sum(parts.values())
+    parts["transient"] = 4 * largest_unit * dtype.itemsize if stage == 3 else 0
+    parts["total"] = parts["persistent"] + parts["transient"]
+    return parts
+
+
+def _largest_unit(model: nn.Module) -> int:
+    from ds_zero.plan import ParamSpec, plan_units
+
+    specs = [ParamSpec(name, param, 0) for name, param in model.named_parameters()]
+    units = plan_units(model, specs)
+    return max(sum(spec.param.numel() for spec in unit.params) for unit in units)

@@ -1,0 +1,366 @@
+"""The optimizer that a user sees: their own, stepping on this rank's share of a sharded model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from ds_core import comm
+from ds_core.backward import BackwardWatch
+from ds_core.precision import Precision
+from torch import nn
+
+from ds_zero import checks, fused, state
+from ds_zero.gather import GatherRuntime
+from ds_zero.plan import ParamSpec, Selector, plan_units
+from ds_zero.reduce import GradientReducer
+from ds_zero.sharded_param import show_class
+from ds_zero.unit import Unit
+
+#: Attribute by which a parameter finds the optimizer that shards it.
+OWNER = "_ds_zero_owner"
+
+
+class ZeroOptimizer(torch.optim.Optimizer):
+    """A `torch.optim.Optimizer` over a model that is sharded over ranks; made by `ds_zero.shard`.
+
+    `loss.backward()` averages gradients over ranks while it runs; `step()` updates this rank's
+    share and publishes it. After a backward the model's own `.grad` are None: the gradients are
+    sharded. Clip with `max_grad_norm=` or `clip_grad_norm_`, read with `full_gradient`.
+
+    Collective: construction, backward, `step` and every method that says so.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        stage: int,
+        mesh: comm.Mesh,
+        units: Iterable[Selector] | None,
+        leaves: Iterable[Selector],
+        min_unit_numel: int,
+        precision: Precision,
+        max_grad_norm: float | None,
+        prefetch: int,
+        broadcast: bool,
+    ) -> None:
+        checks.check_optimizer(optimizer)
+        self._inner = optimizer
+        self.__setstate__({"defaults": optimizer.defaults})
+        self.stage, self.mesh, self.max_grad_norm = stage, mesh, max_grad_norm
+        specs = checks.parameters_of(model, optimizer)
+        checks.check_same_on_all_ranks(specs, mesh.group("dp"))
+        plan = plan_units(
+            model, specs, units=units, leaves=leaves, min_unit_numel=min_unit_numel
+        )
+        self.units = [
+            Unit(
+                index,
+                spec,
+                mesh.group(*spec.placement.grad_axes),
+                stage=stage,
+                precision=precision,
+                values=checks.full_value,
+                broadcast=broadcast,
+            )
+            for index, spec in enumerate(plan)
+        ]
+        self._trainable = [unit for unit in self.units if unit.trainable]
+        self._hand_over_to_inner()
+        self._watch = BackwardWatch(model, self._begin_backward, self._end_backward)
+        self._gather: GatherRuntime | None = None
+        sharded = [unit for unit in self.units if unit.stage == 3]
+        if sharded:
+            self._gather = GatherRuntime(
+                model, sharded, self._watch.ensure_begun, prefetch=prefetch
+            )
+        self._reducer = GradientReducer(
+            self._trainable, self._watch.ensure_begun, self._gradients_complete
+        )
+        self._pending_scale: float | torch.Tensor = 1.0
+        self._agreed: _Agreement | None = None
+
+    def _hand_over_to_inner(self) -> None:
+        """Make the inner optimizer's groups hold flat shards in place of the model's parameters."""
+        pieces: list[list[nn.Parameter]] = [[] for _ in self._inner.param_groups]
+        for unit in self._trainable:
+            for piece in unit.optimizer_pieces:
+                pieces[piece.group_index].append(piece.weights)
+        for group, params in zip(self._inner.param_groups, pieces, strict=True):
+            group["params"] = params
+        fused.prefer_fused(self._inner)
+
+    # torch's schedulers and scalers read and write these two.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The inner optimizer's groups: hyperparameters, and this rank's flat shards."""
+        return self._inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._inner.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The inner optimizer's state of this rank's flat shards."""
+        return self._inner.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self._inner.state = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: units are laid out when the model is sharded."""
+        checks.refuse_new_group()
+
+    # ------------------------------------------------------------------ backward
+
+    def _begin_backward(self) -> None:
+        self._agreed = None
+        self._reducer.begin()
+        if self._gather is not None:
+            self._gather.begin_backward()
+
+    def _end_backward(self) -> None:
+        if self._gather is not None:
+            self._gather.end_backward()
+        self._reducer.finish()
+
+    def _gradients_complete(self, unit: Unit) -> None:
+        if self._gather is not None and unit.stage == 3:
+            self._gather.release(unit)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Backwards inside accumulate locally; the first one outside reduces everything.
+
+        Legal at every stage; at stages 2 and 3 it keeps full-size gradients meanwhile.
+        """
+        return self._reducer.no_sync()
+
+    # ------------------------------------------------------------------ step
+
+    @torch.no_grad()
+    def grad_norm(self) -> torch.Tensor:
+        """Global L2 norm of the averaged gradients, a float64 scalar equal on all ranks.
+
+        Infinite or NaN if any gradient on any rank is. Collective, once per backward.
+        """
+        if self._agreed is None or self._agreed.norm is None:
+            self._agreed = _agree(self._trainable, with_norm=True)
+        assert self._agreed.norm is not None
+        return self._agreed.norm
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Scale the next step's gradients so that their global L2 norm is at most `max_norm`.
+
+        Returns the norm before clipping. The scaling itself happens inside the next `step`, in the
+        pass that reads the gradients anyway. Collective.
+        """
+        norm = self.grad_norm()
+        self._pending_scale = float(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        return norm
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update the parameters with the averaged gradients, clipped if asked for. Collective.
+
+        Returns what `closure` (which recomputes the loss) returned, if one was given.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.max_grad_norm is not None:
+            self.clip_grad_norm_(self.max_grad_norm)
+        scale, self._pending_scale = self._pending_scale, 1.0
+        self.update(scale)
+        return loss
+
+    @torch.no_grad()
+    def update(self, grad_scale: float | torch.Tensor = 1.0) -> None:
+        """Step with gradients multiplied by `grad_scale`, and publish the new parameters.
+
+        Unit by unit, so that the gathers of one overlap the arithmetic of the next. A parameter
+        that no rank used keeps its value and state, as in plain PyTorch. Collective.
+        """
+        if self._agreed is None:
+            self._agreed = _agree(self._trainable, with_norm=False)
+        used = self._agreed.used
+        step = fused.InnerStep(self._inner, grad_scale)
+        pending = []
+        for unit in self._trainable:
+            step.run(unit, used[unit.index])
+            pending.append(unit.publish())
+        for gather in pending:
+            if gather is not None:
+                gather.wait()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients. Their persistent buffers stay; nothing is written."""
+        self._agreed = None
+        for unit in self._trainable:
+            unit.clear_gradient()
+
+    # ------------------------------------------------------------------ parameters as a whole
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Hold the whole model on every rank inside the block, as for generation. Collective.
+
+        Forwards inside communicate nothing. Costs the memory of the full parameters.
+        """
+        if self._gather is None:
+            yield
+            return
+        with self._gather.hold():
+            yield
+
+    @contextmanager
+    def hold_units(self, units: list[Unit]) -> Iterator[None]:
+        """Hold some units on every rank inside the block. Collective."""
+        if self._gather is None:
+            yield
+            return
+        with self._gather.hold([unit for unit in units if unit.stage == 3]):
+            yield
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """What `model.state_dict()` would hold unsharded, parameters only, copied to the CPU.
+
+        Gathers unit by unit. Collective.
+        """
+        return state.full_state_dict(self)
+
+    def full_parameter(self, which: str | nn.Parameter) -> torch.Tensor:
+        """Full value of one parameter, fp32 where a master copy exists. Collective."""
+        return state.full_value(self, which, "parameter")
+
+    def full_gradient(self, which: str | nn.Parameter) -> torch.Tensor | None:
+        """Full averaged gradient of one parameter; None before any backward. Collective."""
+        return state.full_value_or_none(self, which, "gradient")
+
+    def full_optimizer_state(self, which: str | nn.Parameter, key: str) -> torch.Tensor:
+        """Full optimizer state such as "exp_avg" of one parameter. Collective."""
+        return state.full_value(self, which, key)
+
+    def set_full_parameter(self, which: str | nn.Parameter, value: torch.Tensor) -> None:
+        """Overwrite one parameter everywhere, master copy included. Collective."""
+        state.set_full_value(self, which, "parameter", value)
+
+    def set_full_gradient(self, which: str | nn.Parameter, value: torch.Tensor) -> None:
+        """Overwrite the averaged gradient of one parameter. Collective."""
+        self._agreed = None
+        state.set_full_value(self, which, "gradient", value)
+
+    def set_full_optimizer_state(
+        self, which: str | nn.Parameter, key: str, value: torch.Tensor
+    ) -> None:
+        """Overwrite an optimizer state such as "exp_avg" of one parameter. Collective."""
+        state.set_full_value(self, which, key, value)
+
+    def local_value(self, which: str | nn.Parameter, kind: str) -> torch.Tensor:
+        """This rank's part, as a 1-D view, of a "parameter", "gradient" or optimizer state.
+
+        Empty where this rank holds none of it. Writing to it changes the value; a changed
+        parameter shows after the next step or `publish`.
+        """
+        return state.local_value(self, which, kind)
+
+    def publish(self) -> None:
+        """Make parameters that were edited or loaded visible to the model. Collective."""
+        for unit in self.units:
+            pending = unit.publish()
+            if pending is not None:
+                pending.wait()
+
+    # ------------------------------------------------------------------ state and memory
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """Optimizer state by parameter name, each rank's share as `FlatShard`s, for DCP.
+
+        Loads into any stage and world size. See `model_state` for the parameters.
+        """
+        return state.optimizer_state(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore hyperparameters from `state_dict()`; its tensors are filled in place by DCP."""
+        state.load_groups(self, state_dict)
+
+    def model_state(self) -> dict[str, Any]:
+        """Parameters by name, each rank's share as `FlatShard`s of the most precise copy."""
+        return state.model_state(self)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that this rank holds between steps, by kind; "padding" is part of the others."""
+        return state.memory(self)
+
+    def close(self) -> None:
+        """Undo the sharding: the model is whole again, with no hook of ours. Collective."""
+        if self._gather is not None:
+            with self._gather.hold():
+                pass
+            for unit in self.units:
+                if unit.stage == 3:
+                    unit.start_gather().wait()
+                    unit.show()
+            self._gather.close()
+        for unit in self.units:
+            for param in unit.params:
+                show_class(param)
+        self._reducer.close()
+        self._watch.close()
+
+
+class _Agreement:
+    """What all ranks know after a backward: the gradient norm, and which parameters were used."""
+
+    def __init__(self, norm: torch.Tensor | None, used: dict[int, list[bool]]) -> None:
+        self.norm, self.used = norm, used
+
+
+def _agree(units: list[Unit], *, with_norm: bool) -> _Agreement:
+    """Exchange the ranks' squared gradient norms and the parameters that each of them used."""
+    norm_squared = torch.zeros((), dtype=torch.float64)
+    used: dict[int, list[bool]] = {}
+    for group in {id(unit.group): unit.group for unit in units}.values():
+        members = [unit for unit in units if unit.group is group]
+        local = torch.zeros(1, dtype=torch.float64, device=members[0].grad.device)
+        if with_norm:
+            norms = [torch.linalg.vector_norm(unit.grad, dtype=torch.float32) for unit in members]
+            local = torch.stack(norms).double().square_().sum().view(1)
+        flags = torch.tensor(
+            [flag for unit in members for flag in unit.used], dtype=torch.float64
+        )
+        mine = torch.cat([local, flags.to(local.device)])
+        everybody = torch.empty(group.size * mine.numel(), dtype=mine.dtype, device=mine.device)
+        comm.all_gather(everybody, mine, group, caller="gradient norm")
+        total = everybody.view(group.size, -1).sum(0).cpu()
+        norm_squared += total[0]
+        anywhere = iter((total[1:] > 0).tolist())
+        for unit in members:
+            used[unit.index] = [next(anywhere) for _ in unit.params]
+    return _Agreement(norm_squared.sqrt() if with_norm else None, used)
+
+
+def owners_of(params: Iterable[nn.Parameter]) -> dict[int, tuple[ZeroOptimizer, list[Unit]]]:
+    """The sharding optimizers behind `params`, each with the units concerned, in unit order."""
+    found: dict[int, tuple[ZeroOptimizer, list[Unit]]] = {}
+    for param in params:
+        reference = getattr(param, OWNER, None)
+        owner = None if reference is None else reference()
+        if owner is None:
+            continue
+        unit = owner.units[param._ds_zero_unit]  # type: ignore[attr-defined]
+        units = found.setdefault(id(owner), (owner, []))[1]
+        if unit not in units:
+            units.append(unit)
+    for _, units in found.values():
+        units.sort(key=lambda unit: unit.index)
+    return found
+
+
+__all__ = ["OWNER", "ParamSpec", "ZeroOptimizer", "owners_of"]

@@ -1,0 +1,231 @@
+"""Reading, writing, saving and counting what a `ZeroOptimizer` holds, by parameter name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from ds_core import comm
+from ds_core.flat import Piece
+from torch import nn
+
+from ds_zero.errors import ShardError
+from ds_zero.unit import OptimizerPiece, Unit
+
+if TYPE_CHECKING:
+    from ds_zero.optimizer import ZeroOptimizer
+
+
+def _find(optimizer: ZeroOptimizer, which: str | nn.Parameter) -> tuple[Unit, int]:
+    for unit in optimizer.units:
+        for position, spec in enumerate(unit.specs):
+            if which is spec.param or (isinstance(which, str) and which == spec.name):
+                return unit, position
+    names = [spec.name for unit in optimizer.units for spec in unit.specs]
+    told = f"{which!r}" if isinstance(which, str) else f"of shape {list(which.shape)}"
+    raise ShardError(
+        f"parameter {told} is not one of the {len(names)} of the sharded model; the first of them "
+        f"are {', '.join(names[:4])}"
+    )
+
+
+def _piece_of(unit: Unit, position: int) -> Piece | None:
+    slot = unit.layout.slots[position]
+    for piece in unit.layout.pieces(unit.group.rank):
+        if piece.slot == slot:
+            return piece
+    return None
+
+
+def _optimizer_piece(unit: Unit, piece: Piece) -> OptimizerPiece:
+    for candidate in unit.optimizer_pieces:
+        if candidate.start <= piece.offset < candidate.stop:
+            return candidate
+    raise ShardError(f"{piece.slot.name!r} is frozen: it has no optimizer state")
+
+
+def _local(
+    optimizer: ZeroOptimizer, unit: Unit, piece: Piece | None, kind: str
+) -> torch.Tensor:
+    """This rank's elements of a parameter, gradient or state: a 1-D view, maybe empty."""
+    if piece is None:
+        return unit.weights[:0]
+    start, stop = piece.offset, piece.offset + piece.stop - piece.start
+    if kind == "parameter":
+        return unit.weights[start:stop]
+    if kind == "gradient":
+        return unit.grad[start:stop]
+    mine = _optimizer_piece(unit, piece)
+    held = optimizer.state.get(mine.weights, {})
+    value = held.get(kind)
+    if not isinstance(value, torch.Tensor) or value.shape != mine.weights.shape:
+        keys = [k for k, v in held.items() if isinstance(v, torch.Tensor) and v.dim()]
+        raise ShardError(
+            f"optimizer state {kind!r}: {type(optimizer._inner).__name__} has "
+            f"{', '.join(keys) or 'no state before its first step'}"
+        )
+    return value[start - mine.start : stop - mine.start]
+
+
+def local_value(optimizer: ZeroOptimizer, which: str | nn.Parameter, kind: str) -> torch.Tensor:
+    """See `ZeroOptimizer.local_value`."""
+    unit, position = _find(optimizer, which)
+    return _local(optimizer, unit, _piece_of(unit, position), kind)
+
+
+def full_value(optimizer: ZeroOptimizer, which: str | nn.Parameter, kind: str) -> torch.Tensor:
+    """A parameter, gradient or state of any rank's share, whole, on every rank. Collective."""
+    unit, position = _find(optimizer, which)
+    slot = unit.layout.slots[position]
+    piece = _piece_of(unit, position)
+    mine = _local(optimizer, unit, piece, kind)
+    dtype = unit.grad_dtype if kind == "gradient" else unit.weights.dtype
+    own = torch.zeros(unit.layout.shard_numel, dtype=dtype, device=unit.shard.device)
+    if piece is not None:
+        own[piece.offset : piece.offset + mine.numel()].copy_(mine)
+    whole = torch.empty(unit.layout.numel, dtype=dtype, device=own.device)
+    comm.all_gather(whole, own, unit.group, caller=f"{kind} of {slot.name}")
+    return whole[slot.offset : slot.end].view(slot.shape).clone()
+
+
+def full_value_or_none(
+    optimizer: ZeroOptimizer, which: str | nn.Parameter, kind: str
+) -> torch.Tensor | None:
+    """As `full_value`, but None for a gradient that does not exist."""
+    unit, _ = _find(optimizer, which)
+    if kind == "gradient" and not (unit.trainable and unit.has_grad):
+        return None
+    return full_value(optimizer, which, kind)
+
+
+def set_full_value(
+    optimizer: ZeroOptimizer, which: str | nn.Parameter, kind: str, value: torch.Tensor
+) -> None:
+    """Overwrite a parameter, gradient or state; every rank keeps its share of `value`."""
+    unit, position = _find(optimizer, which)
+    slot = unit.layout.slots[position]
+    if tuple(value.shape) != slot.shape:
+        raise ShardError(
+            f"{kind} of {slot.name!r}: got shape {list(value.shape)}, expected {list(slot.shape)}"
+        )
+    piece = _piece_of(unit, position)
+    if piece is not None:
+        part = value.reshape(-1)[piece.start : piece.stop]
+        with torch.no_grad():
+            _local(optimizer, unit, piece, kind).copy_(part)
+    if kind == "parameter":
+        pending = unit.publish()
+        if pending is not None:
+            pending.wait()
+    if kind == "gradient":
+        unit.has_grad = True
+        unit.used[position] = True
+
+
+def full_state_dict(optimizer: ZeroOptimizer) -> dict[str, torch.Tensor]:
+    """See `ZeroOptimizer.full_state_dict`."""
+    found: dict[str, torch.Tensor] = {}
+    for unit in optimizer.units:
+        with optimizer.hold_units([unit]):
+            for spec in unit.specs:
+                found[spec.name] = spec.param.detach().to("cpu", copy=True)
+    return found
+
+
+def _shard(local: torch.Tensor, piece: Piece) -> Any:
+    from ds_core.checkpoint import FlatShard
+
+    return FlatShard(local, piece.slot.shape, piece.start)
+
+
+def model_state(optimizer: ZeroOptimizer) -> dict[str, Any]:
+    """See `ZeroOptimizer.model_state`."""
+    return {
+        piece.slot.name: _shard(_local(optimizer, unit, piece, "parameter"), piece)
+        for unit in optimizer.units
+        for piece in unit.layout.pieces(unit.group.rank)
+    }
+
+
+def optimizer_state(optimizer: ZeroOptimizer) -> dict[str, Any]:
+    """See `ZeroOptimizer.state_dict`: {"state": {key: {name: value}}, "groups": [...]}."""
+    tensors: dict[str, dict[str, Any]] = {}
+    for unit in optimizer.units:
+        for piece in unit.layout.pieces(unit.group.rank) if unit.trainable else ():
+            mine = _optimizer_piece(unit, piece)
+            for key, value in optimizer.state.get(mine.weights, {}).items():
+                entries = tensors.setdefault(key, {})
+                if isinstance(value, torch.Tensor) and value.shape == mine.weights.shape:
+                    entries[piece.slot.name] = _shard(
+                        _local(optimizer, unit, piece, key), piece
+                    )
+                else:
+                    # One value for all parameters of the piece, such as the step count.
+                    entries[piece.slot.name] = value
+    names: list[list[str]] = [[] for _ in optimizer.param_groups]
+    for unit in optimizer.units:
+        for spec in unit.specs:
+            if spec.group_index is not None:
+                names[spec.group_index].append(spec.name)
+    groups = [
+        {**{k: v for k, v in group.items() if k != "params"}, "names": sorted(own)}
+        for group, own in zip(optimizer.param_groups, names, strict=True)
+    ]
+    return {"state": tensors, "groups": groups}
+
+
+def load_groups(optimizer: ZeroOptimizer, state_dict: dict[str, Any]) -> None:
+    """Restore the hyperparameters of each group; the sets of parameters must agree."""
+    saved = state_dict["groups"]
+    if len(saved) != len(optimizer.param_groups):
+        raise ShardError(
+            f"optimizer state has {len(saved)} parameter groups, this optimizer has "
+            f"{len(optimizer.param_groups)}"
+        )
+    for group, values in zip(optimizer.param_groups, saved, strict=True):
+        for key, value in values.items():
+            if key not in ("names", "params", "fused", "foreach"):
+                present = group.get(key)
+                group[key] = tuple(value) if isinstance(present, tuple) else value
+
+
+@torch.no_grad()
+def allocate_optimizer_state(optimizer: ZeroOptimizer) -> None:
+    """Make the inner optimizer allocate the state that a checkpoint will fill.
+
+    Takes one step with zero gradients and zero learning rate, and undoes what it changed.
+    """
+    if optimizer.state:
+        return
+    inner = optimizer._inner
+    rates = [group["lr"] for group in inner.param_groups]
+    pieces = [piece for unit in optimizer.units for piece in unit.optimizer_pieces]
+    for group in inner.param_groups:
+        group["lr"] = torch.zeros_like(group["lr"]) if torch.is_tensor(group["lr"]) else 0.0
+    for piece in pieces:
+        before = piece.weights.detach().clone()
+        piece.weights.grad = torch.zeros_like(piece.weights)
+        everything = [group["params"] for group in inner.param_groups]
+        for index, group in enumerate(inner.param_groups):
+            group["params"] = [piece.weights] if index == piece.group_index else []
+        inner.step()
+        for group, params in zip(inner.param_groups, everything, strict=True):
+            group["params"] = params
+        piece.weights.grad = None
+        piece.weights.copy_(before)
+    for group, rate in zip(inner.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def memory(optimizer: ZeroOptimizer) -> dict[str, int]:
+    """See `ZeroOptimizer.memory`."""
+    total = {"parameters": 0, "gradients": 0, "master": 0, "optimizer": 0, "padding": 0}
+    for unit in optimizer.units:
+        for kind, size in unit.persistent_bytes().items():
+            total[kind] += size
+        total["padding"] += unit.padding_bytes()
+        for piece in unit.optimizer_pieces:
+            for value in optimizer.state.get(piece.weights, {}).values():
+                if isinstance(value, torch.Tensor) and value.dim():
+                    total["optimizer"] += value.numel() * value.element_size()
+    return total
