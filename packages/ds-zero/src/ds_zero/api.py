@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from ds_core import comm
 from ds_core.precision import Precision
+from ds_core.seams import Dense, Transport
 from torch import nn
 
 from ds_zero.errors import ShardError
@@ -28,6 +29,7 @@ def shard(
     min_unit_numel: int = 1 << 18,
     prefetch: int = 1,
     broadcast: bool = True,
+    transport: Transport | None = None,
 ) -> ZeroOptimizer:
     """Shard `model` and `optimizer` over the data-parallel ranks; returns the optimizer to use.
 
@@ -57,6 +59,7 @@ def shard(
         max_grad_norm: clip the global L2 norm of the gradients to this at each step.
         min_unit_numel: neighbouring blocks are merged into units of at least this many elements.
         prefetch: at stage 3, how many units are gathered ahead of use.
+        transport: how parameters and gradients travel; default: as they are.
         broadcast: make all ranks start from rank 0's values (not for a model from `Init`).
 
     Raises ShardError for a stage, model or optimizer that cannot be sharded, ModelMismatchError
@@ -81,6 +84,7 @@ def shard(
         max_grad_norm=max_grad_norm,
         prefetch=prefetch,
         broadcast=broadcast,
+        transport=transport or Dense(),
     )
     reference = weakref.ref(sharded)
     for unit in sharded.units:

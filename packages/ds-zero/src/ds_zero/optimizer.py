@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from ds_core import comm
 from ds_core.backward import BackwardWatch
+from ds_core.gradients import GradientReducer
+from ds_core.optimizer_state import allocate_state, load_groups
 from ds_core.precision import Precision
+from ds_core.seams import Transport
 from torch import nn
 
 from ds_zero import checks, fused, state
 from ds_zero.gather import GatherRuntime
 from ds_zero.plan import ParamSpec, Selector, plan_units
-from ds_zero.reduce import GradientReducer
 from ds_zero.sharded_param import show_class
 from ds_zero.unit import Unit
 
@@ -47,6 +49,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         max_grad_norm: float | None,
         prefetch: int,
         broadcast: bool,
+        transport: Transport,
     ) -> None:
         checks.check_optimizer(optimizer)
         self._inner = optimizer
@@ -66,6 +69,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 precision=precision,
                 values=checks.full_value,
                 broadcast=broadcast,
+                transport=transport,
             )
             for index, spec in enumerate(plan)
         ]
@@ -133,6 +137,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _gradients_complete(self, unit: Unit) -> None:
         if self._gather is not None and unit.stage == 3:
             self._gather.release(unit)
+
+    @property
+    def reduces_each_backward(self) -> bool:
+        """Stages 2 and 3 reduce each micro-batch, so as not to hold full-size gradients."""
+        return self.stage >= 2
+
+    @property
+    def accumulate_locally(self) -> bool:
+        """Whether backwards leave out the reduction for now."""
+        return not self._reducer.sync
+
+    @accumulate_locally.setter
+    def accumulate_locally(self, value: bool) -> None:
+        self._reducer.sync = not value
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Backwards inside accumulate locally; the first one outside reduces everything.
@@ -204,6 +222,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._agreed = None
         for unit in self._trainable:
             unit.clear_gradient()
+
+    def first_nonfinite(self) -> str | None:
+        """Name of the first parameter of which this rank's share has a non-finite gradient."""
+        for unit in self._trainable:
+            for piece in unit.layout.pieces(unit.group.rank):
+                stop = piece.offset + piece.stop - piece.start
+                if not bool(torch.isfinite(unit.grad[piece.offset : stop]).all()):
+                    return piece.slot.name
+        return None
 
     # ------------------------------------------------------------------ parameters as a whole
 
@@ -286,9 +313,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         return state.optimizer_state(self)
 
+    def prepare_load(self) -> None:
+        """Allocate the optimizer state that loading a checkpoint fills in place."""
+        allocate_state(self._inner)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore hyperparameters from `state_dict()`; its tensors are filled in place by DCP."""
-        state.load_groups(self, state_dict)
+        """Adopt a `state_dict()` whose tensors DCP filled in place, and publish. Collective."""
+        load_groups(self.param_groups, state_dict["groups"])
+        self.publish()
 
     def model_state(self) -> dict[str, Any]:
         """Parameters by name, each rank's share as `FlatShard`s of the most precise copy."""

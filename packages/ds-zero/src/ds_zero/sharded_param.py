@@ -37,6 +37,8 @@ _METADATA = frozenset(
         torch.Tensor.ndimension,
         torch.Tensor.element_size,
         torch.Tensor.is_contiguous,
+        torch.Tensor.untyped_storage,
+        torch.Tensor.storage_offset,
         torch.Tensor.is_floating_point,
         torch.Tensor.is_complex,
         torch.Tensor.register_hook,

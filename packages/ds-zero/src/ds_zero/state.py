@@ -174,49 +174,6 @@ def optimizer_state(optimizer: ZeroOptimizer) -> dict[str, Any]:
     return {"state": tensors, "groups": groups}
 
 
-def load_groups(optimizer: ZeroOptimizer, state_dict: dict[str, Any]) -> None:
-    """Restore the hyperparameters of each group; the sets of parameters must agree."""
-    saved = state_dict["groups"]
-    if len(saved) != len(optimizer.param_groups):
-        raise ShardError(
-            f"optimizer state has {len(saved)} parameter groups, this optimizer has "
-            f"{len(optimizer.param_groups)}"
-        )
-    for group, values in zip(optimizer.param_groups, saved, strict=True):
-        for key, value in values.items():
-            if key not in ("names", "params", "fused", "foreach"):
-                present = group.get(key)
-                group[key] = tuple(value) if isinstance(present, tuple) else value
-
-
-@torch.no_grad()
-def allocate_optimizer_state(optimizer: ZeroOptimizer) -> None:
-    """Make the inner optimizer allocate the state that a checkpoint will fill.
-
-    Takes one step with zero gradients and zero learning rate, and undoes what it changed.
-    """
-    if optimizer.state:
-        return
-    inner = optimizer._inner
-    rates = [group["lr"] for group in inner.param_groups]
-    pieces = [piece for unit in optimizer.units for piece in unit.optimizer_pieces]
-    for group in inner.param_groups:
-        group["lr"] = torch.zeros_like(group["lr"]) if torch.is_tensor(group["lr"]) else 0.0
-    for piece in pieces:
-        before = piece.weights.detach().clone()
-        piece.weights.grad = torch.zeros_like(piece.weights)
-        everything = [group["params"] for group in inner.param_groups]
-        for index, group in enumerate(inner.param_groups):
-            group["params"] = [piece.weights] if index == piece.group_index else []
-        inner.step()
-        for group, params in zip(inner.param_groups, everything, strict=True):
-            group["params"] = params
-        piece.weights.grad = None
-        piece.weights.copy_(before)
-    for group, rate in zip(inner.param_groups, rates, strict=True):
-        group["lr"] = rate
-
-
 def memory(optimizer: ZeroOptimizer) -> dict[str, int]:
     """See `ZeroOptimizer.memory`."""
     total = {"parameters": 0, "gradients": 0, "master": 0, "optimizer": 0, "padding": 0}

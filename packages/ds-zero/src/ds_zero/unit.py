@@ -23,6 +23,7 @@ import torch
 from ds_core import comm
 from ds_core.flat import FlatLayout
 from ds_core.precision import Precision
+from ds_core.seams import Transport
 from torch import nn
 
 from ds_zero.plan import UnitSpec
@@ -59,6 +60,7 @@ class Unit:
         precision: dtypes of parameters, master copy and gradients.
         values: full value of a parameter of the spec (one that `Init` sharded is gathered).
         broadcast: whether rank 0's initial values overwrite the others'.
+        transport: how parameters and gradients travel.
 
     Collective over `group`.
     """
@@ -73,8 +75,10 @@ class Unit:
         precision: Precision,
         values: Callable[[nn.Parameter], torch.Tensor],
         broadcast: bool,
+        transport: Transport,
     ) -> None:
         self.index, self.name, self.group = index, spec.name, group
+        self._wire = transport
         self.modules, self.is_root, self.trainable = spec.modules, spec.is_root, spec.trainable
         self.specs = spec.params
         self.params = [s.param for s in spec.params]
@@ -146,11 +150,7 @@ class Unit:
         """Allocate the full parameters and start filling them. Collective over the group."""
         if not self.is_full:
             self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
-        pending = comm.all_gather(
-            self.full, self.shard, self.group, caller=self.name, async_op=True
-        )
-        assert pending is not None
-        return pending
+        return self._wire.all_gather(self.full, self.shard, self.group, caller=self.name)
 
     def show(self) -> None:
         """Give the parameters their gathered values."""
@@ -239,26 +239,15 @@ class Unit:
         Collective over the group.
         """
         if self.twin is None:
-            self.twin = torch.zeros_like(self.full) if self.is_full else self._zero_twin()
-            self._fresh = [False] * len(self.params)
+            self.twin = self._new_twin()
         elif self.stage == 1 and self.has_grad and self.grad.data_ptr() == self._own_pointer():
             self._reopen(self.twin)
         for slot, fresh in zip(self.layout.slots, self._fresh, strict=True):
             if fresh:
                 self.twin[slot.offset : slot.end].zero_()
-        pending = comm.reduce_scatter(
-            self.grad,
-            self.twin,
-            self.group,
-            accumulate=self.has_grad,
-            caller=self.name,
-            async_op=True,
+        return self._wire.reduce_scatter(
+            self.grad, self.twin, self.group, accumulate=self.has_grad, caller=self.name
         )
-        assert pending is not None
-        return pending
-
-    def _zero_twin(self) -> torch.Tensor:
-        return torch.zeros(self.layout.numel, dtype=self.dtype, device=self.full.device)
 
     def finish_reduce(self) -> None:
         """The reduction is complete: the twin is no longer needed (stage 1 keeps its memory)."""

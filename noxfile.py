@@ -1,0 +1,348 @@
+"""Everything that can be done with this repository; `python3 -m nox -l` lists it.
+
+Two kinds of environment, both made with virtualenv and pip:
+
+* one *shared* environment (`.nox/shared`) in which every package is installed editable. `train`,
+  `tests`, `types` and `imports` use it, so torch is installed once;
+* an environment of its own for a session whose point is what is *not* installed (`alone`), what
+  is older (`oldest`), or what would disturb the rest (`bench`, `gpu`, `lint`).
+
+Where packages come from is the machine's pip configuration; nothing here names an index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import nox
+
+nox.needs_version = ">=2025.5.1"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["tests"]
+
+ROOT = Path(__file__).parent.resolve()
+CONSTRAINTS = ROOT / "constraints.txt"
+DIST = ROOT / "dist"
+PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
+SCRIPTS = "Scripts" if os.name == "nt" else "bin"
+EXAMPLE = ROOT / "examples" / "gpt"
+
+if sys.version_info < (3, 11):  # noqa: UP036 - nox itself may run on an older Python
+    raise SystemExit(
+        f"Python {sys.version.split()[0]} runs nox here, but the packages need Python >= 3.11: "
+        "call nox as `python3.11 -m nox` (or newer)"
+    )
+
+
+# --- Environments ---------------------------------------------------------------------------------
+
+
+def _project(package: str) -> dict[str, Any]:
+    """The `[project]` table of one package."""
+    text = (ROOT / "packages" / package / "pyproject.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)["project"]
+
+
+def _name(requirement: str) -> str:
+    """The distribution that a requirement such as `ds-core[test]>=0.1,<0.2` is about."""
+    for index, char in enumerate(requirement):
+        if not (char.isalnum() or char in "-_."):
+            return requirement[:index]
+    return requirement
+
+
+def _all_editable() -> list[str]:
+    """Arguments of the one pip call that installs all packages, so that their ranges resolve."""
+    arguments: list[str] = []
+    for package in PACKAGES:
+        extras = ",".join(_project(package).get("optional-dependencies", {}))
+        path = str(ROOT / "packages" / package)
+        arguments += ["-e", f"{path}[{extras}]" if extras else path]
+    return arguments
+
+
+def _examples_requirements() -> list[str]:
+    paths = sorted(ROOT.glob("examples/*/requirements.txt"))
+    return [argument for path in paths for argument in ("-r", str(path))]
+
+
+def _fingerprint() -> str:
+    """Changes whenever the shared environment has to be installed anew."""
+    digest = hashlib.sha256()
+    patterns = ("packages/*/pyproject.toml", "packages/*/src/*/_version.py", "examples/*/req*.txt")
+    for path in sorted([CONSTRAINTS, *(p for pattern in patterns for p in ROOT.glob(pattern))]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _create(session: nox.Session, folder: Path, *options: str) -> str:
+    """Make an empty virtual environment in `folder`; return its interpreter."""
+    shutil.rmtree(folder, ignore_errors=True)
+    session.run(sys.executable, "-m", "virtualenv", "-q", *options, str(folder), external=True)
+    return str(folder / SCRIPTS / "python")
+
+
+def _shared(session: nox.Session) -> Path:
+    """The folder of the shared environment's commands, after bringing it up to date.
+
+    A stamp, written last, says what was installed; an interrupted installation is done again.
+    """
+    folder = ROOT / ".nox" / "shared"
+    stamp = folder / "installed.json"
+    base = [sys.version, str(ROOT)]
+    found = json.loads(stamp.read_text()) if stamp.exists() else {}
+    python = str(folder / SCRIPTS / "python")
+    if found.get("base") != base or not _works(python):
+        python, found = _create(session, folder), {}
+    if found.get("requirements") != (wanted := _fingerprint()):
+        stamp.unlink(missing_ok=True)
+        _pip(session, python, *_all_editable(), *_examples_requirements(), "import-linter")
+        stamp.write_text(json.dumps({"base": base, "requirements": wanted}))
+    return folder / SCRIPTS
+
+
+def _works(python: str) -> bool:
+    """Whether an environment's interpreter still starts (its base may have been removed)."""
+    try:
+        return subprocess.run([python, "-c", ""], check=False).returncode == 0
+    except OSError:
+        return False
+
+
+def _pip(session: nox.Session, python: str, *arguments: str) -> None:
+    command = ("-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(CONSTRAINTS))
+    session.run(python, *command, *arguments, external=True)
+
+
+def _run(session: nox.Session, command: Path, *arguments: str, **env: str) -> None:
+    """Run a command of an environment made by `_create`, with that environment first on PATH."""
+    path = os.pathsep.join([str(command.parent), os.environ.get("PATH", "")])
+    # Worker processes share the machine: without this every one of them starts a thread per core.
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    session.run(
+        str(command),
+        *arguments,
+        external=True,
+        env={"PATH": path, "OMP_NUM_THREADS": threads, "VIRTUAL_ENV": str(command.parent.parent)}
+        | env,
+    )
+
+
+# --- The main job and the tests -------------------------------------------------------------------
+
+
+@nox.session(python=False)
+def train(session: nox.Session) -> None:
+    """Train a GPT on real text with ZeRO on two processes. Options go after `--`."""
+    scripts = _shared(session)
+    script, config = EXAMPLE / "train.py", EXAMPLE / "zero2.json"
+    job = [str(path.relative_to(ROOT)) for path in (script, config)]
+    _run(
+        session,
+        scripts / "ds",
+        *("run", "--nproc", "2", job[0], "--config", job[1]),
+        *session.posargs,
+    )
+
+
+@nox.session(python=False)
+def tests(session: nox.Session) -> None:
+    """Every test of every package, then those that need several packages (`integration/`)."""
+    _pytest(session, [])
+
+
+def _tests_of(folder: str) -> Callable[[nox.Session], None]:
+    def run(session: nox.Session) -> None:
+        _pytest(session, [folder])
+
+    run.__doc__ = f"The tests in {folder}."
+    return run
+
+
+for _folder in (*(f"packages/{name}" for name in PACKAGES), "integration"):
+    nox.session(_tests_of(_folder), python=False, name=f"tests-{Path(_folder).name}")
+
+
+def _pytest(session: nox.Session, folders: Sequence[str]) -> None:
+    scripts = _shared(session)
+    names_paths = any((ROOT / arg.split("::")[0]).exists() for arg in session.posargs)
+    _run(
+        session,
+        scripts / "python",
+        *("-m", "pytest", *([] if names_paths else folders), *session.posargs),
+    )
+
+
+# --- Contracts ------------------------------------------------------------------------------------
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff: rules and formatting. `-- --fix` repairs what it can."""
+    session.install("-c", str(CONSTRAINTS), "ruff")
+    session.run("ruff", "check", *session.posargs, ".")
+    session.run("ruff", "format", *([] if "--fix" in session.posargs else ["--check"]), ".")
+
+
+@nox.session(python=False)
+def types(session: nox.Session) -> None:
+    """Mypy over the sources of every package."""
+    scripts = _shared(session)
+    _pip(session, str(scripts / "python"), "mypy")
+    _run(session, scripts / "python", "-m", "mypy", *session.posargs)
+
+
+@nox.session(python=False)
+def imports(session: nox.Session) -> None:
+    """Pillars never import one another, nothing is cyclic, and importing does no work."""
+    scripts = _shared(session)
+    _run(session, scripts / "lint-imports", "--no-cache")
+    files = ("integration/test_star.py", "integration/test_imports.py")
+    _run(session, scripts / "python", "-m", "pytest", *files, *session.posargs)
+
+
+# --- Built packages -------------------------------------------------------------------------------
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Source distribution and wheel of every package, in `dist/` (the wheel from the former)."""
+    session.install("-c", str(CONSTRAINTS), "build", "hatchling>=1.27")
+    shutil.rmtree(DIST, ignore_errors=True)
+    for package in PACKAGES:
+        folder = str(ROOT / "packages" / package)
+        session.run("python", "-m", "build", "--no-isolation", "--outdir", str(DIST), folder)
+
+
+@nox.session(reuse_venv=False, requires=["build"])
+@nox.parametrize("package", [nox.param(name, id=name) for name in PACKAGES])
+def alone(session: nox.Session, package: str) -> None:
+    """Install one built package with its closure only, and run its smoke test from there."""
+    closure = _closure(package)
+    # Files, not names: a registry may hold another project of the same name.
+    wheels = [_built(name, "*.whl") for name in closure]
+    session.install("-q", "-c", str(CONSTRAINTS), *wheels)
+    session.run("python", "-m", "pip", "check")
+    _smoke(session, package, closure)
+    session.install("-q", "--no-deps", "--force-reinstall", _built(package, "*.tar.gz"))
+    _smoke(session, package, closure)
+
+
+def _closure(package: str) -> list[str]:
+    """`package` and every package of this repository that it needs, itself last."""
+    needed = map(_name, _project(package)["dependencies"])
+    before = [name for need in needed if need in PACKAGES for name in _closure(need)]
+    return [*dict.fromkeys(before), package]
+
+
+def _built(package: str, ending: str) -> str:
+    found = list(DIST.glob(f"{package.replace('-', '_')}-{ending}"))
+    if len(found) != 1:
+        raise RuntimeError(f"expected one {ending} of {package} in {DIST}, found {found}")
+    return str(found[0])
+
+
+def _smoke(session: nox.Session, package: str, closure: Sequence[str]) -> None:
+    """Run the package's smoke test outside the source tree, isolated from it (`-I`)."""
+    with tempfile.TemporaryDirectory() as folder:
+        check = shutil.copy(ROOT / "scripts" / "installed_packages.py", folder)
+        smoke = shutil.copy(ROOT / "packages" / package / "tests" / "smoke" / "smoke.py", folder)
+        with session.chdir(folder):
+            session.run("python", "-I", check, *closure)
+            session.run("python", "-I", smoke, env={"OMP_NUM_THREADS": "1"})
+
+
+# --- Other versions, other machines ---------------------------------------------------------------
+
+
+@nox.session(python="3.11")
+def oldest(session: nox.Session) -> None:
+    """All tests on the oldest Python and the lower bound of every direct dependency."""
+    session.install(*_all_editable(), *_examples_requirements(), "import-linter", *_lower_bounds())
+    session.run("python", "-m", "pytest", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+def _lower_bounds() -> list[str]:
+    """`torch==2.11.*` for `torch>=2.11`, for each direct dependency outside this repository."""
+    bounds = {
+        _name(requirement): requirement.split(">=")[1].split(",")[0].strip()
+        for package in PACKAGES
+        for requirement in _project(package)["dependencies"]
+        if ">=" in requirement and _name(requirement) not in PACKAGES
+    }
+    return [f"{name}=={version}.*" for name, version in bounds.items()]
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Compare with DDP, FSDP2 and DeepSpeed on this machine. Options go after `--`."""
+    cpu = {"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
+    constraints = ("-q", "-c", str(CONSTRAINTS))
+    session.install(*constraints, *_all_editable(), *_examples_requirements())
+    # DeepSpeed's build imports torch, so it has to see this environment.
+    session.install(*constraints, "setuptools", "wheel")
+    session.install(*constraints, "--no-build-isolation", "deepspeed", env=cpu)
+    session.run("python", "benchmarks/run.py", *session.posargs, env=cpu)
+
+
+ACCELERATOR_PROBE = """
+import torch
+device = torch.accelerator.current_accelerator(check_available=True)
+print(torch.__version__, device.type if device else "none")
+"""
+
+
+@nox.session(python=False)
+def gpu(session: nox.Session) -> None:
+    """The tests that need an accelerator, on the torch of the Python that runs nox."""
+    probe = subprocess.run(
+        [sys.executable, "-c", ACCELERATOR_PROBE], check=False, capture_output=True, text=True
+    )
+    if probe.returncode != 0:
+        reason = (probe.stderr.strip().splitlines() or ["no message"])[-1]
+        session.skip(f"{sys.executable} cannot use torch: {reason}")
+    version, device = probe.stdout.split()[-2:]
+    if device == "none":
+        session.skip(f"torch {version} of {sys.executable} finds no accelerator")
+    folder = ROOT / ".nox" / "gpu"
+    python = _create(session, folder, "--system-site-packages")
+    _see_parent_environment(python)
+    # Installs what is missing, never another torch.
+    install = ("-m", "pip", "install", "-q", *_all_editable(), f"torch=={version}")
+    session.run(python, *install, external=True)
+    _run(session, Path(python), "-m", "pytest", "-m", "gpu", *session.posargs)
+
+
+def _see_parent_environment(python: str) -> None:
+    """Let an environment made from within another one see what is installed in that one."""
+    if sys.prefix == sys.base_prefix:
+        return  # --system-site-packages did it
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    inner, outer = (
+        subprocess.run([each, "-c", where], check=True, capture_output=True, text=True).stdout
+        for each in (python, sys.executable)
+    )
+    Path(inner.strip(), "parent.pth").write_text(outer, encoding="utf-8")
+
+
+@nox.session(python=False)
+def dev(session: nox.Session) -> None:
+    """Everything editable in `.venv` (or the folder named after `--`), for your editor."""
+    folder = ROOT / (session.posargs[0] if session.posargs else ".venv")
+    python = str(folder / SCRIPTS / "python")
+    if not _works(python):
+        python = _create(session, folder)
+    tools = ("ruff", "mypy", "import-linter", "nox")
+    _pip(session, python, *_all_editable(), *_examples_requirements(), *tools)
+    session.log(f"activate with: source {folder / SCRIPTS / 'activate'}")

@@ -1,0 +1,226 @@
+"""`initialize`: one config and a model become an engine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import Dataset
+
+from ds_core import accelerator, comm, lr_schedules, optimizers, plugins
+from ds_core import config as configuration
+from ds_core.accelerator import Accelerator
+from ds_core.data import ResumableLoader
+from ds_core.engine import Engine
+from ds_core.errors import ConfigError, DsError
+from ds_core.observers import JsonLines, Progress
+from ds_core.precision import LossScale, Precision
+from ds_core.replicated import Replicated
+from ds_core.seams import Observer, Sharding
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def initialize(
+    model: nn.Module,
+    config: Mapping[str, Any] | str | os.PathLike[str] | configuration.Config,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    lr_scheduler: Any = None,
+    training_data: Dataset[Any] | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    mesh: comm.Mesh | None = None,
+    observers: tuple[Observer, ...] = (),
+) -> Engine:
+    """Assemble an `Engine` from a model and a config.
+
+    Args:
+        model: moved to this process's device, unless it was built sharded.
+        config: a path of a JSON file, its content as a dict, or a loaded `Config`.
+        optimizer: on the model's parameters; default: the one that the config names.
+        lr_scheduler: one on `optimizer`, or a callable that makes it from an optimizer; default:
+            the one that the config names, or none.
+        training_data: a map-style dataset; the engine's `dataloader` then yields micro-batches.
+        collate_fn: for that loader.
+        mesh: the ranks and their axes; default: all ranks along "dp".
+        observers: beside those that the config asks for.
+
+    Raises ConfigError for a config that cannot be honoured, DsError if there is no optimizer.
+    Collective; starts the process group if none runs.
+    """
+    comm.init()
+    mesh = comm.Mesh.world() if mesh is None else mesh
+    data_ranks = mesh.size("dp")
+    if not isinstance(config, configuration.Config):
+        config = configuration.load(config, world_size=data_ranks)
+    device_kind = accelerator.current()
+    if config.seed is not None:
+        random.seed(config.seed)
+        torch.manual_seed(config.seed)
+    if config.log_level is not None:
+        logging.getLogger("ds_core").setLevel(config.log_level.upper())
+    precision, reason = _precision(config, device_kind)
+    _place(model, device_kind.device())
+    optimizer = _optimizer(model, config, optimizer)
+    sharding, name = _sharding(model, optimizer, config, mesh, precision)
+    scheduler = _scheduler(config, lr_scheduler, sharding, optimizer)
+    dp = mesh.group("dp")
+    loader = None
+    if training_data is not None:
+        loader = ResumableLoader(
+            training_data,
+            config.train_micro_batch_size_per_gpu,
+            rank=dp.rank,
+            num_ranks=dp.size,
+            collate_fn=collate_fn,
+            drop_last=config.dataloader_drop_last,
+            seed=config.seed or 0,
+        )
+    decisions = {
+        "ranks": " x ".join(f"{axis}={size}" for axis, size in mesh.axes.items() if size > 1)
+        or "1",
+        "device": device_kind.kind,
+        "precision": f"{precision}" + (f" ({reason})" if reason else ""),
+        "sharding": name,
+        "batch": f"{config.train_batch_size} = {config.train_micro_batch_size_per_gpu} per "
+        f"micro-batch x {config.gradient_accumulation_steps} accumulated x {data_ranks} ranks",
+        "model state per rank": _told_bytes(sharding.memory()),
+    }
+    return Engine(
+        model,
+        sharding,
+        mesh=mesh,
+        precision=precision,
+        accumulation=config.gradient_accumulation_steps,
+        micro_batch_size=config.train_micro_batch_size_per_gpu,
+        max_grad_norm=config.gradient_clipping,
+        lr_scheduler=scheduler,
+        observers=(*_observers(config), *observers),
+        dataloader=loader,
+        device=device_kind.device(),
+        decisions=decisions,
+    )
+
+
+def _precision(config: configuration.Config, device: Accelerator) -> tuple[Precision, str]:
+    formats = config.resolve_precision(
+        bf16_is_fast=device.computes_fast(torch.bfloat16),
+        fp16_is_fast=device.computes_fast(torch.float16),
+    )
+    compute, grad, autocast = (
+        _DTYPES[name] if name else None for name in (formats.compute, formats.grad, formats.autocast)
+    )
+    for dtype in (compute, autocast):
+        if dtype is not None and not device.supports(dtype):
+            raise ConfigError(
+                f"{'fp16' if dtype is torch.float16 else 'bf16'}.enabled: this {device.kind} "
+                f"device cannot compute in {str(dtype).removeprefix('torch.')}; use "
+                f'"auto", or leave it off'
+            )
+    if compute is not None and grad is None and config.gradient_accumulation_steps > 1:
+        # Sums of many 16-bit gradients lose their last bits; DeepSpeed's bf16 accumulates so too.
+        grad = torch.float32
+    scale = formats.loss_scale
+    precision = Precision(
+        compute=compute,
+        master=_DTYPES[formats.master] if formats.master else None,
+        grad=grad,
+        autocast=autocast,
+        loss_scale=None if scale is None else LossScale(**vars(scale)),
+    )
+    return precision, formats.reason
+
+
+def _place(model: nn.Module, device: torch.device) -> None:
+    """Move the model to the device; parameters that are sharded already stay where they are."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(tensor.device != device for tensor in tensors):
+        model.to(device)
+
+
+def _optimizer(
+    model: nn.Module, config: configuration.Config, given: torch.optim.Optimizer | None
+) -> torch.optim.Optimizer:
+    if given is not None and config.optimizer is not None:
+        logger.info("optimizer: the given one is used, the config's section is not")
+    if given is not None:
+        return given
+    if config.optimizer is None:
+        raise DsError(
+            'initialize: there is no optimizer; add an "optimizer" section to the config, such as '
+            '{"type": "AdamW", "params": {"lr": 1e-3}}, or pass optimizer='
+        )
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    if not trainable:
+        raise DsError(
+            f"model: {type(model).__name__} has no trainable parameter; set requires_grad on what "
+            f"should be trained"
+        )
+    return optimizers.build(config.optimizer, trainable)
+
+
+def _sharding(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: configuration.Config,
+    mesh: comm.Mesh,
+    precision: Precision,
+) -> tuple[Sharding, str]:
+    """The sharding that a section of the config asks for, or plain replication."""
+    chosen: list[tuple[Sharding, str]] = []
+    for name in plugins.registered("sharding"):
+        section = config.section(name)
+        if section is None:
+            continue
+        factory = plugins.load("sharding", name)
+        sharding = factory(model, optimizer, section=section, mesh=mesh, precision=precision)
+        if sharding is not None:
+            chosen.append((sharding, f"{type(sharding).__name__} ({name})"))
+    if len(chosen) > 1:
+        raise ConfigError(
+            f"{chosen[1][1]} and {chosen[0][1]} both claim the model; keep one section"
+        )
+    if chosen:
+        return chosen[0]
+    return Replicated(model, optimizer, mesh=mesh, precision=precision), "none (replicated)"
+
+
+def _scheduler(
+    config: configuration.Config,
+    given: Any,
+    sharding: Sharding,
+    optimizer: torch.optim.Optimizer,
+) -> Any:
+    # Schedules change the groups' hyperparameters, which the sharding shares with `optimizer`.
+    if given is None:
+        return lr_schedules.build(config.scheduler, optimizer) if config.scheduler else None
+    if callable(given) and not hasattr(given, "step"):
+        return given(optimizer)
+    return given
+
+
+def _observers(config: configuration.Config) -> list[Observer]:
+    rank = dist.get_rank()
+    found: list[Observer] = []
+    if config.metrics.jsonl is not None:
+        found.append(JsonLines(config.metrics.jsonl, rank=rank))
+    if config.progress:
+        found.append(Progress(rank=rank, every_steps=config.steps_per_print))
+    for name in sorted(plugins.registered("observers")):
+        made = plugins.load("observers", name)(config)
+        if made is not None:
+            found.append(made)
+    return found
+
+
+def _told_bytes(memory: Mapping[str, int]) -> str:
+    parts = [f"{kind} {size / 2**20:.1f} MiB" for kind, size in memory.items() if size]
+    return ", ".join(parts)

@@ -1,0 +1,39 @@
+"""Checkpoints that load at any world size and sharding, and survive a crash at any byte.
+
+    save("checkpoints", "step10", {"model": {...}, "optimizer": {...}, "step": 10})
+    state = load("checkpoints", state={"model": {...}, "optimizer": {...}, "step": 0})
+
+Every tensor is stored under its fully qualified name as boxes of its global shape, in safetensors
+files with a JSON index; what a rank holds is a plain tensor, a `DTensor`, or a `FlatShard`, and the
+loading ranks may hold something else than the saving ones did. A name is the keys that lead to a
+tensor in the nested state, joined by dots: `model.blocks.0.attn.qkv.weight`,
+`optimizer.exp_avg.blocks.0.attn.qkv.weight`. Values that are not tensors are JSON in the index.
+Nothing that comes from disk is unpickled.
+
+`SafetensorsWriter` and `SafetensorsReader` are the storage alone, for
+`torch.distributed.checkpoint.save` and `load` with any state dict, such as FSDP2's.
+"""
+
+from ds_core.checkpoint.audit import Verified, verify
+from ds_core.checkpoint.boxes import Box, Piece, cut_range
+from ds_core.checkpoint.export import consolidate
+from ds_core.checkpoint.sharded import FlatShard
+from ds_core.checkpoint.storage import SafetensorsReader, SafetensorsWriter
+from ds_core.checkpoint.store import find, latest, load, read_state, save
+
+__all__ = [
+    "save",
+    "load",
+    "latest",
+    "find",
+    "read_state",
+    "verify",
+    "Verified",
+    "consolidate",
+    "FlatShard",
+    "SafetensorsReader",
+    "SafetensorsWriter",
+    "Box",
+    "Piece",
+    "cut_range",
+]

@@ -1,0 +1,202 @@
+"""The sections of the config that ds-core itself owns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from ds_core.config.section import Only, Section
+
+_LATER = "not in ds-core 0.1"
+_ALIASES = MappingProxyType(
+    {
+        **dict.fromkeys(("float", "float32", "torch.float32"), "fp32"),
+        **dict.fromkeys(("half", "float16", "torch.float16"), "fp16"),
+        **dict.fromkeys(("bfloat16", "torch.bfloat16"), "bf16"),
+    }
+)
+
+
+def _dtype_name(value: Any) -> Any:
+    return _ALIASES.get(value, value) if isinstance(value, str) else value
+
+
+def _capitalized(value: Any) -> Any:
+    return value.capitalize() if isinstance(value, str) else value
+
+
+#: A floating-point format; "bfloat16" and "torch.bfloat16" are accepted for "bf16", and so on.
+DtypeName = Annotated[Literal["fp32", "fp16", "bf16"], BeforeValidator(_dtype_name)]
+HalfName = Annotated[Literal["fp16", "bf16"], BeforeValidator(_dtype_name)]
+#: Case does not matter: DeepSpeed accepts "WARN" too.
+TagValidation = Annotated[Literal["Ignore", "Warn", "Fail"], BeforeValidator(_capitalized)]
+Switch = bool | Literal["auto"]
+
+
+class OptimizerSection(Section):
+    """Which optimizer to build, and with what."""
+
+    type: str = Field(
+        description="adam, adamw, sgd, adagrad, or the name of any class of torch.optim in any "
+        'case. As in DeepSpeed, "adam" is AdamW unless params.adam_w_mode is false.'
+    )
+    params: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of that class, checked against it."
+    )
+    legacy_fusion: Annotated[
+        bool, Only(False, because="the old fused kernels are gone; remove the key")
+    ] = Field(
+        default=False, description="Only false: torch's fused kernels are used where they exist."
+    )
+
+
+class SchedulerSection(Section):
+    """Which learning-rate schedule to build, and with what."""
+
+    type: str = Field(
+        description="LRRangeTest, OneCycle, WarmupLR, WarmupDecayLR, WarmupCosineLR, or the name "
+        "of a class of torch.optim.lr_scheduler."
+    )
+    params: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of that class, checked against it."
+    )
+
+
+class Fp16Section(Section):
+    """fp16 parameters and activations, fp32 master copy, scaled loss."""
+
+    enabled: Switch = Field(
+        default=False,
+        description='"auto": on where the device computes fp16 fast, unless bf16 is chosen.',
+    )
+    loss_scale: float = Field(
+        default=0.0, ge=0, description="A constant loss scale; 0 adjusts it while training."
+    )
+    initial_scale_power: int = Field(
+        default=16, ge=0, le=126, description="The first adjusted loss scale is 2 to this power."
+    )
+    loss_scale_window: int = Field(
+        default=1000, ge=1, description="Steps without overflow after which the loss scale doubles."
+    )
+    hysteresis: int = Field(
+        default=2,
+        ge=1,
+        description="The loss scale halves at this many overflows, not at the first.",
+    )
+    consecutive_hysteresis: bool = Field(
+        default=False, description="Whether a step without overflow resets that count."
+    )
+    min_loss_scale: float = Field(
+        default=1.0, gt=0, description="The loss scale never falls below it."
+    )
+    auto_cast: Annotated[
+        bool, Only(False, because=f"{_LATER}; cast inputs to fp16 in the model or the collate_fn")
+    ] = Field(
+        default=False,
+        description="Only false: inputs reach the model as the data loader gives them.",
+    )
+    fp16_master_weights_and_grads: Annotated[
+        bool, Only(False, because=f"{_LATER}; the master copy and its gradient are fp32")
+    ] = Field(default=False, description="Only false: the master copy is fp32.")
+
+
+class Bf16Section(Section):
+    """bf16 parameters and activations, fp32 master copy; no loss scale is needed."""
+
+    enabled: Switch = Field(
+        default=False,
+        description='"auto": on where the device computes bf16 fast; elsewhere the model keeps '
+        "its own dtype.",
+    )
+    immediate_grad_update: bool = Field(
+        default=False,
+        description="Makes no difference: each gradient always goes to its final buffer as "
+        "autograd makes it.",
+    )
+    check_grad_overflow: Annotated[
+        bool, Only(True, because="the norm that clipping needs tells it for free; remove the key")
+    ] = Field(
+        default=True,
+        description="Only true: gradients that are not finite never reach the weights.",
+    )
+    bf16_master_weights_and_grads: Annotated[
+        bool, Only(False, because=f"{_LATER}; the master copy and its gradient are fp32")
+    ] = Field(default=False, description="Only false: the master copy is fp32.")
+    bf16_optimizer_states: Annotated[
+        bool, Only(False, because=f"{_LATER}; optimizer states are fp32")
+    ] = Field(default=False, description="Only false: optimizer states are fp32.")
+
+
+class TorchAutocastSection(Section):
+    """torch.autocast around forward; parameters keep the dtype of the model."""
+
+    enabled: bool = Field(default=False, description="Whether forward runs under torch.autocast.")
+    dtype: HalfName = Field(
+        default="bf16",
+        description="The dtype of autocast; fp16 also scales the loss as `fp16` says.",
+    )
+    lower_precision_safe_modules: Annotated[
+        tuple[str, ...] | None,
+        Only(None, because=f"{_LATER}; under autocast every gradient is reduced in its own dtype"),
+    ] = Field(default=None, description="Only null: which operations autocast is torch's own list.")
+
+
+class DataTypesSection(Section):
+    """Number formats of what training keeps beside the parameters."""
+
+    removed: ClassVar[Mapping[str, str]] = {
+        "param_dtype": f'{_LATER}; "bf16" or "fp16" chooses it, else the model keeps its own',
+        "buffer_dtype": f"{_LATER}; buffers keep the dtype that the model gives them",
+        "keep_in_fp32_modules": f"{_LATER}; buffers keep the dtype that the model gives them",
+    }
+
+    grad_accum_dtype: DtypeName | None = Field(
+        default=None,
+        description="Format in which gradients add up over micro-batches; null: fp32 where several "
+        "of them add up, else that of the parameters.",
+    )
+
+
+class ParallelWriteSection(Section):
+    """Who writes a checkpoint."""
+
+    pipeline_stage: bool = Field(
+        default=False, description="Makes no difference: every rank always writes its own shards."
+    )
+
+
+class CheckpointSection(Section):
+    """How checkpoints are named and written."""
+
+    removed: ClassVar[Mapping[str, str]] = {
+        "writer": f"{_LATER}; every rank writes its own shards, atomically",
+    }
+
+    tag_validation: TagValidation = Field(
+        default="Warn", description="What happens when ranks save under different tags; any case."
+    )
+    load_universal: bool = Field(
+        default=False,
+        description="Makes no difference: every checkpoint loads at any world size and stage.",
+    )
+    use_node_local_storage: Annotated[
+        bool, Only(False, because=f"{_LATER}; save to storage that all nodes share")
+    ] = Field(default=False, description="Only false: all ranks save to one directory.")
+    parallel_write: ParallelWriteSection = Field(
+        default_factory=ParallelWriteSection, description="Who writes."
+    )
+    checkpoint_serialization: Annotated[
+        bool, Only(True, because="a checkpoint is always a set of files; remove the key")
+    ] = Field(default=True, description="Only true.")
+
+
+class MetricsSection(Section):
+    """Where ds-core writes the scalars of a run."""
+
+    jsonl: str | None = Field(
+        default=None,
+        description="A file that gets one JSON object per step, written by rank 0; null: none.",
+    )

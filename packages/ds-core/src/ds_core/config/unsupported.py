@@ -1,0 +1,126 @@
+"""Top-level keys of DeepSpeed that ds-core 0.1 does not honour, and what to use instead of each.
+
+Data only. A key is refused with its reason unless it switches the feature off anyway: then
+leaving it out and honouring it are the same, and the file loads as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """Why a key is refused.
+
+    Attributes:
+        reason: what is missing and what to do instead.
+        off: values that ask for nothing, and so are accepted.
+    """
+
+    reason: str
+    off: tuple[Any, ...] = ()
+
+    def is_off(self, value: Any) -> bool:
+        """Whether `value` asks for nothing: an `off` value, or a section with `enabled` false."""
+        if isinstance(value, dict):
+            return value.get("enabled") is False
+        return any(value is off or (value == off and type(value) is type(off)) for off in self.off)
+
+
+_LATER = "not in ds-core 0.1"
+_METRICS = (
+    f'{_LATER}; "metrics": {{"jsonl": "metrics.jsonl"}} writes every scalar, '
+    "which any dashboard can read"
+)
+_DATA = f"{_LATER}; order and size batches in your own sampler or DataLoader"
+
+UNSUPPORTED: Mapping[str, Unsupported] = MappingProxyType(
+    {
+        # Precision
+        "amp": Unsupported('apex is not supported; use "torch_autocast", "bf16" or "fp16"'),
+        "ddp_bf16": Unsupported('not supported; use "bf16"'),
+        "quantize_training": Unsupported("not supported: ds-compress will bring its successor"),
+        "weight_quantization": Unsupported(
+            "belongs to inference, not to training; remove it from this file"
+        ),
+        # Gradients and batches
+        "sparse_gradients": Unsupported(
+            f"{_LATER}; gradients travel dense: use nn.Embedding(sparse=False)", off=(False,)
+        ),
+        "managed_gradient_accumulation": Unsupported(
+            f"{_LATER}; wrap the micro-batches that do not step in engine.no_sync()", off=(True,)
+        ),
+        "disable_allgather": Unsupported("removed; it had no use", off=(False,)),
+        "allgather_size": Unsupported("renamed; use zero_optimization.allgather_bucket_size"),
+        "fp32_allreduce": Unsupported('removed; use "data_types": {"grad_accum_dtype": "fp32"}'),
+        "max_grad_norm": Unsupported("renamed; use gradient_clipping"),
+        "vocabulary_size": Unsupported("removed; it only printed a hint on alignment"),
+        "cpu_offload": Unsupported(
+            f"{_LATER}; offload will be zero_optimization.offload_optimizer of ds-zero",
+            off=(False,),
+        ),
+        # Parallelism
+        "sequence_parallel_size": Unsupported(
+            f"{_LATER}: ds-pipe will bring sequence parallelism", off=(1,)
+        ),
+        "seq_parallel_communication_data_type": Unsupported(
+            f"{_LATER}: ds-pipe will bring sequence parallelism", off=("fp32", None)
+        ),
+        "autotp_size": Unsupported(f"{_LATER}: ds-pipe will bring tensor parallelism", off=(1,)),
+        "use_data_before_expert_parallelism": Unsupported(
+            f"{_LATER}: ds-moe will bring expert parallelism", off=(False,)
+        ),
+        "sparse_attention": Unsupported(
+            "not supported; use torch.nn.functional.scaled_dot_product_attention or "
+            "torch.nn.attention.flex_attention in the model"
+        ),
+        # Memory and compilation
+        "activation_checkpointing": Unsupported(
+            f"{_LATER}; call torch.utils.checkpoint.checkpoint in the model, it works at every "
+            "ZeRO stage"
+        ),
+        "compile": Unsupported(f"{_LATER}; call torch.compile on the model's blocks yourself"),
+        "graph_harvesting": Unsupported(f"{_LATER}; use torch.compile", off=(False,)),
+        "disable_python_gc": Unsupported("not supported; call gc.disable() yourself", off=(False,)),
+        # Checkpoints
+        "nebula": Unsupported('an Azure-only service, not supported; use "checkpoint"'),
+        "datastates_ckpt": Unsupported(f'{_LATER}; use "checkpoint"'),
+        # Data
+        "curriculum_learning": Unsupported(_DATA),
+        "data_efficiency": Unsupported(_DATA),
+        "progressive_layer_drop": Unsupported(
+            f"{_LATER}; drop layers in the model's own forward, by the step that you count"
+        ),
+        "eigenvalue": Unsupported("not supported: ds-compress will bring its successor"),
+        # Observers
+        "tensorboard": Unsupported(_METRICS),
+        "wandb": Unsupported(_METRICS),
+        "csv_monitor": Unsupported(_METRICS),
+        "comet": Unsupported(_METRICS),
+        "comms_logger": Unsupported(
+            f"{_LATER} as a section; ds_core.comm counts every collective, no switch needed"
+        ),
+        "flops_profiler": Unsupported(
+            f"{_LATER}; use torch.utils.flop_counter.FlopCounterMode around a step"
+        ),
+        "timers": Unsupported(f"{_LATER}; use wall_clock_breakdown"),
+        "memory_breakdown": Unsupported(
+            f"{_LATER}; the metrics record memory per rank", off=(False,)
+        ),
+        "dump_state": Unsupported(
+            "removed; `ds config check FILE` prints every effective value", off=(False,)
+        ),
+        # Launch
+        "autotuning": Unsupported(f"{_LATER}; remove the section and choose the values yourself"),
+        "elasticity": Unsupported(
+            f"{_LATER}; checkpoints load at any number of ranks, so restart with another --nproc"
+        ),
+        # Forms of the whole file
+        "hjson": Unsupported("not supported; write plain JSON"),
+        "base64": Unsupported("not supported; pass a mapping or the path of a JSON file"),
+    }
+)

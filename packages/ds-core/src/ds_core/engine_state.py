@@ -1,0 +1,125 @@
+"""What a checkpoint of an engine holds, and how it is put back."""
+
+from __future__ import annotations
+
+import base64
+import os
+import random
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from ds_core.engine import Engine
+
+
+def save(
+    engine: Engine,
+    directory: str | os.PathLike[str],
+    tag: str | None,
+    client_state: Mapping[str, Any] | None,
+) -> str:
+    """See `Engine.save_checkpoint`."""
+    from ds_core import checkpoint
+
+    state = {**_state(engine), "client": dict(client_state or {})}
+    path = checkpoint.save(directory, tag or f"step{engine.global_step}", state)
+    return str(path)
+
+
+def load(
+    engine: Engine, directory: str | os.PathLike[str], tag: str | None
+) -> tuple[str, dict[str, Any]]:
+    """See `Engine.load_checkpoint`."""
+    from ds_core import checkpoint
+
+    engine.sharding.prepare_load()
+    path = checkpoint.find(directory, tag)
+    loaded = checkpoint.load(directory, tag, state=_state(engine))
+    _restore(engine, loaded)
+    return str(path), dict(loaded.get("client", {}))
+
+
+def _state(engine: Engine) -> dict[str, Any]:
+    optimizer = engine.sharding.state_dict()
+    return {
+        "model": {**engine.sharding.model_state(), **_live_buffers(engine)},
+        "optimizer": optimizer["state"],
+        "groups": optimizer["groups"],
+        "engine": {
+            "global_step": engine.global_step,
+            "skipped_steps": engine.skipped_steps,
+            "loss_scale": engine.scaler.state_dict(),
+            "samples": _samples(engine),
+        },
+        "lr_scheduler": _scheduler_state(engine),
+        "rng": {f"rank{_rank()}": _random_state()},
+    }
+
+
+def _restore(engine: Engine, loaded: dict[str, Any]) -> None:
+    engine.sharding.load_state_dict({"state": loaded["optimizer"], "groups": loaded["groups"]})
+    own = loaded["engine"]
+    engine.global_step, engine.skipped_steps = own["global_step"], own["skipped_steps"]
+    engine.scaler.load_state_dict(own["loss_scale"])
+    if engine.lr_scheduler is not None and loaded["lr_scheduler"]:
+        engine.lr_scheduler.load_state_dict(loaded["lr_scheduler"])
+    if engine.dataloader is not None:
+        engine.dataloader.skip_to(own["samples"])
+        engine._batches = None
+    # Random states belong to the ranks that saved them; one that did not exist then starts anew.
+    mine = loaded.get("rng", {}).get(f"rank{_rank()}")
+    if mine is not None:
+        _restore_random_state(mine)
+
+
+def _live_buffers(engine: Engine) -> dict[str, torch.Tensor]:
+    """Buffers themselves, not copies, so that loading fills them in place."""
+    from ds_core.engine import _persistent_buffers
+
+    return dict(_persistent_buffers(engine.module))
+
+
+def _samples(engine: Engine) -> int:
+    return 0 if engine.dataloader is None else engine.dataloader.samples_seen
+
+
+def _scheduler_state(engine: Engine) -> dict[str, Any]:
+    if engine.lr_scheduler is None:
+        return {}
+    state = engine.lr_scheduler.state_dict()
+    return {key: value for key, value in state.items() if not callable(value)}
+
+
+def _random_state() -> dict[str, Any]:
+    """States of the generators of torch and Python, as JSON-able text and numbers."""
+    version, internal, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "torch": _as_text(torch.get_rng_state()),
+        "python": [version, list(internal), gauss],
+    }
+    if torch.accelerator.is_available():
+        state["accelerator"] = _as_text(torch.get_device_module().get_rng_state())
+    return state
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(_from_text(state["torch"]))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "accelerator" in state and torch.accelerator.is_available():
+        torch.get_device_module().set_rng_state(_from_text(state["accelerator"]))
+
+
+def _as_text(state: torch.Tensor) -> str:
+    return base64.b64encode(bytes(state.tolist())).decode("ascii")
+
+
+def _from_text(text: str) -> torch.Tensor:
+    return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0

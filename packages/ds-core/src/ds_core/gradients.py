@@ -1,0 +1,172 @@
+"""Gradients on their way: from autograd into flat buckets, averaged over ranks while backward runs.
+
+A bucket's reduction starts when its last gradient has come, in an order that is fixed on all
+ranks: a bucket that is complete waits for those before it. What is still missing when backward ends
+(parameters that were not used, branches that differ between ranks) counts as zero, so every rank
+issues the same reductions whatever its own backward touched.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from ds_core import comm
+from torch import nn
+
+
+class Bucket(Protocol):
+    """Parameters whose gradients are reduced in one message."""
+
+    index: int
+    params: list[nn.Parameter]
+    group: comm.Group
+
+    def write_gradient(self, position: int, gradient: torch.Tensor, factor: float) -> None:
+        """Take in `factor * gradient` of the parameter at `position`."""
+
+    def start_reduce(self) -> comm.Pending:
+        """Start summing over the group what was taken in. Collective."""
+
+    def finish_reduce(self) -> None:
+        """The sum is complete."""
+
+
+B = TypeVar("B", bound=Bucket)
+
+
+class GradientReducer(Generic[B]):
+    """Collects and averages the gradients of one model.
+
+    Args:
+        buckets: every trainable parameter in exactly one.
+        ensure_begun: tells the watch over backwards that one is under way.
+        bucket_done: called when all gradients of a bucket have come in a backward.
+    """
+
+    def __init__(
+        self,
+        buckets: list[B],
+        ensure_begun: Callable[[], None],
+        bucket_done: Callable[[B], None],
+    ) -> None:
+        self._buckets = buckets
+        self._order = list(reversed(buckets))
+        self._ensure_begun, self._bucket_done = ensure_begun, bucket_done
+        self._missing: dict[int, int] = {}
+        self._completed: list[int] = []
+        self._next = 0
+        self._in_flight: tuple[B, comm.Pending] | None = None
+        #: Whether backwards reduce; if not, gradients only accumulate locally.
+        self.sync = True
+        self._order_agreed = False
+        self._handles: list[Any] = []
+        here = weakref.ref(self)
+        for bucket in buckets:
+            for position, param in enumerate(bucket.params):
+                self._handles.append(_on_gradient(param, here, bucket, position))
+        self.begin()
+
+    def close(self) -> None:
+        """Remove every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards inside only accumulate locally, in full-size gradients."""
+        before, self.sync = self.sync, False
+        try:
+            yield
+        finally:
+            self.sync = before
+
+    def begin(self) -> None:
+        """A backward begins: no gradient of it has come."""
+        self._drain()  # an exception may have ended the last one in the middle
+        self._missing = {bucket.index: len(bucket.params) for bucket in self._buckets}
+        self._completed, self._next = [], 0
+
+    def receive(self, bucket: B, position: int, param: nn.Parameter) -> None:
+        """Take over the gradient that autograd has just finished for one parameter."""
+        self._ensure_begun()
+        gradient, param.grad = param.grad, None
+        if gradient is None:
+            return
+        bucket.write_gradient(position, gradient, 1.0 / bucket.group.size)
+        self._missing[bucket.index] -= 1
+        if self._missing[bucket.index] == 0:
+            self._completed.append(bucket.index)
+            self._bucket_done(bucket)
+            if self.sync:
+                self._launch_complete()
+
+    def _launch_complete(self) -> None:
+        while self._next < len(self._order):
+            if self._missing[self._order[self._next].index] > 0:
+                return
+            self._launch(self._order[self._next])
+
+    def _launch(self, bucket: B) -> None:
+        # One reduction at a time: its memory is freed before the next but one is allocated.
+        self._drain()
+        self._next += 1
+        self._in_flight = (bucket, bucket.start_reduce())
+
+    def _drain(self) -> None:
+        if self._in_flight is not None:
+            bucket, pending = self._in_flight
+            self._in_flight = None
+            pending.wait()
+            bucket.finish_reduce()
+
+    def finish(self) -> None:
+        """Backward has ended: reduce what has not been, and wait for all of it."""
+        if not self.sync:
+            return
+        while self._next < len(self._order):
+            self._launch(self._order[self._next])
+        self._drain()
+        self._agree_on_order()
+        self._reduce_late()
+
+    def _reduce_late(self) -> None:
+        """Gradients that came after their bucket was reduced (a parameter in two nested backwards).
+
+        All ranks run the same nested backwards, so all of them find the same buckets here.
+        """
+        for bucket in self._order:
+            if self._missing[bucket.index] < 0:
+                pending = bucket.start_reduce()
+                pending.wait()
+                bucket.finish_reduce()
+
+    def _agree_on_order(self) -> None:
+        """After the first backward: reduce in the order in which rank 0's gradients came."""
+        if self._order_agreed or not self._buckets:
+            return
+        group = self._buckets[0].group
+        order = comm.broadcast_object(self._completed, group, caller="gradient order")
+        position = {index: place for place, index in enumerate(order)}
+        self._order.sort(key=lambda bucket: position.get(bucket.index, len(position)))
+        self._order_agreed = True
+
+
+def _on_gradient(
+    param: nn.Parameter,
+    here: Callable[[], GradientReducer[B] | None],
+    bucket: B,
+    position: int,
+) -> Any:
+    weak = weakref.ref(bucket)
+
+    def received(param: nn.Parameter) -> None:
+        reducer, bucket = here(), weak()
+        if reducer is not None and bucket is not None:
+            reducer.receive(bucket, position, param)
+
+    return param.register_post_accumulate_grad_hook(torch._disable_dynamo(received))

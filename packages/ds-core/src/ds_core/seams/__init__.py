@@ -1,0 +1,33 @@
+"""The five seams where the packages of the suite meet.
+
+| seam        | question it answers                                 | default here   | provided by |
+|-------------|-----------------------------------------------------|----------------|-------------|
+| `Sharding`  | who holds parameters, gradients and optimizer state | `Replicated`   | ds-zero     |
+| `Runner`    | how micro-batches flow through the model            | `Sequential`   | ds-pipe     |
+| `Transport` | how a tensor travels in a collective                | `Dense`        | ds-comm     |
+| `Op`        | what computes it                                    | the reference  | ds-ops      |
+| `Observer`  | who watches or adjusts at the step's events         | progress, JSON lines | any   |
+
+Each is a Protocol; a package registers its own under the entry-point group `ds_core.<seam>`.
+`ds_core.testing.contracts` has a test base class for each.
+"""
+
+from ds_core.seams.observer import Event, EventKind, Observer
+from ds_core.seams.op import Implementation, Op
+from ds_core.seams.runner import Runner, Sequential
+from ds_core.seams.sharding import Sharding, ShardingFactory
+from ds_core.seams.transport import Dense, Transport
+
+__all__ = [
+    "Dense",
+    "Event",
+    "EventKind",
+    "Implementation",
+    "Observer",
+    "Op",
+    "Runner",
+    "Sequential",
+    "Sharding",
+    "ShardingFactory",
+    "Transport",
+]

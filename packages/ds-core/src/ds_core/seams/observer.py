@@ -1,0 +1,41 @@
+"""Who watches a training run, or adjusts it, at the events of a step."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from ds_core.engine import Engine
+
+
+class EventKind(enum.Enum):
+    """The events of a run, in their order."""
+
+    START = "start"  # the engine is built; values: what was decided
+    STEP_BEGIN = "step_begin"  # before the first forward of a step
+    FORWARD = "forward"  # a micro-batch's forward is done
+    BACKWARD = "backward"  # a micro-batch's backward is done
+    REDUCED = "reduced"  # gradients are averaged; values: grad_norm
+    STEP_END = "step_end"  # parameters are updated; values: loss, lr, grad_norm, skipped, ...
+    CHECKPOINT = "checkpoint"  # one was saved or loaded; values: path, action
+    CLOSE = "close"  # the engine is closed
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened, at which step, with which figures (names carry their units)."""
+
+    kind: EventKind
+    step: int
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Called on every rank at every event; must not communicate unless all ranks do."""
+
+    def on_event(self, engine: Engine, event: Event) -> None:
+        """See `EventKind` for when, and for what `event.values` holds."""

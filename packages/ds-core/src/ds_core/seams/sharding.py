@@ -1,0 +1,83 @@
+"""Who holds parameters, gradients and optimizer state, and who averages and updates them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from ds_core import comm
+from ds_core.precision import Precision
+
+
+@runtime_checkable
+class Sharding(Protocol):
+    """What the engine asks of a sharding scheme, once it holds a model and an optimizer.
+
+    Life of a step: any number of backwards (each averages gradients over ranks while it runs, or
+    accumulates locally while `accumulate_locally` is set); then `grad_norm`, `update`, `zero_grad`.
+    Every method is collective over the ranks that share the model.
+    """
+
+    accumulate_locally: bool
+    reduces_each_backward: bool
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups, whose hyperparameters a schedule may change."""
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Backwards inside accumulate locally."""
+
+    def grad_norm(self) -> torch.Tensor:
+        """Global L2 norm of the averaged gradients: float64 on the CPU, equal on all ranks."""
+
+    def update(self, grad_scale: float | torch.Tensor = 1.0) -> None:
+        """Step with gradients times `grad_scale`; the model then holds the new parameters."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients."""
+
+    def first_nonfinite(self) -> str | None:
+        """Name of the first parameter of which this rank holds a non-finite gradient."""
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """Every parameter by name, whole, on the CPU."""
+
+    def model_state(self) -> dict[str, Any]:
+        """Parameters by name as a checkpoint holds them: tensors or `FlatShard`s."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer state by name as a checkpoint holds it: {"state": ..., "groups": [...]}."""
+
+    def prepare_load(self) -> None:
+        """Allocate whatever state a checkpoint may fill in."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Adopt the loaded `state_dict()`, whose tensors were filled in place, and publish."""
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that this rank holds between steps, by kind."""
+
+    def close(self) -> None:
+        """Leave the model whole and free of hooks."""
+
+
+class ShardingFactory(Protocol):
+    """What an entry point of the group `ds_core.sharding` is.
+
+    The entry's name is the config section that it serves; `section` is that section's model.
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        section: Any,
+        mesh: comm.Mesh,
+        precision: Precision,
+    ) -> Sharding | None:
+        """Shard the model, or return None if the section asks for nothing."""

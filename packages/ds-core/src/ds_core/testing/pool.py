@@ -1,0 +1,476 @@
+"""A pool of gloo worker processes that tests share.
+
+`run_ranks(2, fn, x)` runs `fn(x)` in two processes with `torch.distributed` initialised and
+returns both results. The processes outlive the call: the second run costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import pickle
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Collection, Mapping
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from ds_core.errors import DsError
+from ds_core.testing.outcome import (
+    Died,
+    Hung,
+    Outcome,
+    Raised,
+    RankFailure,
+    Returned,
+    failed_at,
+    signal_name,
+    summarize,
+)
+from ds_core.testing.task import Task, dumps, reference
+from ds_core.testing.worker import EXIT_NOTICE, RELEASE, STARTED
+from ds_core.testing.worker import __file__ as worker_file
+
+#: How long the peers of a rank that failed may take to notice before they are killed.
+GRACE_S = 15.0
+#: How long a worker may take to start, or to become ready again after a test.
+READY_S = 30.0
+MAX_WORLD_SIZE = 16
+
+
+def run_ranks(
+    world_size: int,
+    fn: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = 60.0,
+    deaths: Collection[int] | Mapping[int, int] = (),
+    initialized: bool = True,
+    **kwargs: Any,
+) -> list[Any]:
+    """What `fn(*args, **kwargs)` returns in each rank of a gloo world, in rank order.
+
+    Every rank is a process of its own with one thread, torchrun's environment (`RANK`,
+    `LOCAL_RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`) on top of the caller's, the
+    caller's working directory, seed 0 and default dtype float32. Output of the ranks is
+    printed here when the run ends, so that pytest shows it with a failure.
+
+    Args:
+        world_size: number of ranks, 1 to 16.
+        fn: a function at the top level of a module or test file; no lambda, no closure.
+        *args, **kwargs: its arguments, pickled; tensors arrive by value.
+        timeout_s: seconds after which ranks that have not finished are dumped and killed.
+        deaths: ranks that `fn` is to kill. As a mapping, the signal that must have killed each.
+        initialized: whether the default process group exists when `fn` starts. If False, `fn`
+            may call `torch.distributed.init_process_group("gloo")` itself.
+
+    Returns:
+        One result per rank. With `deaths`, `Died(signum)` for each of these ranks, and for a
+        survivor its result, or `Raised(type, message)` if it raised.
+
+    Raises:
+        RankFailure: a rank raised, died or hung (and `deaths` does not allow it), or a rank of
+            `deaths` lived. Names the ranks, with the traceback or thread dump of each.
+        TaskError: `fn` cannot be loaded by name in another process.
+    """
+    __tracebackhide__ = True
+    pool = shared_pool()
+    return pool.run(
+        world_size,
+        fn,
+        *args,
+        timeout_s=timeout_s,
+        deaths=deaths,
+        initialized=initialized,
+        **kwargs,
+    )
+
+
+@functools.cache
+def shared_pool() -> RankPool:
+    """This process's pool, made on first use and closed when the process ends."""
+    pool = RankPool()
+    atexit.register(pool.close)
+    return pool
+
+
+class RankPool:
+    """Worker processes that run one function at a time in a fresh world of ranks.
+
+    Nothing starts before the first `run`. Workers are added up to the largest world asked for,
+    and serve one run after the other; those of a run that failed are replaced.
+    `close` ends all of them; they also end when the process that owns the pool does, however
+    it dies.
+    """
+
+    def __init__(self) -> None:
+        self._server: _Server | None = None
+        self._workers: list[_Worker] = []
+
+    def run(
+        self,
+        world_size: int,
+        fn: Callable[..., Any],
+        *args: Any,
+        timeout_s: float = 60.0,
+        deaths: Collection[int] | Mapping[int, int] = (),
+        initialized: bool = True,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """See `run_ranks`."""
+        __tracebackhide__ = True
+        if not 1 <= world_size <= MAX_WORLD_SIZE:
+            raise ValueError(f"run_ranks: world_size: got {world_size}, expected 1 to 16")
+        if any(not 0 <= rank < world_size for rank in deaths):
+            raise ValueError(
+                f"run_ranks: deaths: got ranks {sorted(deaths)}, expected 0 to {world_size - 1}"
+            )
+        function, arguments = reference(fn), dumps((args, kwargs))
+        server, workers = self._ready(world_size)
+        store_file, master_port = server.new_store_file(), _free_port()
+        for rank, worker in enumerate(workers):
+            worker.start(
+                Task(
+                    rank=rank,
+                    world_size=world_size,
+                    store_file=store_file,
+                    master_port=master_port,
+                    timeout_s=timeout_s,
+                    initialized=initialized,
+                    function=function,
+                    arguments=arguments,
+                    environ=dict(os.environ),
+                    sys_path=list(sys.path),
+                    cwd=os.getcwd(),
+                )
+            )
+        outcomes = self._finish(workers, timeout_s, patient=bool(deaths), initialized=initialized)
+        return _judge(fn.__qualname__, outcomes, deaths)
+
+    def close(self) -> None:
+        """End all processes of the pool. It may be used again: a new run starts new ones."""
+        for worker in self._workers:
+            worker.connection.close()
+        self._workers.clear()
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    def _ready(self, count: int) -> tuple[_Server, list[_Worker]]:
+        """The server, started if need be, and `count` workers that wait for a task."""
+        if self._server is not None and not self._server.is_alive():
+            self.close()
+        if self._server is None:
+            self._server = _Server()
+        for worker in self._workers[:count]:
+            if not worker.wait_ready(READY_S):  # it died, or hangs in its own clean-up
+                self._discard(worker)
+        self._server.forget_exits()
+        missing = range(count - len(self._workers))
+        self._workers += [self._server.spawn() for _ in missing]
+        for worker in self._workers[:count]:
+            if not worker.wait_ready(READY_S):
+                text = self._server.log() + worker.new_output()
+                self.close()
+                raise DsError(f"run_ranks: a worker process did not start:\n{text}")
+        return self._server, self._workers[:count]
+
+    def _finish(
+        self, workers: list[_Worker], timeout_s: float, *, patient: bool, initialized: bool
+    ) -> list[Outcome]:
+        """Every rank's outcome; afterwards all workers are becoming idle, or discarded."""
+        try:
+            outcomes = self._collect(workers, timeout_s, patient=patient)
+        except BaseException:
+            for worker in workers:
+                self._discard(worker)
+            raise
+        is_sound = initialized and all(isinstance(outcome, Returned) for outcome in outcomes)
+        for rank, worker in enumerate(workers):
+            worker.echo_output(rank)
+            if is_sound:
+                # It tears its process group down on its own time; the next run waits for that.
+                worker.tell(RELEASE)
+            else:
+                # A broken process group leaves traces that would make the next one hang.
+                self._discard(worker)
+        return outcomes
+
+    def _collect(self, workers: list[_Worker], timeout_s: float, *, patient: bool) -> list[Outcome]:
+        patience = _Patience(timeout_s, ends_at_failure=not patient)
+        outcomes: dict[int, Outcome] = {}
+        self._await(dict(enumerate(workers)), outcomes, patience)
+        started = {rank: worker for rank, worker in enumerate(workers) if rank not in outcomes}
+        for worker in started.values():
+            worker.tell(STARTED)
+        self._await(started, outcomes, patience)
+        return [outcomes[rank] for rank in range(len(workers))]
+
+    def _await(
+        self, awaited: dict[int, _Worker], outcomes: dict[int, Outcome], patience: _Patience
+    ) -> None:
+        """Wait until each worker has started or ended; enter the outcome of those that ended."""
+        pending: dict[Any, int] = {worker.connection: rank for rank, worker in awaited.items()}
+        while pending:
+            for ready in wait(list(pending), patience.left_s()):
+                rank = pending.pop(ready)
+                answer = self._receive(awaited[rank])
+                if answer != STARTED:
+                    outcomes[rank] = answer
+                    patience.note(answer)
+            if patience.left_s() == 0.0:
+                for rank in pending.values():
+                    where = awaited[rank].thread_dump()
+                    outcomes[rank] = Hung(patience.used_s(), where)
+                return
+
+    def _receive(self, worker: _Worker) -> Any:
+        """What a worker says: that it has started, or its rank's outcome."""
+        try:
+            return pickle.loads(worker.connection.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            assert self._server is not None  # a worker exists, so its server does
+            status = self._server.exit_status(worker.pid)
+            signum = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+            exit_code = None if signum else os.waitstatus_to_exitcode(status)
+            return Died(signum, exit_code, worker.last_output())
+
+    def _discard(self, worker: _Worker) -> None:
+        """Kill a worker and take it out of the pool; its place is refilled by the next run."""
+        if worker in self._workers:
+            self._workers.remove(worker)
+        worker.kill()
+
+
+class _Patience:
+    """How long to wait for the ranks of one run: less once one of them has failed."""
+
+    def __init__(self, timeout_s: float, *, ends_at_failure: bool) -> None:
+        self._started = time.monotonic()
+        self._deadline = self._started + timeout_s
+        self._ends_at_failure = ends_at_failure
+
+    def left_s(self) -> float:
+        return max(0.0, self._deadline - time.monotonic())
+
+    def used_s(self) -> float:
+        return round(time.monotonic() - self._started, 1)
+
+    def note(self, outcome: Outcome) -> None:
+        if self._ends_at_failure and not isinstance(outcome, Returned):
+            self._deadline = min(self._deadline, time.monotonic() + GRACE_S)
+
+
+class _Server:
+    """The fork server process, seen from the pool."""
+
+    def __init__(self) -> None:
+        self._log_dir = tempfile.mkdtemp(prefix="ds-ranks-")
+        self._control, far_end = socket.socketpair()
+        self._exits: dict[int, int] = {}
+        self._num_runs = 0
+        preload = ["pytest"] if "pytest" in sys.modules else []
+        with far_end, open(f"{self._log_dir}/server.log", "wb") as log:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    "import sys; from ds_core.testing.worker import main; main(sys.argv[1:])",
+                    str(far_end.fileno()),
+                    self._log_dir,
+                    *preload,
+                ],
+                pass_fds=[far_end.fileno()],
+                env=_server_environ(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # Ctrl-C in a terminal is for the test session alone, which then closes the pool.
+                start_new_session=True,
+            )
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def spawn(self) -> _Worker:
+        """A new worker; it reports by itself when it is ready."""
+        near_end, far_end = socket.socketpair()
+        with far_end, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            socket.send_fds(self._control, [b"+"], [far_end.fileno()])
+        return _Worker(Connection(near_end.detach()), self._log_dir)
+
+    def new_store_file(self) -> str:
+        """Where the ranks of one run meet."""
+        self._num_runs += 1
+        return f"{self._log_dir}/{self._num_runs}.store"
+
+    def exit_status(self, pid: int) -> int:
+        """The wait status of a worker whose connection has closed."""
+        while pid not in self._exits:
+            if not self._read_notice(READY_S):
+                raise DsError(f"run_ranks: the pool's server process is gone:\n{self.log()}")
+        return self._exits.pop(pid)
+
+    def forget_exits(self) -> None:
+        """Read the notices that nobody asked for: the server blocks once they fill the socket."""
+        while self._read_notice(0.0):
+            pass
+        self._exits.clear()
+
+    def _read_notice(self, timeout_s: float) -> bool:
+        """Take in one notice; False if none comes within the time."""
+        readable, _, _ = select.select([self._control], [], [], timeout_s)
+        notice = self._control.recv(EXIT_NOTICE.size, socket.MSG_WAITALL) if readable else b""
+        if len(notice) < EXIT_NOTICE.size:
+            return False
+        pid, status = EXIT_NOTICE.unpack(notice)
+        self._exits[pid] = status
+        return True
+
+    def log(self) -> str:
+        return Path(self._log_dir, "server.log").read_text(errors="replace")
+
+    def close(self) -> None:
+        self._control.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        shutil.rmtree(self._log_dir, ignore_errors=True)
+
+
+class _Worker:
+    """One worker process, seen from the pool."""
+
+    def __init__(self, connection: Connection, log_dir: str) -> None:
+        self.connection = connection
+        self.pid = 0
+        self._log_dir = log_dir
+        self._log_offset = 0
+        self._is_ready = False
+
+    def start(self, task: Task) -> None:
+        self._is_ready = False
+        self.connection.send_bytes(pickle.dumps(task))
+
+    def tell(self, word: str) -> None:
+        with contextlib.suppress(OSError):  # a worker that has died shows when it is awaited
+            self.connection.send(word)
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Whether the worker is idle, waiting for it up to `timeout_s`."""
+        if self._is_ready:
+            # An idle worker says nothing: something to read means that its end has closed.
+            return not self.connection.poll()
+        try:
+            if not self.connection.poll(timeout_s):
+                return False
+            _, self.pid = self.connection.recv()
+        except (EOFError, OSError):
+            return False
+        self._is_ready = True
+        return True
+
+    def kill(self) -> None:
+        if self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+        self.connection.close()
+
+    def thread_dump(self) -> str:
+        """The Python stacks of all threads of a worker that hangs."""
+        self.new_output()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGUSR1)
+        text = ""
+        for _ in range(20):  # the dump appears at once unless the machine is overloaded
+            time.sleep(0.05)
+            fresh = self.new_output()
+            if text and not fresh:
+                break
+            text += fresh
+        return _without_own_frames(text)
+
+    def new_output(self) -> str:
+        """What the worker printed since the last call."""
+        log = Path(self._log_dir, f"{self.pid}.log")
+        if not log.exists():
+            return ""
+        with log.open("rb") as file:
+            file.seek(self._log_offset)
+            data = file.read()
+        self._log_offset += len(data)
+        lines = data.decode(errors="replace").splitlines(keepends=True)
+        # gloo announces every connection on stdout.
+        return "".join(line for line in lines if not line.startswith("[Gloo]"))
+
+    def last_output(self, num_lines: int = 40) -> str:
+        return "\n".join(self.new_output().splitlines()[-num_lines:])
+
+    def echo_output(self, rank: int) -> None:
+        for line in self.new_output().splitlines():
+            sys.stdout.write(f"[rank {rank}] {line}\n")
+
+
+def _server_environ() -> dict[str, str]:
+    """The server's environment: finds the same modules, one thread per library."""
+    folders = [folder or os.getcwd() for folder in sys.path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
+
+
+def _without_own_frames(dump: str) -> str:
+    """A thread dump without the frames below the function under test, which say nothing."""
+    kept: list[str] = []
+    is_own = False
+    for line in dump.splitlines():
+        is_own = (is_own and line.startswith("  File ")) or f'"{worker_file}"' in line
+        if not is_own:
+            kept.append(line)
+    return "\n".join(kept).rstrip()
+
+
+def _free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _judge(
+    name: str, outcomes: list[Outcome], deaths: Collection[int] | Mapping[int, int]
+) -> list[Any]:
+    """The results of a run, or the failure that it was."""
+    __tracebackhide__ = True
+    failed = [
+        rank for rank, outcome in enumerate(outcomes) if not _is_allowed(rank, outcome, deaths)
+    ]
+    if failed:
+        # The first to fail is the cause: its peers only lose their connection to it.
+        failed.sort(key=lambda rank: failed_at(outcomes[rank]))
+        listed = "; ".join(f"rank {rank} {summarize(outcomes[rank])}" for rank in failed)
+        expected = f" (expected to die: {_describe(deaths)})" if deaths else ""
+        raise RankFailure(f"{name} in {len(outcomes)} ranks: {listed}{expected}", outcomes)
+    return [outcome.value if isinstance(outcome, Returned) else outcome for outcome in outcomes]
+
+
+def _is_allowed(rank: int, outcome: Outcome, deaths: Collection[int] | Mapping[int, int]) -> bool:
+    if rank not in deaths:
+        return isinstance(outcome, Returned) or (bool(deaths) and isinstance(outcome, Raised))
+    signum = deaths[rank] if isinstance(deaths, Mapping) else None
+    return isinstance(outcome, Died) and signum in (None, outcome.signum)
+
+
+def _describe(deaths: Collection[int] | Mapping[int, int]) -> str:
+    if isinstance(deaths, Mapping):
+        return ", ".join(f"rank {rank} by {signal_name(num)}" for rank, num in deaths.items())
+    return ", ".join(f"rank {rank}" for rank in sorted(deaths))

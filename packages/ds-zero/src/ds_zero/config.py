@@ -1,0 +1,269 @@
+"""The `zero_optimization` section: each key of DeepSpeed honoured, explained or refused."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from ds_core.config import Only, Section, refusal
+
+_LATER = "not in ds-zero 0.1"
+_NO_OFFLOAD = f'{_LATER}; use "none", a higher stage, or more ranks'
+_NO_HIERARCHY = f"{_LATER}; every rank of the data-parallel group holds one shard"
+_DENSE = f"{_LATER}; weights and gradients travel dense; remove the key"
+
+#: Blocks whose experts run by the data: gathering them one by one would differ between ranks.
+_MOE_BLOCKS = (
+    "transformers.models.mixtral.modeling_mixtral.MixtralSparseMoeBlock",
+    "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeSparseMoeBlock",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock",
+)
+
+
+def _several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_several)]
+
+
+class LeafModuleSection(Section):
+    """Modules that stage 3 gathers and reduces as one unit. A single string is a list of one."""
+
+    classes: Names = Field(
+        default=_MOE_BLOCKS, description="Classes, by name or by full path; absent ones do no harm."
+    )
+    names: Names = Field(default=(), description="Qualified names of modules in the model.")
+    name_suffixes: Names = Field(default=(), description="Ends of qualified names.")
+
+
+class OffloadOptimizerSection(Section):
+    """Where optimizer states live. Only `device` "none" so far: the rest says how to offload."""
+
+    device: Annotated[Literal["none", "cpu", "nvme"], Only("none", because=_NO_OFFLOAD)] = Field(
+        default="none", description='Only "none": optimizer states stay on the device.'
+    )
+    nvme_path: str | None = Field(default=None, description="Unused without offload.")
+    buffer_count: int = Field(default=4, ge=0, description="Unused without offload.")
+    pin_memory: bool = Field(default=True, description="Unused without offload.")
+    pipeline_read: bool = Field(default=False, description="Unused without offload.")
+    pipeline_write: bool = Field(default=False, description="Unused without offload.")
+    fast_init: bool = Field(default=False, description="Unused without offload.")
+    ratio: float = Field(default=1.0, ge=0, le=1, description="Unused without offload.")
+    super_offload: Annotated[bool, Only(False, because=f"{_LATER}; remove the key")] = Field(
+        default=False, description="Only false."
+    )
+    cpuadam_cores_perc: float = Field(
+        default=0.8, ge=0, le=1, description="Unused without offload."
+    )
+
+
+class OffloadParamSection(Section):
+    """Where parameter shards live. Only `device` "none" so far: the rest says how to offload."""
+
+    device: Annotated[Literal["none", "cpu", "nvme"], Only("none", because=_NO_OFFLOAD)] = Field(
+        default="none", description='Only "none": parameter shards stay on the device.'
+    )
+    nvme_path: str | None = Field(default=None, description="Unused without offload.")
+    buffer_count: int = Field(default=5, ge=0, description="Unused without offload.")
+    buffer_size: int = Field(default=100_000_000, ge=0, description="Unused without offload.")
+    max_in_cpu: int = Field(default=1_000_000_000, ge=0, description="Unused without offload.")
+    pin_memory: bool = Field(default=True, description="Unused without offload.")
+
+
+class ZeroSection(Section):
+    """What is sharded over the data-parallel ranks, and how shards move.
+
+    Sizes are counts of elements, as in DeepSpeed. A unit (the parameters of a block in one flat
+    buffer) is what travels here, so several of DeepSpeed's sizes have nothing left to bound; their
+    descriptions say so.
+    """
+
+    removed: ClassVar[Mapping[str, str]] = {
+        "cpu_offload": f'deprecated name of "offload_optimizer": {{"device": "cpu"}}, which is '
+        f"{_LATER}; remove it",
+        "cpu_offload_param": f'deprecated name of "offload_param": {{"device": "cpu"}}, which is '
+        f"{_LATER}; remove it",
+        "cpu_offload_params": f'deprecated name of "offload_param": {{"device": "cpu"}}, which is '
+        f"{_LATER}; remove it",
+        "cpu_offload_use_pin_memory": "deprecated name of offload_optimizer.pin_memory; remove it",
+        "stage3_gather_fp16_weights_on_model_save": "deprecated; use "
+        "stage3_gather_16bit_weights_on_model_save",
+        "legacy_stage1": "the old implementation of stage 1 is gone; remove it",
+        "grad_hooks": "documented by DeepSpeed but never a key of its code; remove it",
+        "allgather_size": "renamed; use allgather_bucket_size",
+        "zenflow": f"{_LATER}; remove it: without offload there is nothing to hide",
+        "zeropp_loco_param": f"{_LATER}; gradients travel dense, so there is no error to feed back",
+    }
+
+    # What is sharded
+    stage: Literal[0, 1, 2, 3] = Field(
+        default=0,
+        description="0: nothing; 1: optimizer states; 2: gradients too; 3: parameters too.",
+    )
+
+    # Reducing gradients (stages 1, 2) and gathering parameters
+    reduce_scatter: bool = Field(
+        default=True,
+        description="Makes no difference: sharded gradients are always reduce-scattered.",
+    )
+    reduce_bucket_size: int = Field(
+        default=500_000_000,
+        gt=0,
+        description="Makes no difference: a gradient travels with its unit.",
+    )
+    allgather_partitions: bool = Field(
+        default=True, description="Makes no difference: updated parameters are always all-gathered."
+    )
+    allgather_bucket_size: int = Field(
+        default=500_000_000,
+        ge=0,
+        description="Makes no difference: a parameter travels with its unit.",
+    )
+    overlap_comm: bool | None = Field(
+        default=None,
+        description="Makes no difference to results: collectives run beside the computation "
+        "wherever the backend can.",
+    )
+    contiguous_gradients: bool = Field(
+        default=True,
+        description="Makes no difference: gradients are always views of one flat buffer.",
+    )
+    use_multi_rank_bucket_allreduce: bool = Field(
+        default=True,
+        description="Makes no difference: a unit's reduction always serves all its owners.",
+    )
+    round_robin_gradients: bool = Field(
+        default=False, description="Makes no difference without offload."
+    )
+    parameter_alignment: bool = Field(
+        default=False,
+        description="Makes no difference to results: flat buffers have their own padding.",
+    )
+    ignore_unused_parameters: Annotated[
+        bool,
+        Only(True, because=f"{_LATER}; parameters without a gradient count as zero at every stage"),
+    ] = Field(
+        default=True, description="Only true: a parameter that a step does not use is no error."
+    )
+    compute_grad_norm: Annotated[
+        bool, Only(True, because="the norm costs one pass over this rank's shard; remove the key")
+    ] = Field(default=True, description="Only true: the global gradient norm is always known.")
+
+    # Stage 3
+    stage3_prefetch_bucket_size: int = Field(
+        default=50_000_000,
+        ge=0,
+        description="Makes no difference: what is gathered ahead is one unit.",
+    )
+    stage3_param_persistence_threshold: int = Field(
+        default=100_000,
+        ge=0,
+        description="Makes no difference: a small parameter travels with its unit, so sharding it "
+        "costs no message of its own.",
+    )
+    stage3_model_persistence_threshold: int = Field(
+        default=sys.maxsize,
+        ge=0,
+        description="Makes no difference: see stage3_param_persistence_threshold.",
+    )
+    stage3_max_live_parameters: int = Field(
+        default=1_000_000_000,
+        ge=0,
+        description="Makes no difference: at most two units are whole at a time, and the root.",
+    )
+    stage3_max_reuse_distance: int = Field(
+        default=1_000_000_000,
+        ge=0,
+        description="Makes no difference: a unit is freed after its forward and its backward.",
+    )
+    stage3_module_granularity_threshold: int = Field(
+        default=0, ge=0, description="Makes no difference: small blocks are merged into one unit."
+    )
+    stage3_use_all_reduce_for_fetch_params: bool = Field(
+        default=False,
+        description="Makes no difference: a unit is gathered in place, without copies.",
+    )
+    stage3_allgather_sequential: bool = Field(
+        default=False,
+        description="Makes no difference: a unit is gathered in place, without copies.",
+    )
+    stage3_gather_16bit_weights_on_model_save: bool = Field(
+        default=False, description="Makes no difference: state_dict() always holds full weights."
+    )
+    sub_group_size: int = Field(
+        default=1_000_000_000, ge=0, description="Makes no difference without offload."
+    )
+    leaf_module: LeafModuleSection = Field(
+        default_factory=LeafModuleSection, description="What is gathered as one unit."
+    )
+    memory_efficient_linear: bool = Field(
+        default=True,
+        description="Makes no difference: autograd saves views that a freed unit empties.",
+    )
+    override_module_apply: bool = Field(
+        default=True, description="Makes no difference: nn.Module.apply is left alone."
+    )
+    log_trace_cache_warnings: bool = Field(
+        default=False,
+        description="Makes no difference: a changed order of use is traced again, without a loss.",
+    )
+    pipeline_loading_checkpoint: bool = Field(
+        default=False, description="Makes no difference: every rank reads only its own part."
+    )
+    enable_sanity_checks: Annotated[
+        bool, Only(False, because=f"{_LATER}; what can go wrong is checked always")
+    ] = Field(default=False, description="Only false: checks are always on.")
+
+    # Checkpoints
+    load_from_fp32_weights: Annotated[
+        bool, Only(True, because=f"{_LATER}; the fp32 weights of a checkpoint are always restored")
+    ] = Field(default=True, description="Only true: the master copy resumes without loss.")
+    elastic_checkpoint: bool = Field(
+        default=False,
+        description="Makes no difference: every checkpoint loads at any number of ranks.",
+    )
+
+    # Offload
+    offload_optimizer: OffloadOptimizerSection | None = Field(
+        default=None, description="Where optimizer states live; null: on the device."
+    )
+    offload_param: OffloadParamSection | None = Field(
+        default=None, description="Where parameter shards live; null: on the device."
+    )
+    save_muon_momentum_buffer_in_memory: Annotated[
+        bool, Only(False, because=f"{_LATER}; without offload every state is in memory")
+    ] = Field(default=False, description="Only false: there is no NVMe to keep it from.")
+
+    # Hierarchy and quantization
+    zero_hpz_partition_size: Annotated[int, Only(1, because=_NO_HIERARCHY)] = Field(
+        default=1, description="Only 1: no second copy of the parameters within a node."
+    )
+    mics_shard_size: Annotated[int, Only(-1, because=_NO_HIERARCHY)] = Field(
+        default=-1, description="Only -1: parameters are sharded over all data-parallel ranks."
+    )
+    mics_hierarchical_params_gather: Annotated[bool, Only(False, because=_NO_HIERARCHY)] = Field(
+        default=False, description="Only false: a gather is one collective."
+    )
+    zero_quantized_weights: Annotated[bool, Only(False, because=_DENSE)] = Field(
+        default=False, description="Only false: weights travel as they are."
+    )
+    zero_quantized_nontrainable_weights: Annotated[bool, Only(False, because=_DENSE)] = Field(
+        default=False, description="Only false: frozen weights are stored and travel as they are."
+    )
+    zero_quantized_gradients: Annotated[bool, Only(False, because=_DENSE)] = Field(
+        default=False, description="Only false: gradients travel as they are."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_switch(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            stage = 1 if value else 0
+            raise refusal(
+                f'got {str(value).lower()}, the form of 2020; use {{"stage": {stage}}} or higher'
+            )
+        return value

@@ -1,0 +1,41 @@
+"""ds-zero behind the engine: what `zero_optimization` in a config asks for."""
+
+from __future__ import annotations
+
+import torch
+from ds_core import comm
+from ds_core.precision import Precision
+from torch import nn
+
+from ds_zero.api import shard
+from ds_zero.config import ZeroSection
+from ds_zero.optimizer import ZeroOptimizer
+
+
+def from_config(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    section: ZeroSection,
+    mesh: comm.Mesh,
+    precision: Precision,
+) -> ZeroOptimizer | None:
+    """Shard as the section says; None at stage 0. Entry point of `ds_core.sharding`."""
+    if section.stage == 0:
+        return None
+    leaf = section.leaf_module
+    patterns = [*leaf.names, *(f"*{suffix}" for suffix in leaf.name_suffixes)]
+    classes = {
+        type(module)
+        for module in model.modules()
+        if type(module).__name__ in {name.rpartition(".")[2] for name in leaf.classes}
+    }
+    return shard(
+        model,
+        optimizer,
+        section.stage,
+        mesh=mesh,
+        leaf_modules=[*patterns, *classes],
+        precision=precision,
+        prefetch=1 if section.stage3_prefetch_bucket_size else 0,
+    )
