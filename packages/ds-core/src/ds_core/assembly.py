@@ -22,7 +22,7 @@ from ds_core.errors import ConfigError, DsError
 from ds_core.observers import JsonLines, Progress
 from ds_core.precision import LossScale, Precision
 from ds_core.replicated import Replicated
-from ds_core.seams import Observer, Sharding
+from ds_core.seams import Dense, Observer, Sharding
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +66,17 @@ def initialize(
         random.seed(config.seed)
         torch.manual_seed(config.seed)
     if config.log_level is not None:
-        logging.getLogger("ds_core").setLevel(config.log_level.upper())
+        for package in ("ds_core", *(name.partition(".")[0] for name in _plugin_modules())):
+            logging.getLogger(package).setLevel(config.log_level.upper())
     precision, reason = _precision(config, device_kind)
     _place(model, device_kind.device())
     optimizer = _optimizer(model, config, optimizer)
-    sharding, name = _sharding(model, optimizer, config, mesh, precision)
+    transport = _provided("transports", config, mesh=mesh) or Dense()
+    parts = {"mesh": mesh, "precision": precision, "transport": transport}
+    sharding: Sharding = _provided(
+        "sharding", config, model=model, optimizer=optimizer, **parts
+    ) or Replicated(model, optimizer, **parts)
+    runner = _provided("runners", config, model=model, mesh=mesh)
     scheduler = _scheduler(config, lr_scheduler, sharding, optimizer)
     dp = mesh.group("dp")
     loader = None
@@ -89,7 +95,7 @@ def initialize(
         or "1",
         "device": device_kind.kind,
         "precision": f"{precision}" + (f" ({reason})" if reason else ""),
-        "sharding": name,
+        "sharding": str(sharding),
         "batch": f"{config.train_batch_size} = {config.train_micro_batch_size_per_gpu} per "
         f"micro-batch x {config.gradient_accumulation_steps} accumulated x {data_ranks} ranks",
         "model state per rank": _told_bytes(sharding.memory()),
@@ -103,6 +109,7 @@ def initialize(
         micro_batch_size=config.train_micro_batch_size_per_gpu,
         max_grad_norm=config.gradient_clipping,
         lr_scheduler=scheduler,
+        runner=runner,
         observers=(*_observers(config), *observers),
         dataloader=loader,
         device=device_kind.device(),
@@ -167,30 +174,26 @@ def _optimizer(
     return optimizers.build(config.optimizer, trainable)
 
 
-def _sharding(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    config: configuration.Config,
-    mesh: comm.Mesh,
-    precision: Precision,
-) -> tuple[Sharding, str]:
-    """The sharding that a section of the config asks for, or plain replication."""
-    chosen: list[tuple[Sharding, str]] = []
-    for name in plugins.registered("sharding"):
+def _provided(seam: plugins.Seam, config: configuration.Config, **parts: Any) -> Any:
+    """What an installed package builds for a seam, or None if no section of the config asks.
+
+    An entry is named by the config section that it serves, and is a callable that takes that
+    section and `parts` by keyword, and returns None for a section that asks for nothing.
+    """
+    found: dict[str, Any] = {}
+    for name in sorted(plugins.registered(seam)):
         section = config.section(name)
-        if section is None:
-            continue
-        factory = plugins.load("sharding", name)
-        sharding = factory(model, optimizer, section=section, mesh=mesh, precision=precision)
-        if sharding is not None:
-            chosen.append((sharding, f"{type(sharding).__name__} ({name})"))
-    if len(chosen) > 1:
+        made = None
+        if section is not None:
+            made = plugins.load(seam, name)(section=section, **parts)
+        if made is not None:
+            found[name] = made
+    if len(found) > 1:
         raise ConfigError(
-            f"{chosen[1][1]} and {chosen[0][1]} both claim the model; keep one section"
+            f"{' and '.join(found)}: each asks for its own {seam}, and there can be one; keep one "
+            f"of these sections"
         )
-    if chosen:
-        return chosen[0]
-    return Replicated(model, optimizer, mesh=mesh, precision=precision), "none (replicated)"
+    return next(iter(found.values()), None)
 
 
 def _scheduler(
@@ -208,17 +211,24 @@ def _scheduler(
 
 
 def _observers(config: configuration.Config) -> list[Observer]:
-    rank = dist.get_rank()
+    rank, breakdown = dist.get_rank(), config.wall_clock_breakdown
     found: list[Observer] = []
     if config.metrics.jsonl is not None:
-        found.append(JsonLines(config.metrics.jsonl, rank=rank))
+        found.append(JsonLines(config.metrics.jsonl, rank=rank, breakdown=breakdown))
     if config.progress:
-        found.append(Progress(rank=rank, every_steps=config.steps_per_print))
+        every = config.steps_per_print
+        found.append(Progress(rank=rank, every_steps=every, breakdown=breakdown))
     for name in sorted(plugins.registered("observers")):
         made = plugins.load("observers", name)(config)
         if made is not None:
             found.append(made)
     return found
+
+
+def _plugin_modules() -> list[str]:
+    """Modules of the installed packages that take part in a run."""
+    entries = [*plugins.registered("sharding").values(), *plugins.registered("observers").values()]
+    return [entry.module for entry in entries]
 
 
 def _told_bytes(memory: Mapping[str, int]) -> str:

@@ -131,6 +131,9 @@ class Replicated:
         for group in self.optimizer.param_groups if replaced else ():
             group["params"] = [replaced.get(id(p), p) for p in group["params"]]
 
+    def __str__(self) -> str:
+        return "none: every rank holds everything"
+
     # ------------------------------------------------------------------ backward
 
     def _begin(self) -> None:

@@ -11,8 +11,9 @@ from ds_core.precision import Precision
 from ds_core.seams import Dense, Transport
 from torch import nn
 
+from ds_zero.checks import OWNER
 from ds_zero.errors import ShardError
-from ds_zero.optimizer import OWNER, ZeroOptimizer
+from ds_zero.optimizer import ZeroOptimizer
 from ds_zero.plan import Selector
 
 

@@ -13,6 +13,9 @@ from torch import nn
 from ds_zero.errors import ShardError
 from ds_zero.plan import ParamSpec
 
+#: Attribute by which a parameter finds the optimizer that shards it.
+OWNER = "_ds_zero_owner"
+
 # These compute an update from a whole matrix or from all parameters at once, not element by
 # element, so they would be wrong on a flat shard.
 _NOT_ELEMENTWISE = ("LBFGS", "Adafactor", "Muon", "SparseAdam", "Shampoo", "SOAP", "LAMB", "Lamb")
@@ -48,6 +51,7 @@ def parameters_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Pa
     for index, group in enumerate(optimizer.param_groups):
         group_of.update((id(param), index) for param in group["params"])
     named = dict(model.named_parameters())
+    _check_model(model, named)
     if not any(param.requires_grad for param in named.values()):
         raise ShardError(
             f"model: {type(model).__name__} has no trainable parameter ({len(named)} frozen); set "
@@ -72,6 +76,31 @@ def parameters_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Pa
         ParamSpec(name, param, group_of.get(id(param)) if param.requires_grad else None)
         for name, param in named.items()
     ]
+
+
+def _check_model(model: nn.Module, named: dict[str, nn.Parameter]) -> None:
+    """Raise ShardError for a model that something else distributes, or that has no values."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ShardError(
+            "model: it is wrapped in DistributedDataParallel, which averages gradients too; "
+            "shard the module inside it instead: ds_zero.shard(ddp.module, ...)"
+        )
+    for name, param in named.items():
+        if param.is_meta:
+            raise ShardError(
+                f"model: parameter {name!r} is on the meta device and has no values; build the "
+                f"model under ds_zero.Init(), or materialize it first"
+            )
+        if hasattr(param, "to_local"):  # a DTensor; importing its class takes half a second
+            raise ShardError(
+                f"model: parameter {name!r} is a DTensor; ds-zero 0.1 shards plain parameters "
+                f"(fully_shard and tensor-parallel styles cannot be combined with it yet)"
+            )
+        if hasattr(param, OWNER):
+            raise ShardError(
+                f"model: parameter {name!r} is sharded already; call close() on the optimizer that "
+                f"shards it first"
+            )
 
 
 def check_same_on_all_ranks(specs: list[ParamSpec], group: comm.Group) -> None:

@@ -186,6 +186,10 @@ class GatherRuntime:
             if unit.index not in keep:
                 self._release(unit)
 
+    def settle(self) -> None:
+        """Free what a forward without a backward left whole, so that all ranks are alike."""
+        self._release_all(keep=set())
+
     # ------------------------------------------------------------------ units
 
     def _before_forward(self, units: list[Unit], inputs: Any) -> None:

@@ -16,14 +16,11 @@ from ds_core.seams import Transport
 from torch import nn
 
 from ds_zero import checks, fused, state
+from ds_zero.checks import OWNER
 from ds_zero.gather import GatherRuntime
-from ds_zero.plan import ParamSpec, Selector, plan_units
+from ds_zero.plan import Selector, plan_units
 from ds_zero.sharded_param import show_class
 from ds_zero.unit import Unit
-
-#: Attribute by which a parameter finds the optimizer that shards it.
-OWNER = "_ds_zero_owner"
-
 
 class ZeroOptimizer(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` over a model that is sharded over ranks; made by `ds_zero.shard`.
@@ -117,6 +114,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def state(self, value: Any) -> None:
         self._inner.state = value
 
+    def __str__(self) -> str:
+        group = self.units[0].group
+        return f"ZeRO stage {self.stage}, {len(self.units)} units over {group.size} ranks"
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: units are laid out when the model is sharded."""
         checks.refuse_new_group()
@@ -205,6 +206,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Unit by unit, so that the gathers of one overlap the arithmetic of the next. A parameter
         that no rank used keeps its value and state, as in plain PyTorch. Collective.
         """
+        if self._gather is not None:
+            self._gather.settle()
         if self._agreed is None:
             self._agreed = _agree(self._trainable, with_norm=False)
         used = self._agreed.used
@@ -343,6 +346,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for unit in self.units:
             for param in unit.params:
                 show_class(param)
+                param.__dict__.pop(OWNER, None)
         self._reducer.close()
         self._watch.close()
 
@@ -393,6 +397,3 @@ def owners_of(params: Iterable[nn.Parameter]) -> dict[int, tuple[ZeroOptimizer, 
     for _, units in found.values():
         units.sort(key=lambda unit: unit.index)
     return found
-
-
-__all__ = ["OWNER", "ParamSpec", "ZeroOptimizer", "owners_of"]

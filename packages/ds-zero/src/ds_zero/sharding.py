@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from ds_core import comm
 from ds_core.precision import Precision
+from ds_core.seams import Transport
 from torch import nn
 
 from ds_zero.api import shard
@@ -13,12 +14,13 @@ from ds_zero.optimizer import ZeroOptimizer
 
 
 def from_config(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
     *,
     section: ZeroSection,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
     mesh: comm.Mesh,
     precision: Precision,
+    transport: Transport,
 ) -> ZeroOptimizer | None:
     """Shard as the section says; None at stage 0. Entry point of `ds_core.sharding`."""
     if section.stage == 0:
@@ -37,5 +39,6 @@ def from_config(
         mesh=mesh,
         leaf_modules=[*patterns, *classes],
         precision=precision,
+        transport=transport,
         prefetch=1 if section.stage3_prefetch_bucket_size else 0,
     )

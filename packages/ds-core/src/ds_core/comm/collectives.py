@@ -88,7 +88,7 @@ def all_gather(
         tag, parts = group.next_tag(), out.view(group.size, size)
         return _exchange(group, tag, lambda peer: own, lambda peer: parts[peer]), None
 
-    return _run("all_gather", group, caller, sent, start, async_op)
+    return _run("all_gather", group, caller, sent, start, async_op, empty=size == 0)
 
 
 def reduce_scatter(
@@ -153,7 +153,7 @@ def reduce_scatter(
         return [work], finish
 
     start = start_exchange if group.backend == "gloo" else start_native
-    return _run("reduce_scatter", group, caller, sent, start, async_op)
+    return _run("reduce_scatter", group, caller, sent, start, async_op, empty=size == 0)
 
 
 def all_reduce(
@@ -176,7 +176,7 @@ def all_reduce(
         options.reduceOp = _REDUCE_OPS[op]
         return [group.pg.allreduce([tensor], options)], None
 
-    return _run("all_reduce", group, caller, sent, start, async_op)
+    return _run("all_reduce", group, caller, sent, start, async_op, empty=tensor.numel() == 0)
 
 
 def all_to_all(
@@ -204,7 +204,7 @@ def all_to_all(
         tag = group.next_tag()
         return _exchange(group, tag, lambda p: parts_in[p], lambda p: parts_out[p]), None
 
-    return _run("all_to_all", group, caller, sent, start, async_op)
+    return _run("all_to_all", group, caller, sent, start, async_op, empty=size == 0)
 
 
 def broadcast(
@@ -339,8 +339,9 @@ def _run(
     sent_bytes: int,
     start: Callable[[], tuple[Sequence[Any], Callable[[], None] | None]],
     async_op: bool,
+    empty: bool = False,
 ) -> Pending | None:
-    if group.size == 1:
+    if group.size == 1 or empty:
         return Pending(op, group, caller, ()) if async_op else None
     try:
         works, finish = start()

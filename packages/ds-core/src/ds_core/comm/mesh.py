@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -70,7 +71,8 @@ class Mesh:
 
     def _build(self) -> DeviceMesh:
         kept = {name: size for name, size in self.axes.items() if size > 1} or {"dp": 1}
-        device = "cpu" if dist.get_backend() == "gloo" else "cuda"
+        accelerator = torch.accelerator.current_accelerator()
+        device = "cpu" if accelerator is None or dist.get_backend() == "gloo" else accelerator.type
         return init_device_mesh(device, tuple(kept.values()), mesh_dim_names=tuple(kept))
 
     def _make(self, axes: tuple[str, ...]) -> Group:

@@ -30,13 +30,16 @@ class JsonLines:
     Args:
         path: appended to; its folder is created.
         rank: global rank of this process; only 0 writes.
+        breakdown: also write the seconds of each phase of a step.
 
     Raises DsError if the file cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, rank: int = 0) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, rank: int = 0, breakdown: bool = False
+    ) -> None:
         self._file: IO[str] | None = None
-        self._throughput = Throughput()
+        self._throughput = Throughput(breakdown=breakdown)
         if rank != 0:
             return
         try:
@@ -53,12 +56,11 @@ class JsonLines:
             self._file.close()
             self._file = None
             return
+        self._throughput.note(engine, event)
         if event.kind not in _KINDS:
             return
         line: dict[str, Any] = {"event": event.kind.value, "step": event.step}
         line.update({key: _plain(value) for key, value in event.values.items()})
-        if event.kind is EventKind.START:
-            self._throughput.start(engine)
         if event.kind is EventKind.STEP_END:
             line.update(self._throughput.read(engine, event.step))
             line["memory_bytes"] = sum(

@@ -10,6 +10,7 @@ from torch import nn
 
 from ds_core import comm
 from ds_core.precision import Precision
+from ds_core.seams.transport import Transport
 
 
 @runtime_checkable
@@ -73,11 +74,12 @@ class ShardingFactory(Protocol):
 
     def __call__(
         self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
         *,
         section: Any,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
         mesh: comm.Mesh,
         precision: Precision,
+        transport: Transport,
     ) -> Sharding | None:
         """Shard the model, or return None if the section asks for nothing."""
