@@ -29,15 +29,19 @@ class _Bucket:
     """Parameters whose gradients lie in one flat buffer."""
 
     def __init__(
-        self, index: int, named: list[tuple[str, nn.Parameter]], group: comm.Group, wire: Transport
+        self,
+        index: int,
+        named: list[tuple[str, nn.Parameter]],
+        group: comm.Group,
+        wire: Transport,
+        dtype: torch.dtype | None,
     ) -> None:
         self.index, self.group, self._wire = index, group, wire
         self.names = [name for name, _ in named]
         self.params = [param for _, param in named]
         self.layout = FlatLayout.pack((name, tuple(p.shape)) for name, p in named)
-        self.flat = torch.zeros(
-            self.layout.numel, dtype=self.params[0].dtype, device=self.params[0].device
-        )
+        first = self.params[0]
+        self.flat = torch.zeros(self.layout.numel, dtype=dtype or first.dtype, device=first.device)
         self.used = [False] * len(named)
         self._fresh = [True] * len(named)
         self._reduced = False
@@ -111,7 +115,9 @@ class Replicated:
         self._all = dict(model.named_parameters())
         self._master: dict[str, nn.Parameter] = {}
         self._broadcast_and_cast(precision, broadcast)
-        self._buckets = _make_buckets(named, self._group, transport or Dense())
+        self._buckets = _make_buckets(
+            named, self._group, transport or Dense(), precision.grad
+        )
         self._watch = BackwardWatch(model, self._begin, self._end)
         self._reducer = GradientReducer(self._buckets, self._watch.ensure_begun, _nothing)
         self._used: dict[str, bool] | None = None
@@ -270,7 +276,10 @@ class Replicated:
 
 
 def _make_buckets(
-    named: dict[str, nn.Parameter], group: comm.Group, wire: Transport
+    named: dict[str, nn.Parameter],
+    group: comm.Group,
+    wire: Transport,
+    dtype: torch.dtype | None,
 ) -> list[_Bucket]:
     runs: dict[torch.dtype, list[tuple[str, nn.Parameter]]] = {}
     buckets: list[_Bucket] = []
@@ -278,9 +287,9 @@ def _make_buckets(
         run = runs.setdefault(param.dtype, [])
         run.append((name, param))
         if sum(p.numel() * p.element_size() for _, p in run) >= BUCKET_BYTES:
-            buckets.append(_Bucket(len(buckets), runs.pop(param.dtype), group, wire))
+            buckets.append(_Bucket(len(buckets), runs.pop(param.dtype), group, wire, dtype))
     for run in runs.values():
-        buckets.append(_Bucket(len(buckets), run, group, wire))
+        buckets.append(_Bucket(len(buckets), run, group, wire, dtype))
     return buckets
 
 

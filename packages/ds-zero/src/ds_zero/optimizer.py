@@ -141,8 +141,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @property
     def reduces_each_backward(self) -> bool:
-        """Stages 2 and 3 reduce each micro-batch, so as not to hold full-size gradients."""
-        return self.stage >= 2
+        """Stages 2 and 3 reduce each micro-batch, so as not to hold full-size gradients.
+
+        So does stage 1 if gradients accumulate in a wider dtype than they have.
+        """
+        return self.stage >= 2 or any(u.grad_dtype != u.dtype for u in self._trainable)
 
     @property
     def accumulate_locally(self) -> bool:
@@ -156,7 +159,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def no_sync(self) -> AbstractContextManager[None]:
         """Backwards inside accumulate locally; the first one outside reduces everything.
 
-        Legal at every stage; at stages 2 and 3 it keeps full-size gradients meanwhile.
+        Legal at every stage; at stages 2 and 3 it keeps full-size gradients meanwhile, in the
+        dtype of the parameters.
         """
         return self._reducer.no_sync()
 

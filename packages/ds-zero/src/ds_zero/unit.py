@@ -93,6 +93,8 @@ class Unit:
         )
         self._fill(values, precision, broadcast)
         self.grad_dtype = precision.grad or self.dtype
+        # Stage 1 keeps full-size gradients anyway: this rank's part of the average is among them.
+        self._grad_in_twin = self.stage == 1 and self.trainable and self.grad_dtype == self.dtype
         self.twin: torch.Tensor | None = None
         self.grad = torch.empty(0)
         self.optimizer_pieces: list[OptimizerPiece] = []
@@ -185,7 +187,7 @@ class Unit:
 
     def _allocate_gradients(self) -> None:
         device = self.full.device
-        if self.stage == 1 and self.grad_dtype == self.dtype:
+        if self._grad_in_twin:
             self.twin = self._new_twin()
             self.grad = self._own(self.twin)
         else:
@@ -205,7 +207,7 @@ class Unit:
         """
         if self.twin is None:
             self.twin = self._new_twin()
-        elif self.stage == 1 and self.has_grad and self.grad.data_ptr() == self._own_pointer():
+        elif self._grad_in_twin and self.has_grad:
             self._reopen(self.twin)
         slot = self.layout.slots[position]
         target = self.twin[slot.offset : slot.end].view(slot.shape)
@@ -217,9 +219,6 @@ class Unit:
         else:
             target.add_(gradient, alpha=factor)
         self.used[position] = True
-
-    def _own_pointer(self) -> int:
-        return 0 if self.twin is None else self._own(self.twin).data_ptr()
 
     def _reopen(self, twin: torch.Tensor) -> None:
         """Accumulate on top of a reduced gradient that lies in the twin (stage 1).
@@ -240,7 +239,7 @@ class Unit:
         """
         if self.twin is None:
             self.twin = self._new_twin()
-        elif self.stage == 1 and self.has_grad and self.grad.data_ptr() == self._own_pointer():
+        elif self._grad_in_twin and self.has_grad:
             self._reopen(self.twin)
         for slot, fresh in zip(self.layout.slots, self._fresh, strict=True):
             if fresh:
@@ -253,7 +252,7 @@ class Unit:
         """The reduction is complete: the twin is no longer needed (stage 1 keeps its memory)."""
         self.has_grad = True
         self._fresh = [True] * len(self.params)
-        if self.twin is not None and self.grad.data_ptr() != self._own_pointer():
+        if not self._grad_in_twin:
             self.twin = None
 
     def clear_gradient(self) -> None:
@@ -261,7 +260,7 @@ class Unit:
         self.has_grad = False
         self.used = [False] * len(self.params)
         self._fresh = [True] * len(self.params)
-        if self.twin is not None and self.grad.data_ptr() != self._own_pointer():
+        if not self._grad_in_twin:
             self.twin = None
 
     # ------------------------------------------------------------------ optimizer
@@ -286,9 +285,8 @@ class Unit:
         numel, own = self.layout.numel, self.layout.shard_numel
         kinds = {"parameters": (own if self.stage == 3 else numel) * self.dtype.itemsize}
         if self.trainable:
-            in_twin = self.grad.data_ptr() == self._own_pointer()
             kinds["gradients"] = (
-                numel * self.dtype.itemsize if in_twin else own * self.grad_dtype.itemsize
+                numel * self.dtype.itemsize if self._grad_in_twin else own * self.grad_dtype.itemsize
             )
         if self.master is not None:
             kinds["master"] = own * self.master.element_size()
@@ -302,8 +300,7 @@ class Unit:
         full = self.layout.padding
         total = (own - used if self.stage == 3 else full) * self.dtype.itemsize
         if self.trainable:
-            in_twin = self.grad.data_ptr() == self._own_pointer()
-            total += full * self.dtype.itemsize if in_twin else (own - used) * self.grad_dtype.itemsize
+            total += full * self.dtype.itemsize if self._grad_in_twin else (own - used) * self.grad_dtype.itemsize
         if self.master is not None:
             total += (own - used) * self.master.element_size()
         return total
