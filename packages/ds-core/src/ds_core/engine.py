@@ -22,6 +22,7 @@ from torch import nn
 
 from ds_core import comm
 from ds_core.backward import differentiable_tensors
+from ds_core.buffers import persistent_buffers
 from ds_core.errors import DsError, NonFiniteError
 from ds_core.precision import LossScaler, Precision
 from ds_core.seams import Event, EventKind, Observer, Runner, Sequential, Sharding
@@ -244,7 +245,7 @@ class Engine(nn.Module):
         with torch.no_grad():
             return {
                 name: tensor.detach().clone()
-                for name, tensor in _persistent_buffers(self.module)
+                for name, tensor in persistent_buffers(self.module)
                 if name not in parameters
             }
 
@@ -308,14 +309,6 @@ class _NoSync(AbstractContextManager[None]):
 
     def __exit__(self, *error: object) -> None:
         self._engine._no_sync = self._before
-
-
-def _persistent_buffers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
-            yield prefix + name, buffer
-    for name, child in module.named_children():
-        yield from _persistent_buffers(child, f"{prefix}{name}.")
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

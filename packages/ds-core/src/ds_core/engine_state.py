@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from ds_core.buffers import persistent_buffers
+
 if TYPE_CHECKING:
     from ds_core.engine import Engine
 
@@ -77,9 +79,7 @@ def _restore(engine: Engine, loaded: dict[str, Any]) -> None:
 
 def _live_buffers(engine: Engine) -> dict[str, torch.Tensor]:
     """Buffers themselves, not copies, so that loading fills them in place."""
-    from ds_core.engine import _persistent_buffers
-
-    return dict(_persistent_buffers(engine.module))
+    return dict(persistent_buffers(engine.module))
 
 
 def _samples(engine: Engine) -> int:
