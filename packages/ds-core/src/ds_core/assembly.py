@@ -72,7 +72,7 @@ def initialize(
     _place(model, device_kind.device())
     optimizer = _optimizer(model, config, optimizer)
     transport = _provided("transports", config, mesh=mesh) or Dense()
-    parts = {"mesh": mesh, "precision": precision, "transport": transport}
+    parts: dict[str, Any] = {"mesh": mesh, "precision": precision, "transport": transport}
     sharding: Sharding = _provided(
         "sharding", config, model=model, optimizer=optimizer, **parts
     ) or Replicated(model, optimizer, **parts)

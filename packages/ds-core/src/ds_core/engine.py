@@ -233,7 +233,7 @@ class Engine(nn.Module):
 
     # ------------------------------------------------------------------ state
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The model's parameters and buffers, whole on every rank, copied to the CPU."""
         state: dict[str, Any] = self.sharding.full_state_dict()
         state.update(self.buffer_state())

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from ds_core import comm
 from torch import nn
+
+from ds_core import comm
 
 
 class Bucket(Protocol):

@@ -41,7 +41,8 @@ def registered(seam: Seam) -> dict[str, EntryPoint]:
         if other is not None and other.value != entry.value:
             raise PluginError(
                 f"ds_core.{seam}: both {_distribution(other)} ({other.value}) and "
-                f"{_distribution(entry)} ({entry.value}) register {entry.name!r}; uninstall one of them"
+                f"{_distribution(entry)} ({entry.value}) register {entry.name!r}; uninstall one "
+                f"of them"
             )
         found[entry.name] = entry
     return found

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from types import TracebackType
 
 import torch
-from ds_core import comm
 from torch import nn
 
+from ds_core import comm
 from ds_zero.errors import ShardError
 from ds_zero.init import record_of
 from ds_zero.optimizer import owners_of
@@ -39,8 +39,8 @@ class GatheredParameters:
         *,
         enabled: bool = True,
     ) -> None:
-        chosen = [params] if isinstance(params, torch.Tensor) else list(params)
-        self._params: list[nn.Parameter] = chosen if enabled else []
+        chosen = [params] if isinstance(params, nn.Parameter) else list(params)
+        self._params = chosen if enabled else []
         self._modifier = modifier_rank
         self._stack = ExitStack()
         self._owners = owners_of(self._params)

@@ -6,11 +6,11 @@ import weakref
 from collections.abc import Iterable
 
 import torch
+from torch import nn
+
 from ds_core import comm
 from ds_core.precision import Precision
 from ds_core.seams import Dense, Transport
-from torch import nn
-
 from ds_zero.checks import OWNER
 from ds_zero.errors import ShardError
 from ds_zero.optimizer import ZeroOptimizer

@@ -6,10 +6,10 @@ import hashlib
 from typing import Any, NoReturn
 
 import torch
-from ds_core import comm
-from ds_core.errors import ModelMismatchError
 from torch import nn
 
+from ds_core import comm
+from ds_core.errors import ModelMismatchError
 from ds_zero.errors import ShardError
 from ds_zero.plan import ParamSpec
 

@@ -29,7 +29,7 @@ def prefer_fused(optimizer: torch.optim.Optimizer) -> None:
             return
     for group in optimizer.param_groups:
         group["fused"] = True
-    optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+    optimizer._step_supports_amp_scaling = True
 
 
 class InnerStep:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ds_core import comm
-from ds_core.backward import differentiable_tensors
 from torch import nn
 
+from ds_core import comm
+from ds_core.backward import differentiable_tensors
 from ds_zero.errors import ShardError
 from ds_zero.order import GatherOrder
 from ds_zero.unit import Unit

@@ -14,10 +14,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from ds_core import comm
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from ds_core import comm
 from ds_zero.errors import ShardError
 from ds_zero.sharded_param import hide, is_sharded, show
 

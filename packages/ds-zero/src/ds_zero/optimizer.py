@@ -7,20 +7,21 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+
 from ds_core import comm
 from ds_core.backward import BackwardWatch
 from ds_core.gradients import GradientReducer
 from ds_core.optimizer_state import allocate_state, load_groups
 from ds_core.precision import Precision
 from ds_core.seams import Transport
-from torch import nn
-
 from ds_zero import checks, fused, state
 from ds_zero.checks import OWNER
 from ds_zero.gather import GatherRuntime
 from ds_zero.plan import Selector, plan_units
 from ds_zero.sharded_param import show_class
 from ds_zero.unit import Unit
+
 
 class ZeroOptimizer(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` over a model that is sharded over ranks; made by `ds_zero.shard`.
@@ -97,7 +98,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     # torch's schedulers and scalers read and write these two.
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The inner optimizer's groups: hyperparameters, and this rank's flat shards."""
         return self._inner.param_groups
 
@@ -106,7 +107,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._inner.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The inner optimizer's state of this rank's flat shards."""
         return self._inner.state
 
@@ -188,7 +189,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return norm
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters with the averaged gradients, clipped if asked for. Collective.
 
         Returns what `closure` (which recomputes the loss) returned, if one was given.
@@ -313,7 +314,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------ state and memory
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """Optimizer state by parameter name, each rank's share as `FlatShard`s, for DCP.
 
         Loads into any stage and world size. See `model_state` for the parameters.

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
-from ds_core.comm import Placement, placement_of
 from torch import nn
 
+from ds_core.comm import Placement, placement_of
 from ds_zero.errors import ShardError
 
 #: How a unit or leaf may be named: a module, a class, or a pattern on qualified names.

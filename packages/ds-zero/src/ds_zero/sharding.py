@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+
 from ds_core import comm
 from ds_core.precision import Precision
 from ds_core.seams import Transport
-from torch import nn
-
 from ds_zero.api import shard
 from ds_zero.config import ZeroSection
 from ds_zero.optimizer import ZeroOptimizer

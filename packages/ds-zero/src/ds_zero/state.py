@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from ds_core import comm
-from ds_core.flat import Piece
 from torch import nn
 
+from ds_core import comm
+from ds_core.flat import Piece
 from ds_zero.errors import ShardError
 from ds_zero.unit import OptimizerPiece, Unit
 

@@ -8,7 +8,7 @@ Per unit of `numel` elements over N ranks (bytes per element: p of the parameter
 | `shard`   | this rank's 1/N of them                         | in full  | in full  | p numel/N  |
 | `twin`    | local gradients, each written once by autograd  | g numel  | transient| transient  |
 | `grad`    | this rank's 1/N of the averaged gradient        | in twin  | g numel/N| g numel/N  |
-| `master`  | this rank's 1/N of the fp32 copy, if there is one | 4 numel/N | 4 numel/N | 4 numel/N |
+| `master`  | this rank's 1/N of the fp32 copy, if any         | 4 numel/N| 4 numel/N| 4 numel/N  |
 
 Source: Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter
 Models", section 5; the flat layout is ours (docs/design.md, section 5).
@@ -20,12 +20,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+
 from ds_core import comm
 from ds_core.flat import FlatLayout
 from ds_core.precision import Precision
 from ds_core.seams import Transport
-from torch import nn
-
 from ds_zero.plan import UnitSpec
 from ds_zero.sharded_param import Keeper, hide, show
 
@@ -105,7 +105,7 @@ class Unit:
         self.used = [False] * len(self.params)
         #: Whether `grad` holds something that the next reduction must be added to.
         self.has_grad = False
-        # Parameters whose place in the twin holds nothing yet: their gradient is written, not added.
+        # Parameters whose place in the twin holds nothing yet: a gradient is written, not added.
         self._fresh = [True] * len(self.params)
 
     # ------------------------------------------------------------------ parameters
@@ -286,7 +286,7 @@ class Unit:
         kinds = {"parameters": (own if self.stage == 3 else numel) * self.dtype.itemsize}
         if self.trainable:
             kinds["gradients"] = (
-                numel * self.dtype.itemsize if self._grad_in_twin else own * self.grad_dtype.itemsize
+                (numel if self._grad_in_twin else own) * self.grad_dtype.itemsize
             )
         if self.master is not None:
             kinds["master"] = own * self.master.element_size()
@@ -300,7 +300,7 @@ class Unit:
         full = self.layout.padding
         total = (own - used if self.stage == 3 else full) * self.dtype.itemsize
         if self.trainable:
-            total += full * self.dtype.itemsize if self._grad_in_twin else (own - used) * self.grad_dtype.itemsize
+            total += (full if self._grad_in_twin else own - used) * self.grad_dtype.itemsize
         if self.master is not None:
             total += (own - used) * self.master.element_size()
         return total

@@ -142,7 +142,7 @@ def reduce_scatter(
     def start_native() -> tuple[Sequence[Any], Callable[[], None] | None]:
         assert group.pg is not None
         target = out if direct else torch.empty_like(own)
-        work = group.pg._reduce_scatter_base(target, full)
+        work = group.pg._reduce_scatter_base(target, full, dist.ReduceScatterOptions())
 
         def finish() -> None:
             if accumulate:
@@ -173,7 +173,7 @@ def all_reduce(
     def start() -> tuple[Sequence[Any], None]:
         assert group.pg is not None
         options = dist.AllreduceOptions()
-        options.reduceOp = _REDUCE_OPS[op]
+        options.reduceOp = dist.ReduceOp(_REDUCE_OPS[op])
         return [group.pg.allreduce([tensor], options)], None
 
     return _run("all_reduce", group, caller, sent, start, async_op, empty=tensor.numel() == 0)

@@ -64,7 +64,7 @@ def shutdown() -> None:
 
 
 def _default_backend() -> str:
-    device = torch.accelerator.current_accelerator()
+    device = torch.accelerator.current_accelerator(check_available=True)
     if device is None:
         return "gloo"
     return str(dist.get_default_backend_for_device(device))

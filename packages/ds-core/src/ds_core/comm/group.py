@@ -72,7 +72,7 @@ class Group:
         """Device on which small control messages of this group must live."""
         if self.backend in ("gloo", "none", "fake"):
             return torch.device("cpu")
-        accelerator = torch.accelerator.current_accelerator()
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
         return torch.device("cpu") if accelerator is None else accelerator
 
     def silent_ranks(self, failure: str) -> list[int]:

@@ -71,7 +71,7 @@ class Mesh:
 
     def _build(self) -> DeviceMesh:
         kept = {name: size for name, size in self.axes.items() if size > 1} or {"dp": 1}
-        accelerator = torch.accelerator.current_accelerator()
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = "cpu" if accelerator is None or dist.get_backend() == "gloo" else accelerator.type
         return init_device_mesh(device, tuple(kept.values()), mesh_dim_names=tuple(kept))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def available(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, 
     return rows
 
 
-@lru_cache(maxsize=None)
+@cache
 def select(name: str, device: torch.device, dtype: torch.dtype, impl: str | None = None) -> Any:
     """The callable that computes op `name` for tensors of such a device and dtype.
 

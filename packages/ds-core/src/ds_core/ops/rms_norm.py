@@ -26,7 +26,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     def make(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    return [(make(*lead, d), make(d)) for lead, d in [((4, 16), 64), ((3,), 127), ((1,), 1), ((0,), 8)]]
+    shapes = [((4, 16), 64), ((3,), 127), ((1,), 1), ((0,), 8)]
+    return [(make(*lead, d), make(d)) for lead, d in shapes]
 
 
 OP = Op(
