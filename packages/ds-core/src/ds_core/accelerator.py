@@ -1,4 +1,4 @@
-"""The device that this process computes on, over `torch.accelerator`, with a CPU as a device too."""
+"""The device that this process computes on, over `torch.accelerator`; a CPU is a device too."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Accelerator:
         return True
 
     def computes_fast(self, dtype: torch.dtype) -> bool:
-        """Whether the device has arithmetic units for `dtype`, so that it is no slower than fp32."""
+        """Whether the device has arithmetic units for `dtype`: it is then no slower than fp32."""
         if self.kind == "cuda":
             return dtype is torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
         if self.kind != "cpu":

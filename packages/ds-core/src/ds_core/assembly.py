@@ -122,9 +122,8 @@ def _precision(config: configuration.Config, device: Accelerator) -> tuple[Preci
         bf16_is_fast=device.computes_fast(torch.bfloat16),
         fp16_is_fast=device.computes_fast(torch.float16),
     )
-    compute, grad, autocast = (
-        _DTYPES[name] if name else None for name in (formats.compute, formats.grad, formats.autocast)
-    )
+    names = (formats.compute, formats.grad, formats.autocast)
+    compute, grad, autocast = (_DTYPES[name] if name else None for name in names)
     for dtype in (compute, autocast):
         if dtype is not None and not device.supports(dtype):
             raise ConfigError(

@@ -11,6 +11,7 @@ Collective: all ranks of `group` must call, with equal shapes and dtypes, in the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -233,7 +234,13 @@ def broadcast(
 
 
 def send(
-    tensor: torch.Tensor, group: Group, *, to: int, tag: int = 0, caller: str = "", async_op: bool = False
+    tensor: torch.Tensor,
+    group: Group,
+    *,
+    to: int,
+    tag: int = 0,
+    caller: str = "",
+    async_op: bool = False,
 ) -> Pending | None:
     """Send `tensor` to rank `to` of the group, which must call `recv`."""
 
@@ -356,7 +363,7 @@ def _run(
 
 
 def _failure(op: str, group: Group, caller: str, error: RuntimeError) -> CommError:
-    cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    cause = _plain(str(error)) or type(error).__name__
     silent = group.silent_ranks(cause)
     who = (
         f"rank {', '.join(map(str, silent))} stopped answering"
@@ -367,6 +374,13 @@ def _failure(op: str, group: Group, caller: str, error: RuntimeError) -> CommErr
         f"{op} of {caller or 'the caller'} in group {group.name!r} (ranks "
         f"{list(group.ranks)}) failed on rank {group.ranks[group.rank]}: {who} ({cause})"
     )
+
+
+def _plain(message: str) -> str:
+    """What the backend said, without its source location and its advice."""
+    first = message.strip().partition("\n")[0]
+    first = re.sub(r"^\[\S*\.(cc|cpp|h):\d+\]\s*", "", first)
+    return first.partition(" This is typically caused by")[0].rstrip(". ")
 
 
 def _check(

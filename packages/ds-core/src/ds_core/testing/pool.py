@@ -7,21 +7,14 @@ returns both results. The processes outlive the call: the second run costs milli
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
 import os
 import pickle
-import select
-import shutil
-import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
+from multiprocessing.connection import wait
 from typing import Any
 
 from ds_core.errors import DsError
@@ -36,14 +29,12 @@ from ds_core.testing.outcome import (
     signal_name,
     summarize,
 )
+from ds_core.testing.processes import READY_S, Server, Worker
 from ds_core.testing.task import Task, dumps, reference
-from ds_core.testing.worker import EXIT_NOTICE, RELEASE, STARTED
-from ds_core.testing.worker import __file__ as worker_file
+from ds_core.testing.worker import RELEASE, STARTED
 
 #: How long the peers of a rank that failed may take to notice before they are killed.
 GRACE_S = 15.0
-#: How long a worker may take to start, or to become ready again after a test.
-READY_S = 30.0
 MAX_WORLD_SIZE = 16
 
 
@@ -112,8 +103,8 @@ class RankPool:
     """
 
     def __init__(self) -> None:
-        self._server: _Server | None = None
-        self._workers: list[_Worker] = []
+        self._server: Server | None = None
+        self._workers: list[Worker] = []
 
     def run(
         self,
@@ -164,12 +155,12 @@ class RankPool:
             self._server.close()
             self._server = None
 
-    def _ready(self, count: int) -> tuple[_Server, list[_Worker]]:
+    def _ready(self, count: int) -> tuple[Server, list[Worker]]:
         """The server, started if need be, and `count` workers that wait for a task."""
         if self._server is not None and not self._server.is_alive():
             self.close()
         if self._server is None:
-            self._server = _Server()
+            self._server = Server()
         for worker in self._workers[:count]:
             if not worker.wait_ready(READY_S):  # it died, or hangs in its own clean-up
                 self._discard(worker)
@@ -184,7 +175,7 @@ class RankPool:
         return self._server, self._workers[:count]
 
     def _finish(
-        self, workers: list[_Worker], timeout_s: float, *, patient: bool, initialized: bool
+        self, workers: list[Worker], timeout_s: float, *, patient: bool, initialized: bool
     ) -> list[Outcome]:
         """Every rank's outcome; afterwards all workers are becoming idle, or discarded."""
         try:
@@ -204,7 +195,7 @@ class RankPool:
                 self._discard(worker)
         return outcomes
 
-    def _collect(self, workers: list[_Worker], timeout_s: float, *, patient: bool) -> list[Outcome]:
+    def _collect(self, workers: list[Worker], timeout_s: float, *, patient: bool) -> list[Outcome]:
         patience = _Patience(timeout_s, ends_at_failure=not patient)
         outcomes: dict[int, Outcome] = {}
         self._await(dict(enumerate(workers)), outcomes, patience)
@@ -215,7 +206,7 @@ class RankPool:
         return [outcomes[rank] for rank in range(len(workers))]
 
     def _await(
-        self, awaited: dict[int, _Worker], outcomes: dict[int, Outcome], patience: _Patience
+        self, awaited: dict[int, Worker], outcomes: dict[int, Outcome], patience: _Patience
     ) -> None:
         """Wait until each worker has started or ended; enter the outcome of those that ended."""
         pending: dict[Any, int] = {worker.connection: rank for rank, worker in awaited.items()}
@@ -232,7 +223,7 @@ class RankPool:
                     outcomes[rank] = Hung(patience.used_s(), where)
                 return
 
-    def _receive(self, worker: _Worker) -> Any:
+    def _receive(self, worker: Worker) -> Any:
         """What a worker says: that it has started, or its rank's outcome."""
         try:
             return pickle.loads(worker.connection.recv_bytes())
@@ -243,7 +234,7 @@ class RankPool:
             exit_code = None if signum else os.waitstatus_to_exitcode(status)
             return Died(signum, exit_code, worker.last_output())
 
-    def _discard(self, worker: _Worker) -> None:
+    def _discard(self, worker: Worker) -> None:
         """Kill a worker and take it out of the pool; its place is refilled by the next run."""
         if worker in self._workers:
             self._workers.remove(worker)
@@ -267,175 +258,6 @@ class _Patience:
     def note(self, outcome: Outcome) -> None:
         if self._ends_at_failure and not isinstance(outcome, Returned):
             self._deadline = min(self._deadline, time.monotonic() + GRACE_S)
-
-
-class _Server:
-    """The fork server process, seen from the pool."""
-
-    def __init__(self) -> None:
-        self._log_dir = tempfile.mkdtemp(prefix="ds-ranks-")
-        self._control, far_end = socket.socketpair()
-        self._exits: dict[int, int] = {}
-        self._num_runs = 0
-        preload = ["pytest"] if "pytest" in sys.modules else []
-        with far_end, open(f"{self._log_dir}/server.log", "wb") as log:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    "import sys; from ds_core.testing.worker import main; main(sys.argv[1:])",
-                    str(far_end.fileno()),
-                    self._log_dir,
-                    *preload,
-                ],
-                pass_fds=[far_end.fileno()],
-                env=_server_environ(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                # Ctrl-C in a terminal is for the test session alone, which then closes the pool.
-                start_new_session=True,
-            )
-
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def spawn(self) -> _Worker:
-        """A new worker; it reports by itself when it is ready."""
-        near_end, far_end = socket.socketpair()
-        with far_end, contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            socket.send_fds(self._control, [b"+"], [far_end.fileno()])
-        return _Worker(Connection(near_end.detach()), self._log_dir)
-
-    def new_store_file(self) -> str:
-        """Where the ranks of one run meet."""
-        self._num_runs += 1
-        return f"{self._log_dir}/{self._num_runs}.store"
-
-    def exit_status(self, pid: int) -> int:
-        """The wait status of a worker whose connection has closed."""
-        while pid not in self._exits:
-            if not self._read_notice(READY_S):
-                raise DsError(f"run_ranks: the pool's server process is gone:\n{self.log()}")
-        return self._exits.pop(pid)
-
-    def forget_exits(self) -> None:
-        """Read the notices that nobody asked for: the server blocks once they fill the socket."""
-        while self._read_notice(0.0):
-            pass
-        self._exits.clear()
-
-    def _read_notice(self, timeout_s: float) -> bool:
-        """Take in one notice; False if none comes within the time."""
-        readable, _, _ = select.select([self._control], [], [], timeout_s)
-        notice = self._control.recv(EXIT_NOTICE.size, socket.MSG_WAITALL) if readable else b""
-        if len(notice) < EXIT_NOTICE.size:
-            return False
-        pid, status = EXIT_NOTICE.unpack(notice)
-        self._exits[pid] = status
-        return True
-
-    def log(self) -> str:
-        return Path(self._log_dir, "server.log").read_text(errors="replace")
-
-    def close(self) -> None:
-        self._control.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        shutil.rmtree(self._log_dir, ignore_errors=True)
-
-
-class _Worker:
-    """One worker process, seen from the pool."""
-
-    def __init__(self, connection: Connection, log_dir: str) -> None:
-        self.connection = connection
-        self.pid = 0
-        self._log_dir = log_dir
-        self._log_offset = 0
-        self._is_ready = False
-
-    def start(self, task: Task) -> None:
-        self._is_ready = False
-        self.connection.send_bytes(pickle.dumps(task))
-
-    def tell(self, word: str) -> None:
-        with contextlib.suppress(OSError):  # a worker that has died shows when it is awaited
-            self.connection.send(word)
-
-    def wait_ready(self, timeout_s: float) -> bool:
-        """Whether the worker is idle, waiting for it up to `timeout_s`."""
-        if self._is_ready:
-            # An idle worker says nothing: something to read means that its end has closed.
-            return not self.connection.poll()
-        try:
-            if not self.connection.poll(timeout_s):
-                return False
-            _, self.pid = self.connection.recv()
-        except (EOFError, OSError):
-            return False
-        self._is_ready = True
-        return True
-
-    def kill(self) -> None:
-        if self.pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-        self.connection.close()
-
-    def thread_dump(self) -> str:
-        """The Python stacks of all threads of a worker that hangs."""
-        self.new_output()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGUSR1)
-        text = ""
-        for _ in range(20):  # the dump appears at once unless the machine is overloaded
-            time.sleep(0.05)
-            fresh = self.new_output()
-            if text and not fresh:
-                break
-            text += fresh
-        return _without_own_frames(text)
-
-    def new_output(self) -> str:
-        """What the worker printed since the last call."""
-        log = Path(self._log_dir, f"{self.pid}.log")
-        if not log.exists():
-            return ""
-        with log.open("rb") as file:
-            file.seek(self._log_offset)
-            data = file.read()
-        self._log_offset += len(data)
-        lines = data.decode(errors="replace").splitlines(keepends=True)
-        # gloo announces every connection on stdout.
-        return "".join(line for line in lines if not line.startswith("[Gloo]"))
-
-    def last_output(self, num_lines: int = 40) -> str:
-        return "\n".join(self.new_output().splitlines()[-num_lines:])
-
-    def echo_output(self, rank: int) -> None:
-        for line in self.new_output().splitlines():
-            sys.stdout.write(f"[rank {rank}] {line}\n")
-
-
-def _server_environ() -> dict[str, str]:
-    """The server's environment: finds the same modules, one thread per library."""
-    folders = [folder or os.getcwd() for folder in sys.path]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
-
-
-def _without_own_frames(dump: str) -> str:
-    """A thread dump without the frames below the function under test, which say nothing."""
-    kept: list[str] = []
-    is_own = False
-    for line in dump.splitlines():
-        is_own = (is_own and line.startswith("  File ")) or f'"{worker_file}"' in line
-        if not is_own:
-            kept.append(line)
-    return "\n".join(kept).rstrip()
 
 
 def _free_port() -> int:

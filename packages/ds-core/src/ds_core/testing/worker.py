@@ -18,6 +18,7 @@ import os
 import pickle
 import random
 import selectors
+import shutil
 import signal
 import socket
 import struct
@@ -60,8 +61,12 @@ def serve(control_fd: int, log_dir: str, *modules: str) -> None:
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # what is imported never dies: a worker's collections skip it
-    with socket.socket(fileno=control_fd) as control:
-        _ForkServer(control, log_dir).run()
+    try:
+        with socket.socket(fileno=control_fd) as control:
+            _ForkServer(control, log_dir).run()
+    finally:
+        # Here, because the pool's own process may have been killed; a worker never gets here.
+        shutil.rmtree(log_dir, ignore_errors=True)
 
 
 class _ForkServer:

@@ -1,0 +1,214 @@
+"""Running a job: torchrun's agent without its noise, and a report where it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ds_core.errors import LaunchError
+from ds_core.launcher.errors import JobFailure
+from ds_core.launcher.failure import exit_code, first_failure, report
+from ds_core.launcher.follower import Follower
+from ds_core.launcher.plan import LaunchPlan, LaunchSpec, make_plan, num_cores
+
+if TYPE_CHECKING:
+    from ds_core.launcher.rank_logs import RankLogs
+
+#: How long processes may take to end after they were asked to, before they are killed.
+SHUTDOWN_S = 10
+_AGENT_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+def launch(spec: LaunchSpec, *, quiet: bool = True) -> None:
+    """Run a job to its end.
+
+    What local rank 0 prints appears on this process's stdout and stderr; everything that any
+    rank prints is in a file of its own. Must be called from the main thread, which is where
+    Ctrl-C and SIGTERM arrive: they end the job.
+
+    Args:
+        spec: the job.
+        quiet: keep the log messages of torchrun's agent to itself.
+
+    Raises:
+        LaunchError: the job cannot be started as it is asked for.
+        JobFailure: a process failed, or the job was interrupted or ran into its time limit. All
+            its processes have ended.
+    """
+    plan = make_plan(spec)
+    if threading.current_thread() is not threading.main_thread():
+        raise LaunchError("ds run: a job can be launched from the main thread only")
+    from ds_core.launcher.rank_logs import RankLogs  # imports torch, which a plan can do without
+
+    folder, is_temporary = _log_folder(plan)
+    logs = RankLogs(folder)
+    if plan.omp_num_threads is not None:
+        _say(
+            f"OMP_NUM_THREADS={plan.omp_num_threads} for each of {plan.nproc} processes on "
+            f"{num_cores()} cores (set it yourself to choose otherwise)"
+        )
+    with _environ(plan), _silence(quiet):
+        _run(plan, logs)
+    if is_temporary:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(plan: LaunchPlan, logs: RankLogs) -> None:
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    follower = Follower(logs, _binary(sys.stdout), _binary(sys.stderr))
+    follower.start()
+    failures: dict[int, Any] = {}
+    ended_by: JobFailure | None = None
+    try:
+        with _time_limit(plan.timeout_s):
+            _run_agent(plan, logs)
+    except ChildFailedError as error:
+        failures = error.failures
+    except _TimeLimitReached:
+        text = f"the job was ended: it ran longer than --timeout-s {plan.timeout_s:g}"
+        ended_by = JobFailure(_with_logs(text, logs), 124)
+    except (SignalException, KeyboardInterrupt) as error:
+        signum = getattr(error, "sigval", signal.SIGINT)
+        text = f"the job was ended by {signal.Signals(signum).name}"
+        ended_by = JobFailure(_with_logs(text, logs), 128 + signum)
+    finally:
+        held = follower.stop()
+    if failures:
+        first = first_failure(failures, logs)
+        is_shown = first.local_rank == 0 and not held
+        text = report(first, failures, logs, is_shown=is_shown, num_nodes=plan.max_nodes)
+        raise JobFailure(text, exit_code(first))
+    if ended_by is not None:
+        raise ended_by  # a traceback of rank 0 only says that it was interrupted
+    stderr = _binary(sys.stderr)
+    stderr.write(held)
+    stderr.flush()
+
+
+def _run_agent(plan: LaunchPlan, logs: RankLogs) -> None:
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    meeting = plan.rendezvous
+    options: dict[str, Any] = {
+        "min_nodes": plan.min_nodes,
+        "max_nodes": plan.max_nodes,
+        "nproc_per_node": plan.nproc,
+        "logs_specs": logs,
+        "run_id": meeting.run_id,
+        "rdzv_backend": meeting.backend,
+        "rdzv_endpoint": meeting.endpoint,
+        "rdzv_configs": {} if meeting.node_rank is None else {"rank": meeting.node_rank},
+        "max_restarts": plan.max_restarts,
+        "monitor_interval": 0.1,
+        "local_addr": meeting.local_addr,
+        "shutdown_timeout": SHUTDOWN_S,
+    }
+    known = {field.name for field in dataclasses.fields(LaunchConfig)}  # older ones have fewer
+    config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
+    program, *arguments = plan.command
+    elastic_launch(config, program)(*arguments)
+
+
+def _log_folder(plan: LaunchPlan) -> tuple[Path, bool]:
+    """The folder for logs, and whether it goes when the job succeeds."""
+    if plan.log_dir is None:
+        return Path(tempfile.mkdtemp(prefix="ds-run-")), True
+    folder = Path(plan.log_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LaunchError(f"--log-dir: {folder} cannot be made: {error.strerror}") from error
+    return folder.resolve(), False
+
+
+def _with_logs(text: str, logs: RankLogs) -> str:
+    return f"{text}\noutput of every rank: {logs.root_log_dir}"
+
+
+@contextlib.contextmanager
+def _environ(plan: LaunchPlan) -> Iterator[None]:
+    """This process's environment as the job's processes inherit it.
+
+    Afterwards it is put back, and so are the handlers of the signals that the agent takes over.
+    """
+    before = dict(os.environ)
+    handlers = {signum: signal.getsignal(signum) for signum in _AGENT_SIGNALS}
+    if plan.omp_num_threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(plan.omp_num_threads)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def _silence(quiet: bool) -> Iterator[None]:
+    """Drop the agent's log records: what matters in them is in the report, in fewer words.
+
+    The agent also leaves its log files to the garbage collector, which would warn of each.
+    """
+    before = logging.root.manager.disable
+    if quiet:
+        logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            try:
+                yield
+            finally:
+                gc.collect()
+    finally:
+        logging.disable(before)
+
+
+class _TimeLimitReached(Exception):  # noqa: N818 - a signal between two functions
+    """The job's time is up."""
+
+
+@contextlib.contextmanager
+def _time_limit(timeout_s: float | None) -> Iterator[None]:
+    """Raise _TimeLimitReached in the block, which is where the agent ends its processes."""
+    if timeout_s is None:
+        yield
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise _TimeLimitReached
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, timeout_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _binary(stream: Any) -> BinaryIO:
+    """The byte stream under a text stream, which is flushed first to keep the order."""
+    stream.flush()
+    buffer: BinaryIO = stream.buffer
+    return buffer
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"ds run: {text}\n")
+    sys.stderr.flush()

@@ -1,0 +1,46 @@
+"""Where the output of each rank goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing import LogsSpecs
+from torch.distributed.elastic.multiprocessing.api import LogsDest
+
+
+class RankLogs(LogsSpecs):
+    """One file per rank and stream in one folder: `rank<N>.stdout.log`, `rank<N>.stderr.log`.
+
+    After restart K they are in its subfolder `restart<K>`. `stdout`, `stderr` and `error_file`
+    give the paths of the latest attempt, by local rank.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(log_dir=str(folder))
+        self._folder = folder
+        self.stdout: dict[int, Path] = {}
+        self.stderr: dict[int, Path] = {}
+        self.error_file: dict[int, Path] = {}
+
+    @property
+    def root_log_dir(self) -> str:
+        return str(self._folder)
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """The files of one attempt; called by the agent before it starts processes."""
+        for local_rank, env in envs.items():
+            attempt = int(env.get("TORCHELASTIC_RESTART_COUNT", "0"))
+            folder = self._folder / f"restart{attempt}" if attempt else self._folder
+            folder.mkdir(parents=True, exist_ok=True)
+            stem = f"rank{env['RANK']}"
+            self.error_file[local_rank] = folder / f"{stem}.error.json"
+            self.error_file[local_rank].unlink(missing_ok=True)
+            env["TORCHELASTIC_ERROR_FILE"] = str(self.error_file[local_rank])
+            for files, name in ((self.stdout, "stdout"), (self.stderr, "stderr")):
+                files[local_rank] = folder / f"{stem}.{name}.log"
+                files[local_rank].write_bytes(b"")
+        return LogsDest(
+            stdouts={rank: str(path) for rank, path in self.stdout.items()},
+            stderrs={rank: str(path) for rank, path in self.stderr.items()},
+            error_files={rank: str(path) for rank, path in self.error_file.items()},
+        )
