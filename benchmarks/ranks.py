@@ -40,7 +40,7 @@ class Ranks:
         self, world_size: int, factory: Callable[..., Any], *args: Any, start_s: float = 300.0
     ) -> None:
         context = mp.get_context("spawn")
-        port = _free_port()
+        port = free_port()
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
         for rank in range(world_size):
@@ -141,7 +141,8 @@ def join(rank: int, world_size: int, port: int) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

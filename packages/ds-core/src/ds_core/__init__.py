@@ -6,7 +6,7 @@
     for _ in range(1000):
         loss = engine.train_batch()
 
-Importing it does no work; what needs pydantic or torch's checkpointing is imported on first use.
+Importing it does no work, and imports nothing else: its parts come in on first use.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ds_core import comm
 from ds_core._version import __version__
 from ds_core.errors import DsError
 
 if TYPE_CHECKING:
-    from ds_core import accelerator, checkpoint, config, observers, ops, seams
+    from ds_core import accelerator, checkpoint, comm, config, observers, ops, seams
     from ds_core.assembly import initialize
     from ds_core.engine import Engine
     from ds_core.precision import LossScale, Precision

@@ -1,6 +1,9 @@
-"""Every environment variable that ds-core reads, and nothing else reads the environment.
+"""Every environment variable that ds-core reads; nothing else reads one.
 
 RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT   torchrun's contract, for `comm.init`.
+OMP_NUM_THREADS                                          kept by `ds run` if the user set it.
+
+The launcher and the test kit hand the environment as a whole on to the processes they start.
 """
 
 from __future__ import annotations
@@ -41,6 +44,11 @@ def torchrun_world() -> World | None:
     if not 0 <= rank < size:
         raise CommError(f"RANK={rank} is outside 0..WORLD_SIZE-1 with WORLD_SIZE={size}")
     return World(rank, size, local_rank, f"{found['MASTER_ADDR']}:{found['MASTER_PORT']}")
+
+
+def user_set_threads() -> bool:
+    """Whether the user has chosen how many threads a process may use."""
+    return "OMP_NUM_THREADS" in os.environ
 
 
 def _integer(name: str, default: int | None = None) -> int:

@@ -64,7 +64,7 @@ class Group:
         return lane
 
     def next_tag(self) -> int:
-        """Tag of the next point-to-point exchange: equal on all ranks, distinct among recent ones."""
+        """Tag of the next exchange: equal on all ranks, distinct among recent ones."""
         self._sequence = (self._sequence + 1) % (1 << 16)
         return (self._lane << 16) | self._sequence
 

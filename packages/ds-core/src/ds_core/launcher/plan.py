@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ds_core import _env
 from ds_core.errors import LaunchError
 
 
@@ -267,7 +268,7 @@ def _check_module(name: str) -> None:
 
 def _omp_num_threads(nproc: int) -> int | None:
     """An equal share of this machine's cores, unless the user chose, or one process has all."""
-    if nproc == 1 or "OMP_NUM_THREADS" in os.environ:
+    if nproc == 1 or _env.user_set_threads():
         return None
     return max(1, num_cores() // nproc)
 
