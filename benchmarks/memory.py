@@ -126,9 +126,9 @@ def run(quick: bool = False) -> Report:
         "multiple of anything. Figures in bytes, of the rank that holds most.",
         "Padding: bytes of buffers that belong to no parameter, computed from the layout; the "
         "formula plus padding must be what is measured, on average over ranks. More: the rest.",
-        "Of the peers' figures: buffers that only C++ holds (DDP's buckets) are not seen, gradients "
-        "are freed between steps, and DeepSpeed's stage 3 allocates buffers of a fixed size that a "
-        "small model does not fill.",
+        "Of the peers' figures: buffers that only C++ holds (DDP's buckets) are not seen, "
+        "gradients are freed between steps, and DeepSpeed's stage 3 allocates buffers of a fixed "
+        "size that a small model does not fill.",
     ]
     return report
 

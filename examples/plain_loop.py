@@ -3,11 +3,12 @@
 ds run --nproc 2 examples/plain_loop.py        # or torchrun; python alone is a world of one
 """
 
-import ds_zero
 import torch
 import torch.distributed as dist
-from ds_core import comm
 from torch import nn
+
+import ds_zero
+from ds_core import comm
 
 STAGE = 2
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from errors import ExampleError
 
-#: Parts of the standard library's folder that are not the library, or mostly tables of tests.
+#: Folders in that of the standard library which are not it, its tests, or data written as Python.
 NOT_LIBRARY = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+    | {"encodings", "pydoc_data"}
 )
 HELD_OUT_PERCENT = 5
 
@@ -34,9 +35,9 @@ class Corpus:
 def read(paths: Sequence[str] | None, max_bytes: int | None = None) -> Corpus:
     """Read text files, the text files in folders, or (None) the standard library's source.
 
-    Of 20 files or more every twentieth is held out, else the last 5% of each. A file that is named
-    itself must be text; among the files of a folder, those that are not are left out. Hidden files
-    are too. With `max_bytes`, a selection of the files that does not depend on the machine.
+    The last 5% of each file are held out. A file that is named itself must be text; among the files
+    of a folder, those that are not are left out, and hidden ones too. With `max_bytes`, some of the
+    files, the same ones every time.
 
     Raises ExampleError for a path that is missing, empty, unreadable, or not text.
     """
@@ -49,12 +50,13 @@ def read(paths: Sequence[str] | None, max_bytes: int | None = None) -> Corpus:
     total = sum(map(_num_bytes, texts))
     random.Random(0).shuffle(texts)
     texts = list(_up_to(texts, max_bytes)) if max_bytes else texts
-    train, heldout, rule = _split(texts)
+    train, heldout = _split(texts)
     kept = sum(map(_num_bytes, texts))
     parts = [f"{source}: {len(texts)} files, {kept / 1e6:.2f} MB"]
     if kept < total:
         parts[0] += f" of {total / 1e6:.2f} MB (--max-mb)"
-    parts.append(f"held out: {rule}, {sum(map(_num_bytes, heldout)) / 1e6:.2f} MB")
+    held = sum(map(_num_bytes, heldout))
+    parts.append(f"held out: the last {HELD_OUT_PERCENT}% of each, {held / 1e6:.2f} MB")
     if skipped:
         named = ", ".join(map(str, skipped[:3])) + (", ..." if len(skipped) > 3 else "")
         parts.append(f"left out as not text: {len(skipped)} ({named})")
@@ -165,16 +167,12 @@ def _up_to(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
         max_bytes -= len(data)
 
 
-def _split(texts: list[str]) -> tuple[list[str], list[str], str]:
-    every = 100 // HELD_OUT_PERCENT
-    if len(texts) >= every:
-        heldout = texts[every - 1 :: every]
-        train = [text for index, text in enumerate(texts) if index % every != every - 1]
-        return train, heldout, f"every {every}th file"
+def _split(texts: list[str]) -> tuple[list[str], list[str]]:
+    """The beginnings of texts, and their ends."""
     cuts = [len(text) - len(text) * HELD_OUT_PERCENT // 100 for text in texts]
     train = [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
     heldout = [text[cut:] for text, cut in zip(texts, cuts, strict=True)]
-    return train, heldout, f"the last {HELD_OUT_PERCENT}% of each file"
+    return train, heldout
 
 
 def _num_bytes(text: str) -> int:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from ds_core import Engine, comm
 from model import IGNORED
 from text import Windows
+
+from ds_core import Engine, comm
 
 WINDOWS_PER_FORWARD = 8
 
@@ -45,8 +46,8 @@ def evaluate(
         mine = chosen[start : start + per_step][group.rank :: group.size]
         totals += _totals(engine, windows, mine, bytes_of)
     engine.train(was_training)
-    comm.all_reduce(totals, group, caller="evaluate")
-    nats, num_tokens, num_bytes = totals.tolist()
+    parts = comm.all_gather_object(totals.tolist(), group, caller="evaluate")
+    nats, num_tokens, num_bytes = map(sum, zip(*parts, strict=True))
     return HeldOut(nats / num_tokens, nats / math.log(2) / num_bytes)
 
 

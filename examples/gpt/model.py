@@ -51,6 +51,9 @@ class GPT(nn.Module):
         recomputes: whether a block's activations are computed again in backward, not kept.
     """
 
+    cos: torch.Tensor
+    sin: torch.Tensor
+
     def __init__(
         self,
         size: Size,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import torch
+from evaluate import HeldOut
+
 from ds_core import Engine, accelerator, comm
 from ds_core.seams import Event, EventKind
 
@@ -31,13 +33,11 @@ class RunLog:
     def __init__(
         self, metrics: Path, group: comm.Group, *, step_tokens: int, every_steps: int
     ) -> None:
-        self._group, self._every, self._step_tokens = group, every_steps, step_tokens
+        self._metrics, self._group = metrics, group
+        self._step_tokens, self._every = step_tokens, every_steps
         self._started = time.perf_counter()
         self._sent_bytes = 0
         self._seconds: list[float] = []  # of each step since the last line
-        self._file: IO[str] | None = None
-        if group.rank == 0:
-            self._file = metrics.open("a", encoding="utf-8")
 
     def on_event(self, engine: Engine, event: Event) -> None:
         """Called by the engine, on every rank, at each of its events."""
@@ -50,8 +50,6 @@ class RunLog:
             self.restart(engine)
         if event.kind is EventKind.STEP_END:
             self._on_step_end(engine, event)
-        if event.kind is EventKind.CLOSE and self._file is not None:
-            self._file.close()
 
     def say(self, text: str) -> None:
         """Print on rank 0, at once, also into a pipe."""
@@ -60,9 +58,20 @@ class RunLog:
 
     def write(self, event: str, step: int, **figures: Any) -> None:
         """Add a line to the metrics; a crash loses none."""
-        if self._file is not None:
-            self._file.write(json.dumps({"event": event, "step": step, **figures}) + "\n")
-            self._file.flush()
+        if self._group.rank == 0:
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"event": event, "step": step, **figures}) + "\n")
+
+    def evaluated(self, engine: Engine, found: HeldOut) -> None:
+        """Tell and keep the loss on held-out text."""
+        self.say(f"step {engine.global_step:4d}  held-out text: {found}")
+        self.write(
+            "evaluation",
+            engine.global_step,
+            heldout_nats_per_token=found.nats_per_token,
+            heldout_bits_per_byte=found.bits_per_byte,
+        )
+        self.restart(engine)
 
     def restart(self, engine: Engine) -> None:
         """Measure from now: what came before, such as an evaluation, is not training."""
@@ -72,13 +81,13 @@ class RunLog:
     def _on_step_end(self, engine: Engine, event: Event) -> None:
         seconds = time.perf_counter() - self._started
         sent_bytes = engine.mesh.ledger.sent_bytes() - self._sent_bytes
-        loss = torch.tensor(float(event.values["loss"]), dtype=torch.float64)
+        loss, norm = event.values["loss"].clone(), event.values["grad_norm"]
         comm.all_reduce(loss, self._group, caller="RunLog")
         self._seconds.append(seconds)
         figures = {
             "loss": loss.item() / self._group.size,
             "lr": event.values["lr"],
-            "grad_norm": event.values["grad_norm"],
+            "grad_norm": norm if math.isfinite(norm) else None,  # an fp16 step that is skipped
             "tokens_per_s": round(self._step_tokens / seconds, 1),
             "sent_bytes": sent_bytes,
         }

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -153,7 +154,7 @@ def _bytes_of_tokens(tokenizer: Tokenizer) -> torch.Tensor:
     return sizes
 
 
-def _tokenizers():  # noqa: ANN202 - a module
+def _tokenizers() -> ModuleType:
     try:
         import tokenizers
         import tokenizers.decoders

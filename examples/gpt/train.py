@@ -17,14 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import corpus
-import ds_core
-import ds_zero
 import plot
 import run_folder
 import text
 import torch
-from ds_core import comm
-from ds_core.config import Config
 from errors import ExampleError, on_rank_0
 from evaluate import HeldOut, evaluate
 from model import GPT, SIZES
@@ -32,26 +28,26 @@ from run_folder import Settings
 from run_log import RunLog, memory
 from sample import generate
 
+import ds_core
+import ds_zero
+from ds_core import comm
+from ds_core.config import Config
+from ds_core.errors import CheckpointError, ConfigError
+
 HERE = Path(__file__).parent
-DEFAULT_STEPS = 300
+DEFAULT_STEPS = 400
 
 
 def train(options: argparse.Namespace) -> None:
     """Train, evaluate, save, sample and draw, as the options say."""
     comm.init(timeout_s=1800)  # the others wait while rank 0 tokenizes
     group = comm.Mesh.world().group("dp")
-    config, num_steps = _schedule(
-        ds_core.config.load(options.config, world_size=group.size), options.steps
-    )
+    config = ds_core.config.load(options.config, world_size=group.size)
+    config, num_steps = _schedule(config, options.steps)
     folder, settings, tokens = _prepare(options, group)
     training = text.Windows(tokens.train, settings.seq_tokens, multiple_of=config.train_batch_size)
     heldout = text.Windows(tokens.heldout, settings.seq_tokens)
     _check_enough(training, heldout, config, settings)
-
-    torch.manual_seed(config.seed or 0)
-    # At stage 3 the model is born sharded: its full weights never exist on one rank.
-    with ds_zero.Init(enabled=config.section("zero_optimization").stage == 3):
-        model = _model(settings, tokens.vocab_size, recomputes=options.recompute)
     log = RunLog(
         folder / "metrics.jsonl",
         group,
@@ -59,6 +55,12 @@ def train(options: argparse.Namespace) -> None:
         every_steps=config.steps_per_print or 10,
     )
     log.say(f"run: {folder}")
+
+    torch.manual_seed(config.seed or 0)
+    stage = getattr(config.section("zero_optimization"), "stage", 0)
+    # At stage 3 the model is born sharded: its full weights never exist on one rank.
+    with ds_zero.Init(enabled=stage == 3):
+        model = _model(settings, tokens.vocab_size, recomputes=options.recompute)
     log.say(f"model: {settings.size}, {_num_parameters(model) / 1e6:.2f} M parameters")
     engine = ds_core.initialize(model, config, training_data=training, observers=(log,))
     if options.resume is not None:
@@ -66,12 +68,7 @@ def train(options: argparse.Namespace) -> None:
 
     def measure() -> HeldOut:
         found = evaluate(engine, heldout, tokens.bytes_of, max_windows=options.eval_windows)
-        log.say(f"step {engine.global_step:4d}  held-out text: {found}")
-        log.write(
-            "evaluation", engine.global_step, heldout_nats_per_token=found.nats_per_token,
-            heldout_bits_per_byte=found.bits_per_byte,
-        )  # fmt: skip
-        log.restart(engine)
+        log.evaluated(engine, found)
         return found
 
     started, start_step = time.perf_counter(), engine.global_step
@@ -84,16 +81,17 @@ def train(options: argparse.Namespace) -> None:
         if is_last or engine.global_step % options.save_every == 0:
             engine.save_checkpoint(folder / "checkpoints")
 
-    log.say(
-        f"held-out text: {first} -> {last}, in {engine.global_step - start_step} steps and "
-        f"{time.perf_counter() - started:.0f} s"
-    )
+    seconds, steps = time.perf_counter() - started, engine.global_step - start_step
+    log.say(f"held-out text: {first} -> {last}, in {steps} steps and {seconds:.0f} s")
     for rank, used in enumerate(comm.all_gather_object(memory(engine), group)):
         log.say(f"rank {rank}: {used}")
-    _show_sample(engine, settings, folder, options.prompt, log)
+    engine.eval()
+    # All ranks run the model, because at stage 3 each holds a part of it.
+    told = _continued(engine, options.prompt, folder, settings, options.sample_tokens)
+    log.say(f"a sample, continuing {options.prompt!r}:\n{told}")
     engine.close()
     if group.rank == 0:
-        _draw(folder, settings, group.size, config)
+        _draw(folder, f"GPT {settings.size}, ZeRO stage {stage}, {group.size} ranks")
 
 
 def continue_prompt(options: argparse.Namespace) -> None:
@@ -101,14 +99,14 @@ def continue_prompt(options: argparse.Namespace) -> None:
     comm.init()
     group = comm.Mesh.world().group("dp")
     folder, settings = on_rank_0(lambda: run_folder.of_old_run(options.out, {}), group)
-    tokenizer = text.load_tokenizer(folder)
-    model = _model(settings, tokenizer.get_vocab_size()).eval()
+    vocab_size = text.load_tokenizer(folder).get_vocab_size()
+    model = _model(settings, vocab_size).eval()
     state = {"model": dict(model.named_parameters())}
     ds_core.checkpoint.load(
         folder / "checkpoints", options.resume or None, state=state, parts=["model"]
     )
+    told = _continued(model, options.sample, folder, settings, options.sample_tokens)
     if group.rank == 0:
-        told = generate(model, tokenizer, options.sample, max_context=settings.seq_tokens)
         print(told, flush=True)
 
 
@@ -127,7 +125,11 @@ def _prepare(options: argparse.Namespace, group: comm.Group) -> tuple[Path, Sett
         content = corpus.read(settings.data, cap)
         print(f"text: {content.summary}", flush=True)
         began = time.perf_counter()
-        digest = text.prepare(content, settings.vocab, folder.parent)
+        try:
+            digest = text.prepare(content, settings.vocab, folder.parent)
+        except OSError as error:
+            where = str(folder.parent)
+            raise ExampleError(f"cannot write to {where!r}: {error.strerror}") from error
         seconds = time.perf_counter() - began
         print(f"tokens: {folder.parent / f'text-{digest}'} ({seconds:.1f} s)", flush=True)
         if not is_new and digest != settings.text:
@@ -187,24 +189,20 @@ def _num_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _show_sample(
-    engine: ds_core.Engine, settings: Settings, folder: Path, prompt: str, log: RunLog
-) -> None:
-    """All ranks run the model, because at stage 3 each holds a part of it."""
-    engine.eval()
-    told = generate(
-        engine,
+def _continued(
+    model: torch.nn.Module, prompt: str, folder: Path, settings: Settings, num_tokens: int
+) -> str:
+    return generate(
+        model,
         text.load_tokenizer(folder),
         prompt,
         max_context=settings.seq_tokens,
-        device=engine.device,
+        num_tokens=num_tokens,
+        device=next(model.parameters()).device,
     )
-    log.say(f"a sample, continuing {prompt!r}:\n{told}")
 
 
-def _draw(folder: Path, settings: Settings, num_ranks: int, config: Config) -> None:
-    stage = config.section("zero_optimization").stage
-    title = f"GPT {settings.size}, ZeRO stage {stage}, {num_ranks} ranks"
+def _draw(folder: Path, title: str) -> None:
     try:
         plot.draw(folder / "metrics.jsonl", folder / "loss.png", title)
     except ExampleError as error:
@@ -233,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.add_argument("--prompt", default="def main(", help="what the sample at the end continues")
     run.add_argument("--sample", metavar="PROMPT", help="only continue PROMPT, by a run's model")
+    run.add_argument("--sample-tokens", type=_positive, default=96, help="its length (96)")
     run.add_argument("--recompute", action="store_true", help="keep no activations of blocks")
     model = parser.add_argument_group("the model and its text (a resumed run keeps its own)")
     model.add_argument("--size", choices=SIZES, help="number of parameters (10m)")
@@ -274,13 +273,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             train(options)
     except ds_core.DsError as error:
-        # What all ranks were told is said once; what happened to one rank, by that one.
-        if not (isinstance(error, ExampleError) and comm.Mesh.world().group("dp").rank):
+        if _is_mine_to_say(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
         comm.shutdown()
     return 0
+
+
+def _is_mine_to_say(error: ds_core.DsError) -> bool:
+    """What stops all ranks alike is said by rank 0; what befalls one rank, by that one."""
+    stops_all = isinstance(error, ExampleError | ConfigError | CheckpointError)
+    return not (stops_all and comm.is_initialized() and comm.Mesh.world().group("dp").rank)
 
 
 if __name__ == "__main__":

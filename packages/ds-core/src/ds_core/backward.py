@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,19 +14,61 @@ from torch import nn
 def differentiable_tensors(tree: Any) -> list[torch.Tensor]:
     """Tensors in a nest of containers and dataclasses whose gradient autograd will compute."""
     found: list[torch.Tensor] = []
-    stack = [tree]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, torch.Tensor):
-            if item.requires_grad:
-                found.append(item)
-        elif isinstance(item, list | tuple):
-            stack.extend(reversed(item))
-        elif isinstance(item, dict):
-            stack.extend(reversed(item.values()))
-        elif hasattr(item, "__dataclass_fields__"):
-            stack.extend(getattr(item, name) for name in item.__dataclass_fields__)
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_differentiable(tree, note)
     return found
+
+
+def map_differentiable(tree: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`tree` with `fn` applied to every tensor in it whose gradient autograd will compute.
+
+    Containers and dataclasses that hold none are returned themselves; the others are copied, so
+    that the original stays as it is. One tensor in two places is mapped once.
+    """
+    done: dict[int, Any] = {}
+
+    def visit(item: Any) -> Any:
+        if id(item) not in done:
+            done[id(item)] = mapped(item)
+        return done[id(item)]
+
+    def mapped(item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            return fn(item) if item.requires_grad else item
+        if isinstance(item, list | tuple):
+            return _rebuilt(item, [visit(entry) for entry in item])
+        if isinstance(item, dict):
+            changed = {k: new for k, old in item.items() if (new := visit(old)) is not old}
+            if not changed:
+                return item
+            twin = copy.copy(item)
+            for key, value in changed.items():
+                twin[key] = value  # not update(), which some mappings forbid
+            return twin
+        if hasattr(item, "__dataclass_fields__") and not isinstance(item, type):
+            values = {name: getattr(item, name) for name in item.__dataclass_fields__}
+            changed = {k: new for k, old in values.items() if (new := visit(old)) is not old}
+            if not changed:
+                return item
+            twin = copy.copy(item)
+            for name, value in changed.items():
+                object.__setattr__(twin, name, value)  # it may be frozen
+            return twin
+        return item
+
+    return visit(tree)
+
+
+def _rebuilt(item: list[Any] | tuple[Any, ...], entries: list[Any]) -> Any:
+    if all(new is old for new, old in zip(entries, item, strict=True)):
+        return item
+    if hasattr(item, "_fields"):  # a named tuple takes its fields one by one
+        return type(item)(*entries)
+    return type(item)(entries)
 
 
 class BackwardWatch:

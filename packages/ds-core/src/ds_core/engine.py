@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ds_core import comm
-from ds_core.backward import differentiable_tensors
+from ds_core.backward import map_differentiable
 from ds_core.buffers import persistent_buffers
 from ds_core.errors import DsError, NonFiniteError
 from ds_core.precision import LossScaler, Precision
@@ -89,17 +89,16 @@ class Engine(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; its outputs remember the loss scale, for a plain `loss.backward()`."""
-        if not (self.training and torch.is_grad_enabled()):
-            with self._autocast():
-                return self.module(*args, **kwargs)
-        if self._micro_step == 0:
+        trains = self.training and torch.is_grad_enabled()
+        if trains and self._micro_step == 0:
             self._emit(EventKind.STEP_BEGIN)
         with self._autocast():
             output = self.module(*args, **kwargs)
-        self._prepare_backward()
-        for tensor in differentiable_tensors(output):
-            tensor.register_hook(self._scale_gradient)
-        self._emit(EventKind.FORWARD)
+        if torch.is_grad_enabled():
+            self._prepare_backward()
+            output = map_differentiable(output, self._scaled)
+        if trains:
+            self._emit(EventKind.FORWARD)
         return output
 
     def run_batch(self, batch: Any) -> Any:
@@ -124,7 +123,18 @@ class Engine(nn.Module):
         """Gradients that are not sharded are averaged once per step, at its last micro-batch."""
         early = not self.is_boundary and not self.sharding.reduces_each_backward
         self.sharding.accumulate_locally = self._no_sync or early
-        self._scaled_by_loss = False
+
+    def _scaled(self, output: torch.Tensor) -> torch.Tensor:
+        """The same values, whose gradient is scaled on its way back.
+
+        A view, because one output may be computed from another (a loss from logits): a hook on
+        the logits themselves would scale what comes back through the loss a second time.
+        """
+        if self.scaler.scale == self.accumulation:
+            return output
+        view = output.view_as(output)
+        view.register_hook(self._scale_gradient)
+        return view
 
     def _scale_gradient(self, gradient: torch.Tensor) -> torch.Tensor | None:
         if self._scaled_by_loss:
@@ -144,10 +154,13 @@ class Engine(nn.Module):
                 f"backward: expected a scalar loss, got {_describe(loss)}; reduce it with .mean()"
             )
         self._prepare_backward()
-        self._scaled_by_loss = True
         self._losses.append(loss.detach())
         factor = self.scaler.scale / self.accumulation
-        (loss if factor == 1.0 else loss * factor).backward()
+        self._scaled_by_loss = True
+        try:
+            (loss if factor == 1.0 else loss * factor).backward()
+        finally:
+            self._scaled_by_loss = False
         self._emit(EventKind.BACKWARD)
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -218,11 +231,13 @@ class Engine(nn.Module):
 
     def _raise_nonfinite(self, norm: float) -> None:
         loss = self._mean_loss()
-        mine = (float("nan") if loss is None else float(loss), self.sharding.first_nonfinite())
+        # After a plain `loss.backward()` nobody has told the engine the loss.
+        told = "loss not known" if loss is None else f"loss {float(loss):g}"
+        mine = (told, self.sharding.first_nonfinite())
         everybody = comm.all_gather_object(mine, self.mesh.group("dp"), caller="non-finite check")
         self.sharding.zero_grad()
         found = "; ".join(
-            f"rank {rank}: loss {its_loss:g}" + (f", first gradient {name!r}" if name else "")
+            f"rank {rank}: {its_loss}" + (f", first gradient {name!r}" if name else "")
             for rank, (its_loss, name) in enumerate(everybody)
         )
         raise NonFiniteError(

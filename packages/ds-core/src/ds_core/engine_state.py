@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import logging
 import os
 import random
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +17,8 @@ from ds_core.buffers import persistent_buffers
 
 if TYPE_CHECKING:
     from ds_core.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 
 def save(
@@ -39,7 +43,9 @@ def load(
 
     engine.sharding.prepare_load()
     path = checkpoint.find(directory, tag)
-    loaded = checkpoint.load(directory, tag, state=_state(engine))
+    state = _state(engine)
+    state["optimizer"] = known_to(path, state["optimizer"])
+    loaded = checkpoint.load(directory, tag, state=state)
     _restore(engine, loaded)
     return str(path), dict(loaded.get("client", {}))
 
@@ -58,6 +64,34 @@ def _state(engine: Engine) -> dict[str, Any]:
         },
         "lr_scheduler": _scheduler_state(engine),
         "rng": {f"rank{_rank()}": _random_state()},
+    }
+
+
+def known_to(checkpoint: Path, optimizer_state: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The part of `optimizer_state` that a checkpoint can fill.
+
+    A parameter that had not been stepped when it was saved (the checkpoint was taken before the
+    first step, or the parameter was not used) has no state there, and starts anew.
+
+    Args:
+        checkpoint: its folder.
+        optimizer_state: by key of the state, then by name of the parameter.
+    """
+    from ds_core.checkpoint.index import Index
+
+    index = Index.read(checkpoint)
+    records = [*index.tensors.values(), *index.state.values()]
+    paths = [record.path for record in records]
+    saved = {path[2] for path in paths if path[0] == "optimizer" and len(path) > 2}
+    names = {name for values in optimizer_state.values() for name in values}
+    if new := names - saved:
+        logger.warning(
+            "%s has no optimizer state for %d parameters, such as %s: they start anew",
+            checkpoint, len(new), min(new),
+        )  # fmt: skip
+    return {
+        key: {name: value for name, value in values.items() if name in saved}
+        for key, values in optimizer_state.items()
     }
 
 

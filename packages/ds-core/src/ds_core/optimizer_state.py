@@ -11,28 +11,32 @@ from ds_core.errors import CheckpointError
 
 @torch.no_grad()
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make `optimizer` allocate the state that a checkpoint will fill.
+    """Give `optimizer` the state of its first step, for a checkpoint to fill.
 
-    Takes one step with zero gradients and zero learning rate, and undoes what it changed.
+    Whatever state it had is dropped. Takes one step with zero gradients, and undoes what that
+    changed: a parameter of which the checkpoint has no state then starts as a new one would.
     """
-    if optimizer.state:
-        return
-    rates = [group["lr"] for group in optimizer.param_groups]
-    everything = [group["params"] for group in optimizer.param_groups]
+    optimizer.state.clear()
+    kept = [dict(group) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = torch.zeros_like(group["lr"]) if torch.is_tensor(group["lr"]) else 0.0
         group["params"] = []
+        if "weight_decay" in group:
+            group["weight_decay"] = 0.0  # or it would show in the first moment
     # One parameter at a time, so that only one is copied.
-    for group, params in zip(optimizer.param_groups, everything, strict=True):
-        for param in params:
-            before, param.grad = param.detach().clone(), torch.zeros_like(param)
+    for group, before in zip(optimizer.param_groups, kept, strict=True):
+        for param in before["params"]:
+            value, param.grad = param.detach().clone(), torch.zeros_like(param)
             group["params"] = [param]
             optimizer.step()
             param.grad = None
-            param.copy_(before)
+            param.copy_(value)
         group["params"] = []
-    for group, rate, params in zip(optimizer.param_groups, rates, everything, strict=True):
-        group["lr"], group["params"] = rate, params
+    for group, before in zip(optimizer.param_groups, kept, strict=True):
+        group.update(before)
+    for values in optimizer.state.values():
+        if torch.is_tensor(values.get("step")):
+            values["step"].zero_()
 
 
 def load_groups(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:

@@ -121,6 +121,7 @@ class Replicated:
         self._watch = BackwardWatch(model, self._begin, self._end)
         self._reducer = GradientReducer(self._buckets, self._watch.ensure_begun, _nothing)
         self._used: dict[str, bool] | None = None
+        self._has_gradients = False
 
     def _broadcast_and_cast(self, precision: Precision, broadcast: bool) -> None:
         replaced: dict[int, nn.Parameter] = {}
@@ -144,10 +145,18 @@ class Replicated:
 
     def _begin(self) -> None:
         self._used = None
+        self._has_gradients = True
         self._reducer.begin()
 
     def _end(self) -> None:
         self._reducer.finish()
+
+    def _settle(self) -> None:
+        """Before a step: local gradients become averages; without any backward all are zero."""
+        self._reducer.settle()
+        if not self._has_gradients:
+            for bucket in self._buckets:
+                bucket.flat.zero_()
 
     @property
     def accumulate_locally(self) -> bool:
@@ -172,12 +181,14 @@ class Replicated:
     @torch.no_grad()
     def grad_norm(self) -> torch.Tensor:
         """Global L2 norm of the averaged gradients; computed locally, they are equal anyway."""
+        self._settle()
         norms = [torch.linalg.vector_norm(b.flat, dtype=torch.float32) for b in self._buckets]
         return torch.stack(norms).double().square_().sum().sqrt_().cpu()
 
     @torch.no_grad()
     def update(self, grad_scale: float | torch.Tensor = 1.0) -> None:
         """Step with gradients times `grad_scale`; parameters that no rank used are left alone."""
+        self._settle()
         used = self._used_anywhere()
         scaled = not (isinstance(grad_scale, float) and grad_scale == 1.0)
         for bucket in self._buckets:
@@ -206,6 +217,8 @@ class Replicated:
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients; their buffers stay."""
         self._used = None
+        self._has_gradients = False
+        self._reducer.forget()
         for bucket in self._buckets:
             bucket.clear()
 

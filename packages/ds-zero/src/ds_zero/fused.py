@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from ds_zero.unit import OptimizerPiece, Unit
@@ -50,14 +51,16 @@ class InnerStep:
 
     def run(self, unit: Unit, used: list[bool]) -> None:
         """Update the shard of `unit`; parameters that are not `used` keep value and state."""
-        kept = self._save_unused(unit, used)
-        for piece in unit.optimizer_pieces:
+        pieces = unit.optimizer_pieces
+        if not all(used):
+            split_by_parameter(self._optimizer, unit)
+            names = {spec.name for spec, flag in zip(unit.specs, used, strict=True) if flag}
+            pieces = [piece for piece in unit.optimizer_pieces if piece.name in names]
+        for piece in pieces:
             piece.weights.grad = self._gradient(unit, piece)
-        self._step(unit.optimizer_pieces)
-        for piece in unit.optimizer_pieces:
+        self._step(pieces)
+        for piece in pieces:
             piece.weights.grad = None
-        for target, value in kept:
-            target.copy_(value)
 
     def _gradient(self, unit: Unit, piece: OptimizerPiece) -> torch.Tensor:
         gradient = unit.grad[piece.start : piece.stop]
@@ -86,28 +89,44 @@ class InnerStep:
             optimizer.__dict__.pop("grad_scale", None)
             optimizer.__dict__.pop("found_inf", None)
 
-    def _save_unused(
-        self, unit: Unit, used: list[bool]
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(place, value) of everything that the step must not change for good."""
-        if all(used):
-            return []
-        unused = {spec.name for spec, flag in zip(unit.specs, used, strict=True) if not flag}
-        places: list[torch.Tensor] = []
-        for part in unit.layout.pieces(unit.group.rank):
-            if part.slot.name in unused:
-                stop = part.offset + part.stop - part.start
-                places += self._places(unit, part.offset, stop)
-        return [(place, place.clone()) for place in places]
 
-    def _places(self, unit: Unit, start: int, stop: int) -> list[torch.Tensor]:
-        """Views of elements [start, stop) of a unit's weights and of their optimizer state."""
-        places = [unit.weights[start:stop]]
-        for piece in unit.optimizer_pieces:
-            low, high = max(start, piece.start), min(stop, piece.stop)
-            if low >= high:
+def split_by_parameter(optimizer: torch.optim.Optimizer, unit: Unit) -> None:
+    """Give every parameter of `unit` an optimizer state of its own, without copying any.
+
+    The pieces of a unit share what an optimizer keeps once per tensor, such as the number of
+    steps that corrects Adam's averages. Parameters that skip steps must count for themselves.
+    """
+    if all(piece.name is not None for piece in unit.optimizer_pieces):
+        return
+    cut: list[OptimizerPiece] = []
+    for whole in unit.optimizer_pieces:
+        state = optimizer.state.pop(whole.weights, {})
+        shape = whole.weights.shape
+        for part in unit.layout.pieces(unit.group.rank):
+            start, stop = part.offset, part.offset + part.stop - part.start
+            if not whole.start <= start < whole.stop:
                 continue
-            for value in self._optimizer.state.get(piece.weights, {}).values():
-                if isinstance(value, torch.Tensor) and value.shape == piece.weights.shape:
-                    places.append(value[low - piece.start : high - piece.start])
-        return places
+            own = slice(start - whole.start, stop - whole.start)
+            weights = nn.Parameter(whole.weights.detach()[own])
+            if state:
+                optimizer.state[weights] = {
+                    key: _part(value, shape, own) for key, value in state.items()
+                }
+            cut.append(OptimizerPiece(whole.group_index, weights, start, stop, part.slot.name))
+    _replace(optimizer, unit.optimizer_pieces, cut)
+    unit.optimizer_pieces = cut
+
+
+def _part(value: Any, shape: torch.Size, own: slice) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value[own] if value.shape == shape else value.clone()
+
+
+def _replace(
+    optimizer: torch.optim.Optimizer, old: list[OptimizerPiece], new: list[OptimizerPiece]
+) -> None:
+    gone = {id(piece.weights) for piece in old}
+    for index, group in enumerate(optimizer.param_groups):
+        group["params"] = [param for param in group["params"] if id(param) not in gone]
+        group["params"] += [piece.weights for piece in new if piece.group_index == index]

@@ -52,10 +52,10 @@ class GatherRuntime:
         *,
         prefetch: int = 1,
     ) -> None:
-        self._units = units
+        self._units = {unit.index: unit for unit in units}
         self._ensure_begun = ensure_begun
         self._prefetch = prefetch
-        self._state = dict.fromkeys(range(len(units)), UnitState.IN_USE)
+        self._state = dict.fromkeys(self._units, UnitState.IN_USE)
         self._pending: dict[int, comm.Pending] = {}
         self._kept: set[int] = {unit.index for unit in units if unit.is_root}
         self._key: tuple[Any, ...] = ()
@@ -63,9 +63,11 @@ class GatherRuntime:
         self.in_backward = False
         self._of_param = {id(p): u for u in units for p in u.params}
         control = _control_group(units[0].group)
+        # Root units are gathered at the start of every pass, so there is nothing to agree on.
+        trivial = all(unit.is_root for unit in units)
         self._order = GatherOrder(
             self._issue,
-            lambda value: _exchange(control, value),
+            lambda value: [value] if trivial else _exchange(control, value),
             lambda values: comm.all_gather_object(values, control, caller="gather order"),
         )
         self._handles: list[Any] = []
@@ -96,7 +98,7 @@ class GatherRuntime:
         )
         add(model.register_forward_hook(torch._disable_dynamo(leave), with_kwargs=True))
         of_module: dict[nn.Module, list[Unit]] = {}
-        for unit in self._units:
+        for unit in self._units.values():
             for module in unit.modules:
                 if not unit.is_root:
                     of_module.setdefault(module, []).append(unit)
@@ -143,7 +145,7 @@ class GatherRuntime:
         signature = (len(args), tuple(sorted(kwargs)), module.training, torch.is_grad_enabled())
         self._key = signature
         self._order.begin(("forward", *signature))
-        for unit in self._units:
+        for unit in self._units.values():
             if unit.is_root:
                 self.need(unit)
 
@@ -182,7 +184,7 @@ class GatherRuntime:
     def _release_all(self, keep: set[int]) -> None:
         if self._held:
             return
-        for unit in self._units:
+        for unit in self._units.values():
             if unit.index not in keep:
                 self._release(unit)
 
@@ -307,7 +309,7 @@ class GatherRuntime:
 
         Collective: all ranks enter with the same units.
         """
-        chosen = self._units if units is None else units
+        chosen = list(self._units.values()) if units is None else units
         gathered = [u for u in chosen if self._state[u.index] is UnitState.SHARDED]
         for unit in gathered:
             self._issue(unit.index)
@@ -324,11 +326,11 @@ class GatherRuntime:
 
 
 def _control_group(group: comm.Group) -> comm.Group:
-    """A lane for the exchange of a few integers between hosts, on gloo whatever the device."""
+    """Where hosts exchange a few integers: on gloo whatever the device."""
     if group.backend in ("gloo", "none", "fake"):
-        return group.lane("gather order")
+        return group
     pg = dist.new_group(list(group.ranks), backend="gloo", use_local_synchronization=True)
-    return comm.Group("control", group.ranks, pg, group.ledger)
+    return comm.Group(f"{group.name} (gather order)", group.ranks, pg, group.ledger)
 
 
 def _exchange(control: comm.Group, value: int) -> list[int]:

@@ -18,7 +18,7 @@ from ds_core.seams import Transport
 from ds_zero import checks, fused, state
 from ds_zero.checks import OWNER
 from ds_zero.gather import GatherRuntime
-from ds_zero.plan import Selector, plan_units
+from ds_zero.plan import Selector, UnitSpec, plan_units
 from ds_zero.sharded_param import show_class
 from ds_zero.unit import Unit
 
@@ -58,6 +58,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         plan = plan_units(
             model, specs, units=units, leaves=leaves, min_unit_numel=min_unit_numel
         )
+        lanes = {axes: _reduce_lane(mesh.group(*axes), stage) for axes in _axes_of(plan)}
         self.units = [
             Unit(
                 index,
@@ -68,6 +69,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 values=checks.full_value,
                 broadcast=broadcast,
                 transport=transport,
+                reduce_group=lanes[spec.placement.grad_axes],
             )
             for index, spec in enumerate(plan)
         ]
@@ -81,7 +83,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 model, sharded, self._watch.ensure_begun, prefetch=prefetch
             )
         self._reducer = GradientReducer(
-            self._trainable, self._watch.ensure_begun, self._gradients_complete
+            self._trainable,
+            self._watch.ensure_begun,
+            self._gradients_complete,
+            gathers_meanwhile=self._gather is not None,
         )
         self._pending_scale: float | torch.Tensor = 1.0
         self._agreed: _Agreement | None = None
@@ -328,6 +333,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Adopt a `state_dict()` whose tensors DCP filled in place, and publish. Collective."""
         load_groups(self.param_groups, state_dict["groups"])
+        state.adopt_loaded(self, state_dict["state"])
         self.publish()
 
     def model_state(self) -> dict[str, Any]:
@@ -354,6 +360,16 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 param.__dict__.pop(OWNER, None)
         self._reducer.close()
         self._watch.close()
+
+
+def _axes_of(plan: list[UnitSpec]) -> list[tuple[str, ...]]:
+    """Every tuple of axes over which some unit's gradients are averaged, in order of first use."""
+    return list(dict.fromkeys(spec.placement.grad_axes for spec in plan))
+
+
+def _reduce_lane(group: comm.Group, stage: int) -> comm.Group:
+    """Where gradients travel: at stage 3 in an order of their own, since gathers come between."""
+    return group.lane("gradients") if stage == 3 else group
 
 
 class _Agreement:

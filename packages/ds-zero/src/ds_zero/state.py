@@ -10,6 +10,7 @@ from torch import nn
 from ds_core import comm
 from ds_core.flat import Piece
 from ds_zero.errors import ShardError
+from ds_zero.fused import split_by_parameter
 from ds_zero.unit import OptimizerPiece, Unit
 
 if TYPE_CHECKING:
@@ -58,13 +59,20 @@ def _local(
     mine = _optimizer_piece(unit, piece)
     held = optimizer.state.get(mine.weights, {})
     value = held.get(kind)
-    if not isinstance(value, torch.Tensor) or value.shape != mine.weights.shape:
-        keys = [k for k, v in held.items() if isinstance(v, torch.Tensor) and v.dim()]
-        raise ShardError(
-            f"optimizer state {kind!r}: {type(optimizer._inner).__name__} has "
-            f"{', '.join(keys) or 'no state before its first step'}"
-        )
-    return value[start - mine.start : stop - mine.start]
+    if isinstance(value, torch.Tensor) and value.shape == mine.weights.shape:
+        return value[start - mine.start : stop - mine.start]
+    keys = {k for values in optimizer.state.values() for k, v in values.items() if _is_wide(v)}
+    if kind in keys and not held:
+        # No step has used the parameter yet.
+        return torch.zeros_like(unit.weights[start:stop])
+    raise ShardError(
+        f"optimizer state {kind!r}: {type(optimizer._inner).__name__} has "
+        f"{', '.join(sorted(keys)) or 'no state before its first step'}"
+    )
+
+
+def _is_wide(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
 def local_value(optimizer: ZeroOptimizer, which: str | nn.Parameter, kind: str) -> torch.Tensor:
@@ -78,7 +86,7 @@ def full_value(optimizer: ZeroOptimizer, which: str | nn.Parameter, kind: str) -
     unit, position = _find(optimizer, which)
     slot = unit.layout.slots[position]
     piece = _piece_of(unit, position)
-    mine = _local(optimizer, unit, piece, kind)
+    mine = _local_or_error(optimizer, unit, piece, kind)
     dtype = unit.grad_dtype if kind == "gradient" else unit.weights.dtype
     own = torch.zeros(unit.layout.shard_numel, dtype=dtype, device=unit.shard.device)
     if piece is not None:
@@ -86,6 +94,24 @@ def full_value(optimizer: ZeroOptimizer, which: str | nn.Parameter, kind: str) -
     whole = torch.empty(unit.layout.numel, dtype=dtype, device=own.device)
     comm.all_gather(whole, own, unit.group, caller=f"{kind} of {slot.name}")
     return whole[slot.offset : slot.end].view(slot.shape).clone()
+
+
+def _local_or_error(
+    optimizer: ZeroOptimizer, unit: Unit, piece: Piece | None, kind: str
+) -> torch.Tensor:
+    """As `_local`, but an error is raised on every rank, also where there is no part to miss."""
+    mine, complaint = unit.weights[:0], None
+    try:
+        mine = _local(optimizer, unit, piece, kind)
+    except ShardError as error:
+        complaint = str(error)
+    if kind not in ("parameter", "gradient"):
+        complaints = comm.all_gather_object(complaint, unit.group, caller=f"{kind} of {unit.name}")
+        for text in filter(None, complaints):
+            raise ShardError(text)
+    elif complaint is not None:
+        raise ShardError(complaint)
+    return mine
 
 
 def full_value_or_none(
@@ -109,6 +135,8 @@ def set_full_value(
             f"{kind} of {slot.name!r}: got shape {list(value.shape)}, expected {list(slot.shape)}"
         )
     piece = _piece_of(unit, position)
+    if kind == "gradient" and unit.trainable and not unit.has_grad:
+        unit.grad.zero_()  # it may hold that of an earlier step
     if piece is not None:
         part = value.reshape(-1)[piece.start : piece.stop]
         with torch.no_grad():
@@ -160,8 +188,10 @@ def optimizer_state(optimizer: ZeroOptimizer) -> dict[str, Any]:
                         _local(optimizer, unit, piece, key), piece
                     )
                 else:
-                    # One value for all parameters of the piece, such as the step count.
-                    entries[piece.slot.name] = value
+                    # One value for all parameters of the piece, such as the step count. Each
+                    # gets its own, since those in a checkpoint may differ.
+                    is_tensor = isinstance(value, torch.Tensor)
+                    entries[piece.slot.name] = value.clone() if is_tensor else value
     names: list[list[str]] = [[] for _ in optimizer.param_groups]
     for unit in optimizer.units:
         for spec in unit.specs:
@@ -174,6 +204,51 @@ def optimizer_state(optimizer: ZeroOptimizer) -> dict[str, Any]:
     return {"state": tensors, "groups": groups}
 
 
+@torch.no_grad()
+def adopt_loaded(optimizer: ZeroOptimizer, loaded: dict[str, dict[str, Any]]) -> None:
+    """Take over from `loaded` what the optimizer keeps once per tensor, such as step counts.
+
+    Where they differ within a piece, its parameters are given states of their own.
+    """
+    for unit in optimizer.units:
+        if unit.trainable and any(_differ(optimizer, unit, p, loaded) for p in unit.optimizer_pieces):
+            split_by_parameter(optimizer._inner, unit)
+        for piece in unit.optimizer_pieces:
+            held = optimizer.state.get(piece.weights, {})
+            for key in list(held):
+                if _is_wide(held[key]):
+                    continue
+                for value in _loaded_values(optimizer, unit, piece, loaded, key)[:1]:
+                    held[key] = value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _differ(
+    optimizer: ZeroOptimizer, unit: Unit, piece: OptimizerPiece, loaded: dict[str, dict[str, Any]]
+) -> bool:
+    for key, own in optimizer.state.get(piece.weights, {}).items():
+        if not _is_wide(own):
+            values = _loaded_values(optimizer, unit, piece, loaded, key)
+            if any(value != values[0] for value in values):
+                return True
+    return False
+
+
+def _loaded_values(
+    optimizer: ZeroOptimizer,
+    unit: Unit,
+    piece: OptimizerPiece,
+    loaded: dict[str, dict[str, Any]],
+    key: str,
+) -> list[Any]:
+    """The loaded value of each parameter of a piece; its own for one that was not loaded."""
+    own = optimizer.state[piece.weights][key]
+    return [
+        loaded.get(key, {}).get(part.slot.name, own)
+        for part in unit.layout.pieces(unit.group.rank)
+        if piece.start <= part.offset < piece.stop
+    ]
+
+
 def memory(optimizer: ZeroOptimizer) -> dict[str, int]:
     """See `ZeroOptimizer.memory`."""
     total = {"parameters": 0, "gradients": 0, "master": 0, "optimizer": 0, "padding": 0}
@@ -181,8 +256,12 @@ def memory(optimizer: ZeroOptimizer) -> dict[str, int]:
         for kind, size in unit.persistent_bytes().items():
             total[kind] += size
         total["padding"] += unit.padding_bytes()
+        parts = unit.layout.pieces(unit.group.rank)
         for piece in unit.optimizer_pieces:
+            ours = [part for part in parts if piece.start <= part.offset < piece.stop]
+            gaps = piece.weights.numel() - sum(part.stop - part.start for part in ours)
             for value in optimizer.state.get(piece.weights, {}).values():
                 if isinstance(value, torch.Tensor) and value.dim():
                     total["optimizer"] += value.numel() * value.element_size()
+                    total["padding"] += gaps * value.element_size()
     return total

@@ -41,12 +41,14 @@ class OptimizerPiece:
         group_index: which of the optimizer's parameter groups.
         weights: the optimizer's own parameter: a view of `master` or `shard`.
         start, stop: its range in the shard.
+        name: the model's parameter that it is a part of, if it is a part of only one.
     """
 
     group_index: int
     weights: nn.Parameter
     start: int
     stop: int
+    name: str | None = None
 
 
 class Unit:
@@ -61,6 +63,7 @@ class Unit:
         values: full value of a parameter of the spec (one that `Init` sharded is gathered).
         broadcast: whether rank 0's initial values overwrite the others'.
         transport: how parameters and gradients travel.
+        reduce_group: the same ranks, on whose lane gradients travel; default: `group` itself.
 
     Collective over `group`.
     """
@@ -76,8 +79,10 @@ class Unit:
         values: Callable[[nn.Parameter], torch.Tensor],
         broadcast: bool,
         transport: Transport,
+        reduce_group: comm.Group | None = None,
     ) -> None:
         self.index, self.name, self.group = index, spec.name, group
+        self._reduce_group = reduce_group or group
         self._wire = transport
         self.modules, self.is_root, self.trainable = spec.modules, spec.is_root, spec.trainable
         self.specs = spec.params
@@ -245,7 +250,7 @@ class Unit:
             if fresh:
                 self.twin[slot.offset : slot.end].zero_()
         return self._wire.reduce_scatter(
-            self.grad, self.twin, self.group, accumulate=self.has_grad, caller=self.name
+            self.grad, self.twin, self._reduce_group, accumulate=self.has_grad, caller=self.name
         )
 
     def finish_reduce(self) -> None:

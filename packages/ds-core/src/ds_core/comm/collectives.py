@@ -1,9 +1,8 @@
 """Collectives over a `Group`: optimal in bytes, counted, and explicit about who failed.
 
-gloo's own reduce-scatter moves as much as a full all-reduce. Here all-gather, reduce-scatter
-and all-to-all on gloo are direct exchanges: each rank sends to each other rank only what that
-rank lacks, which is the optimal (N-1)/N of the tensor, and reduce-scatter adds what it receives
-in fp32. Other backends (NCCL, ...) use their own collectives, which are optimal already.
+gloo's own reduce-scatter moves as much as a full all-reduce. Here reduce-scatter on gloo is an
+all-to-all and a sum in fp32, and all-gather is direct messages: each rank sends to each other rank
+only what that rank lacks, which is the optimal (N-1)/N of the tensor. Other backends (NCCL, ...) use their own collectives, which are optimal already.
 
 Every function returns a `Pending` when `async_op` is true, else None once complete.
 Collective: all ranks of `group` must call, with equal shapes and dtypes, in the same order.
@@ -20,6 +19,10 @@ import torch.distributed as dist
 
 from ds_core.comm.group import Group
 from ds_core.errors import CommError
+
+# On gloo, below this one collective costs less than the handshakes of N-1 direct messages; above,
+# the copy of its own part that gloo makes costs more. Both move the same bytes.
+_SMALL_BYTES = 1 << 16
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _REDUCE_OPS = {
@@ -45,6 +48,13 @@ class Pending:
         self._op, self._group, self._caller = op, group, caller
         self._works: Sequence[Any] = works
         self._finish = finish
+
+    def is_complete(self) -> bool:
+        """Whether `wait` would return at once.
+
+        Direct messages on gloo cannot tell before they are waited for, and count as incomplete.
+        """
+        return all(work.is_completed() for work in self._works)
 
     def wait(self) -> None:
         """Block until the result is in place (on a GPU: until the current stream will see it).
@@ -84,7 +94,7 @@ def all_gather(
 
     def start() -> tuple[Sequence[Any], None]:
         assert group.pg is not None
-        if group.backend != "gloo":
+        if group.backend != "gloo" or sent < _SMALL_BYTES:
             return [group.pg._allgather_base(out, own)], None
         tag, parts = group.next_tag(), out.view(group.size, size)
         return _exchange(group, tag, lambda peer: own, lambda peer: parts[peer]), None
@@ -120,25 +130,32 @@ def reduce_scatter(
     direct = out.dtype == full.dtype and not accumulate and not in_place
 
     def start_exchange() -> tuple[Sequence[Any], Callable[[], None]]:
-        # The part of the lowest other rank is the first to be added. It lands in the result
-        # itself where that is possible: for two ranks no temporary memory is needed at all.
-        first = 1 if group.rank == 0 else 0
-        received = {first: out if direct else torch.empty_like(own)}
-
-        def landing(peer: int) -> torch.Tensor:
-            if peer not in received:
-                received[peer] = torch.empty_like(own)
-            return received[peer]
-
-        works = _exchange(group, group.next_tag(), lambda peer: parts[peer], landing)
+        assert group.pg is not None
+        # At either end of the buffer what goes to others is contiguous without this rank's own
+        # part, which then needs no copy; with two ranks the part that comes in lands in the
+        # result itself, and no temporary memory is needed at all.
+        first, last = group.rank == 0, group.rank == group.size - 1
+        skips_own = first or last
+        splits = [size] * group.size
+        outgoing = full
+        if skips_own:
+            splits[group.rank] = 0
+            outgoing = full[size:] if first else full[:-size]
+        incoming = out if direct and group.size == 2 else full.new_empty(sum(splits))
+        work = group.pg.alltoall_base(incoming, outgoing, splits, splits)
 
         def finish() -> None:
-            home = out if in_place and group.rank < 2 else received[first]
-            received[group.rank] = own
-            in_order = [received[r] for r in range(group.size)]
-            _sum_in_rank_order(out, in_order, home, accumulate)
+            received = list(incoming.view(-1, size))
+            if skips_own:
+                received.insert(group.rank, own)
+            # The running sum may be where no part lies that is added later, and not in `full`.
+            in_out = out.dtype == full.dtype and not accumulate
+            if in_place and group.rank >= 2:
+                in_out = False
+            home = out if in_out else received[1 if first else 0]
+            _sum_in_rank_order(out, received, home, accumulate)
 
-        return works, finish
+        return [work], finish
 
     def start_native() -> tuple[Sequence[Any], Callable[[], None] | None]:
         assert group.pg is not None
@@ -169,6 +186,11 @@ def all_reduce(
 
     Sends 2 (N-1)/N of the tensor.
     """
+    if op not in _REDUCE_OPS:
+        raise CommError(
+            f"all_reduce of {caller or 'the caller'}: op: got {op!r}, expected one of "
+            f"{', '.join(_REDUCE_OPS)}"
+        )
     sent = 2 * (group.size - 1) * tensor.numel() * tensor.element_size() // group.size
 
     def start() -> tuple[Sequence[Any], None]:
@@ -325,7 +347,7 @@ def _sum_in_rank_order(
 ) -> None:
     """out = [out +] parts[0] + parts[1] + ..., in fp32 where the parts are less precise.
 
-    `home`: one of the first two parts, or `out`; it holds the running sum of fp32 parts.
+    `home` holds the running sum of parts that are fp32.
     """
     if parts[0].dtype in _LOW_PRECISION:
         total = parts[0].float().add_(parts[1])

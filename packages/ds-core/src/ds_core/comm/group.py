@@ -32,8 +32,6 @@ class Group:
         ranks: Sequence[int],
         pg: dist.ProcessGroup | None,
         ledger: Ledger,
-        *,
-        lane: int = 0,
     ) -> None:
         self.name = name
         self.ranks = tuple(ranks)
@@ -42,8 +40,6 @@ class Group:
         self.size = len(self.ranks)
         self.rank = 0 if pg is None else dist.get_rank(pg)
         self.backend = "none" if pg is None else _backend_of(pg)
-        self._lane = lane
-        self._num_lanes = 1
         self._sequence = 0
 
     def __repr__(self) -> str:
@@ -53,20 +49,20 @@ class Group:
         """The same ranks with an order of operations of their own.
 
         Collectives of two lanes need not be issued in the same relative order on all ranks.
-        On gloo a lane is a range of message tags; elsewhere it is a process group of its own.
-        Collective: all ranks of the group must call, in the same order.
+        `purpose` is for the name that errors and the ledger show. Collective: all ranks of the
+        group must call, in the same order.
         """
+        name = f"{self.name} ({purpose})"
         pg = self.pg
-        if pg is not None and self.backend != "gloo":
-            pg = dist.new_group(list(self.ranks), use_local_synchronization=True)
-        lane = Group(self.name, self.ranks, pg, self.ledger, lane=self._lane + self._num_lanes)
-        self._num_lanes += 1
-        return lane
+        if pg is not None:
+            ranks = list(self.ranks)
+            pg = dist.new_group(ranks, timeout=_timeout_of(pg), use_local_synchronization=True)
+        return Group(name, self.ranks, pg, self.ledger)
 
     def next_tag(self) -> int:
         """Tag of the next exchange: equal on all ranks, distinct among recent ones."""
-        self._sequence = (self._sequence + 1) % (1 << 16)
-        return (self._lane << 16) | self._sequence
+        self._sequence = (self._sequence + 1) % (1 << 20)
+        return self._sequence
 
     def control_device(self) -> torch.device:
         """Device on which small control messages of this group must live."""
@@ -100,3 +96,11 @@ class Group:
 def _backend_of(pg: dist.ProcessGroup) -> str:
     name = str(dist.get_backend(pg)).lower()
     return name if ":" not in name else name.split(":")[-1]
+
+
+def _timeout_of(pg: dist.ProcessGroup) -> timedelta | None:
+    """The timeout of a group's backend; None where it does not tell."""
+    device = pg._device_types[0] if pg._device_types else torch.device("cpu")
+    options = getattr(pg._get_backend(device), "options", None)
+    timeout = getattr(options, "_timeout", None)
+    return timeout if isinstance(timeout, timedelta) else None

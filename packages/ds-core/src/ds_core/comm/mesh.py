@@ -35,8 +35,11 @@ class Mesh:
         self._groups: dict[tuple[str, ...], Group] = {}
         if device_mesh is not None:
             names = device_mesh.mesh_dim_names
-            if not names:
-                raise CommError("Mesh: the DeviceMesh has no dimension names; name one of them dp")
+            if not names or "dp" not in names:
+                told = f"dimensions {', '.join(names)}" if names else "no dimension names"
+                raise CommError(
+                    f"Mesh: the DeviceMesh has {told}; name the one along which data differs dp"
+                )
             self.axes = dict(zip(names, device_mesh.shape, strict=True))
             self._device_mesh: DeviceMesh | None = device_mesh
             return
@@ -63,8 +66,13 @@ class Mesh:
     def group(self, *axes: str) -> Group:
         """This rank's group along one axis, or along several flattened into one.
 
-        Collective on first use for several axes.
+        Its ranks are in the order of the mesh, whatever the order of `axes`. Collective on first use
+        for several axes. Raises CommError for an axis that no mesh has.
         """
+        unknown = [axis for axis in axes if axis not in self.axes and axis not in AXES]
+        if unknown or not axes:
+            told = repr(unknown[0]) if unknown else "none"
+            raise CommError(f"Mesh.group: got axis {told}; this mesh has {', '.join(self.axes)}")
         if axes not in self._groups:
             self._groups[axes] = self._make(axes)
         return self._groups[axes]
@@ -77,7 +85,8 @@ class Mesh:
 
     def _make(self, axes: tuple[str, ...]) -> Group:
         name = "x".join(axes)
-        present = tuple(axis for axis in axes if self.size(axis) > 1)
+        # In the order of the mesh, in which alone a DeviceMesh can be cut.
+        present = tuple(axis for axis in self.axes if axis in axes and self.size(axis) > 1)
         if not present:
             return Group(name, [dist.get_rank()], None, self.ledger)
         if self._device_mesh is None:

@@ -48,6 +48,11 @@ class JsonLines:
         except OSError as error:
             raise DsError(f"metrics.jsonl: cannot write {os.fspath(path)!r}: {error}") from error
 
+    def __del__(self) -> None:
+        # An engine that is dropped without `close()` leaves the file to us.
+        if self._file is not None:
+            self._file.close()
+
     def on_event(self, engine: Engine, event: Event) -> None:
         """Write one line for the start, each step, and each checkpoint."""
         if self._file is None:

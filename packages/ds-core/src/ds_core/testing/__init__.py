@@ -1,5 +1,10 @@
 """Test kit: real gloo ranks from a shared pool, fake large worlds, and injected faults."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ds_core.testing.fake import fake_world
 from ds_core.testing.faults import (
     die,
@@ -13,14 +18,28 @@ from ds_core.testing.outcome import Died, Hung, Raised, RankFailure, Returned
 from ds_core.testing.pool import RankPool, run_ranks, shared_pool
 from ds_core.testing.task import TaskError
 
+if TYPE_CHECKING:
+    from ds_core.testing.contracts import (
+        ObserverContract,
+        OpContract,
+        RunnerContract,
+        ShardingContract,
+        TransportContract,
+    )
+
 __all__ = [
     "Died",
     "Hung",
+    "ObserverContract",
+    "OpContract",
     "Raised",
     "RankFailure",
     "RankPool",
     "Returned",
+    "RunnerContract",
+    "ShardingContract",
     "TaskError",
+    "TransportContract",
     "die",
     "die_on_call",
     "fake_world",
@@ -31,3 +50,14 @@ __all__ = [
     "shared_pool",
     "truncate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The contracts need pytest and the engine; the rest of the kit does not.
+    if name in __all__:
+        return getattr(importlib.import_module("ds_core.testing.contracts"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,101 @@
+"""Starting the process group: from torchrun's variables, or alone without any."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ds_core import comm
+from ds_core.errors import CommError
+from ds_core.testing import fake_world, run_ranks
+
+WHOLE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
+
+
+@pytest.fixture(autouse=True)
+def no_world(monkeypatch):
+    for name in (*WHOLE, "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    comm.shutdown()
+
+
+def test_without_variables_there_is_a_world_of_one():
+    assert not comm.is_initialized()
+    comm.init()
+    assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
+    tensor = torch.ones(3)
+    comm.all_reduce(tensor, comm.Mesh.world().group("dp"), caller="test")
+    assert tensor.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_init_leaves_a_running_group_alone():
+    with fake_world(8):
+        comm.init()
+        assert dist.get_world_size() == 8
+
+
+def test_shutdown_may_be_called_twice_and_init_again():
+    comm.init()
+    comm.shutdown()
+    comm.shutdown()
+    assert not comm.is_initialized()
+    comm.init()
+    assert comm.is_initialized()
+
+
+@pytest.mark.parametrize("missing", sorted(WHOLE))
+def test_a_missing_variable_is_named(monkeypatch, missing):
+    for name, value in WHOLE.items():
+        if name != missing:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(CommError, match=rf"only part of a world: {missing} not set.*torchrun"):
+        comm.init()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "one"}, "RANK='one' in the environment is not an integer"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE='' in the environment is not an integer"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK='x' in the environment is not an integer"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, r"RANK=2 is outside 0\.\.WORLD_SIZE-1 with WORLD_SIZE=2"),
+        ({"RANK": "-1"}, "RANK=-1 is outside"),
+        ({"MASTER_PORT": "http"}, "could not start on rank 0"),
+    ],
+    ids=["rank", "empty", "local-rank", "too-large", "negative", "port"],
+)
+def test_values_that_make_no_sense_are_refused(monkeypatch, variables, message):
+    for name, value in {**WHOLE, **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(CommError, match=message):
+        comm.init()
+
+
+def init_from_variables():
+    comm.init()
+    tensor = torch.tensor([float(dist.get_rank() + 1)])
+    comm.all_reduce(tensor, comm.Mesh.world().group("dp"), caller="test")
+    return tensor.item(), dist.get_backend()
+
+
+def test_torchruns_variables_start_a_world():
+    assert run_ranks(2, init_from_variables, initialized=False) == [(3.0, "gloo")] * 2
+
+
+def nobody_else_comes():
+    import os
+
+    if os.environ["RANK"] == "1":
+        os.environ["WORLD_SIZE"], os.environ["RANK"] = "2", "5"
+        with pytest.raises(CommError, match="RANK=5"):
+            comm.init()
+        return
+    os.environ["WORLD_SIZE"] = "2"
+    with pytest.raises(CommError, match="process group of 2 ranks at .* could not start on rank 0"):
+        comm.init(timeout_s=2)
+
+
+def test_a_rank_that_never_comes_ends_in_an_error():
+    run_ranks(2, nobody_else_comes, initialized=False)
