@@ -50,7 +50,8 @@ def of_new_run(out: str | None, given: dict[str, Any]) -> tuple[Path, Settings]:
         )
     settings = Settings(**given)
     if settings.data is None and settings.max_mb is None:
-        settings = replace(settings, max_mb=6.0)  # seconds to tokenize, and more than a run needs
+        # Tokenized in a second or two, and a run of the default length sees most of it.
+        settings = replace(settings, max_mb=2.0)
     return folder, settings
 
 

@@ -91,7 +91,8 @@ def train(options: argparse.Namespace) -> None:
     log.say(f"a sample, continuing {options.prompt!r}:\n{told}")
     engine.close()
     if group.rank == 0:
-        _draw(folder, f"GPT {settings.size}, ZeRO stage {stage}, {group.size} ranks")
+        ranks = "1 rank" if group.size == 1 else f"{group.size} ranks"
+        _draw(folder, f"GPT {settings.size}, ZeRO stage {stage}, {ranks}")
 
 
 def continue_prompt(options: argparse.Namespace) -> None:

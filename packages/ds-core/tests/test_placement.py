@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
@@ -25,9 +23,3 @@ def test_place_returns_the_parameter():
 def test_half_a_split_is_refused(given):
     with pytest.raises(ValueError, match="go together; set both or neither"):
         Placement(**given)
-
-
-def test_a_copied_model_keeps_its_placements():
-    layer = torch.nn.Linear(2, 2)
-    place(layer.weight, Placement(split_axis="tp", split_dim=0))
-    assert placement_of(copy.deepcopy(layer).weight).split_axis == "tp"

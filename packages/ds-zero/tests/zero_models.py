@@ -63,6 +63,11 @@ def uneven_tokens(rank: int, step: int) -> torch.Tensor:
     return tokens(rank, step, rows=1 + (rank + step) % 3)
 
 
+def same_tokens(rank: int, step: int) -> torch.Tensor:
+    """The same batch at every step, so that the loss falls."""
+    return tokens(rank, 0)
+
+
 def square(model: nn.Module, x: torch.Tensor, rank: int, step: int) -> torch.Tensor:
     """A loss of the output alone."""
     return model(x).square().mean()
@@ -70,7 +75,15 @@ def square(model: nn.Module, x: torch.Tensor, rank: int, step: int) -> torch.Ten
 
 def next_token(model: nn.Module, x: torch.Tensor, rank: int, step: int) -> torch.Tensor:
     """Language-model loss."""
-    return F.cross_entropy(model(x)[:, :-1].flatten(0, 1).float(), x[:, 1:].flatten())
+    logits = model(x)[:, :-1].flatten(0, 1)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), x[:, 1:].flatten())
+
+
+def autocast(model: nn.Module, x: torch.Tensor, rank: int, step: int) -> torch.Tensor:
+    """Language-model loss of a forward in bf16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return next_token(model, x, rank, step)
 
 
 # ---------------------------------------------------------------------- blocks and language models
@@ -429,6 +442,8 @@ CASES: dict[str, Case] = {
     "tied": Case(lambda: Language("tied"), next_token, tokens),
     "untied": Case(lambda: Language("own"), next_token, tokens),
     "outside": Case(lambda: Language("functional"), next_token, tokens),
+    "overfit": Case(lambda: Language("own"), next_token, same_tokens),
+    "autocast": Case(lambda: Language("own"), autocast, tokens),
     "uneven": Case(lambda: Language("own"), next_token, uneven_tokens),
     "reentrant": Case(lambda: Language("own", remat="reentrant"), next_token, tokens),
     "non-reentrant": Case(lambda: Language("own", remat="non-reentrant"), next_token, tokens),

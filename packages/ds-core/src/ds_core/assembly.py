@@ -76,6 +76,8 @@ def initialize(
     sharding: Sharding = _provided(
         "sharding", config, model=model, optimizer=optimizer, **parts
     ) or Replicated(model, optimizer, **parts)
+    _broadcast_buffers(model, mesh.group("dp"))
+    _cast_statistics(model, precision.compute)
     runner = _provided("runners", config, model=model, mesh=mesh)
     scheduler = _scheduler(config, lr_scheduler, sharding, optimizer)
     dp = mesh.group("dp")
@@ -150,6 +152,27 @@ def _place(model: nn.Module, device: torch.device) -> None:
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.device != device for tensor in tensors):
         model.to(device)
+
+
+def _broadcast_buffers(model: nn.Module, group: comm.Group) -> None:
+    """Start from rank 0's buffers, as the sharding does from its parameters."""
+    for name, buffer in model.named_buffers():
+        value = buffer.contiguous()
+        comm.broadcast(value, group, caller=name)
+        if value is not buffer:
+            buffer.copy_(value)
+
+
+def _cast_statistics(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Running statistics of batch norms, which torch wants in the dtype of their weights.
+
+    Other buffers (positions, masks, frequencies) stay as the model made them.
+    """
+    for module in model.modules():
+        if dtype is not None and isinstance(module, nn.modules.batchnorm._NormBase):
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_floating_point():
+                    setattr(module, name, buffer.to(dtype))
 
 
 def _optimizer(

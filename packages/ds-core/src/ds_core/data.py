@@ -63,6 +63,8 @@ class ResumableLoader:
         self._loader = DataLoader(
             dataset, micro_batch_size, sampler=self._sampler, collate_fn=collate_fn,
             drop_last=drop_last,
+            # Its own, or every epoch, and every resumption, would draw from the model's numbers.
+            generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
         if drop_last and len(self) == 0:
             raise DsError(

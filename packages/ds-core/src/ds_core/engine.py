@@ -249,10 +249,27 @@ class Engine(nn.Module):
     # ------------------------------------------------------------------ state
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The model's parameters and buffers, whole on every rank, copied to the CPU."""
+        """The model's parameters and buffers, whole on every rank, copied to the CPU.
+
+        The names are those of the model's own `state_dict`, so that it loads without an engine.
+        """
         state: dict[str, Any] = self.sharding.full_state_dict()
+        first_names = {id(p): name for name, p in self.module.named_parameters()}
+        for name, param in self.module.named_parameters(remove_duplicate=False):
+            state.setdefault(name, state[first_names[id(param)]])  # a tied one under both names
         state.update(self.buffer_state())
         return state
+
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> None:
+        """Take over parameters and buffers as `state_dict` returns them; the optimizer stays.
+
+        Raises CheckpointError if names (unless `strict` is false) or shapes differ. Collective.
+        """
+        from ds_core.engine_state import load_model
+
+        load_model(self, state_dict, strict=strict)
 
     def buffer_state(self) -> dict[str, torch.Tensor]:
         """Persistent buffers by name."""

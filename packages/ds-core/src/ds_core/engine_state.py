@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from ds_core.buffers import persistent_buffers
 
+from ds_core.errors import CheckpointError
+
 if TYPE_CHECKING:
     from ds_core.engine import Engine
 
@@ -45,9 +47,45 @@ def load(
     path = checkpoint.find(directory, tag)
     state = _state(engine)
     state["optimizer"] = known_to(path, state["optimizer"])
+    # What another world or config need not have had: the checkpoint's are returned all the same.
+    del state["rng"], state["lr_scheduler"]
     loaded = checkpoint.load(directory, tag, state=state)
     _restore(engine, loaded)
     return str(path), dict(loaded.get("client", {}))
+
+
+@torch.no_grad()
+def load_model(engine: Engine, values: Mapping[str, Any], *, strict: bool) -> None:
+    """See `Engine.load_state_dict`."""
+    from ds_core.checkpoint import FlatShard
+
+    targets = {**engine.sharding.model_state(), **_live_buffers(engine)}
+    module = engine.module
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    shapes.update((name, tuple(b.shape)) for name, b in _live_buffers(engine).items())
+    aliases = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    complaints = [
+        f"{name}: the state has {list(values[name].shape)}, the model {list(shape)}"
+        for name, shape in shapes.items()
+        if name in values and tuple(values[name].shape) != shape
+    ]
+    if strict and (missing := sorted(shapes.keys() - values.keys())):
+        complaints.append(f"the model has, but the state lacks: {', '.join(missing[:4])}")
+    if strict and (unknown := sorted(values.keys() - shapes.keys() - aliases)):
+        complaints.append(f"the state has, but the model lacks: {', '.join(unknown[:4])}")
+    if complaints:
+        raise CheckpointError(f"load_state_dict: a state of another model; {'; '.join(complaints)}")
+    for name, target in targets.items():
+        if name not in values:
+            continue
+        value = values[name]
+        if isinstance(target, FlatShard):
+            start, local = target.start, target.local
+            local.copy_(value.reshape(-1)[start : start + local.numel()])
+        else:
+            target.copy_(value)
+    # Loading its own state makes a sharding publish what was written into it.
+    engine.sharding.load_state_dict(engine.sharding.state_dict())
 
 
 def _state(engine: Engine) -> dict[str, Any]:
@@ -100,7 +138,7 @@ def _restore(engine: Engine, loaded: dict[str, Any]) -> None:
     own = loaded["engine"]
     engine.global_step, engine.skipped_steps = own["global_step"], own["skipped_steps"]
     engine.scaler.load_state_dict(own["loss_scale"])
-    if engine.lr_scheduler is not None and loaded["lr_scheduler"]:
+    if engine.lr_scheduler is not None and loaded.get("lr_scheduler"):
         engine.lr_scheduler.load_state_dict(loaded["lr_scheduler"])
     if engine.dataloader is not None:
         engine.dataloader.skip_to(own["samples"])

@@ -120,6 +120,8 @@ class GradientReducer(Generic[B]):
         gradient, param.grad = param.grad, None
         if gradient is None:
             return
+        if self._missing[bucket.index] <= 0:
+            self._drain()  # it comes late, and its bucket may be on its way
         bucket.write_gradient(position, gradient, 1.0 / bucket.group.size)
         self._missing[bucket.index] -= 1
         if self._missing[bucket.index] == 0:
@@ -185,7 +187,8 @@ class GradientReducer(Generic[B]):
         self._drain()
 
     def forget(self) -> None:
-        """The gradients that wait are dropped."""
+        """The gradients that wait are dropped, and those that a broken backward left on their way."""
+        self._drain()
         self._is_local = False
 
     def _reduce_late(self) -> None:
@@ -208,6 +211,12 @@ class GradientReducer(Generic[B]):
         position = {index: place for place, index in enumerate(order)}
         self._order.sort(key=lambda bucket: position.get(bucket.index, len(position)))
         self._order_agreed = True
+
+
+def vector_norm(gradient: torch.Tensor) -> torch.Tensor:
+    """The L2 norm of a flat gradient, computed in fp32 or better."""
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    return torch.linalg.vector_norm(gradient, dtype=wide)
 
 
 def _on_gradient(

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from ds_core import comm
+from ds_core.agreement import check_same_model
 from ds_core.backward import BackwardWatch
 from ds_core.flat import FlatLayout
-from ds_core.gradients import GradientReducer
+from ds_core.gradients import GradientReducer, vector_norm
 from ds_core.optimizer_state import allocate_state, load_groups
 from ds_core.precision import Precision
 from ds_core.seams.transport import Dense, Transport
@@ -93,7 +94,7 @@ class Replicated:
         mesh: gradients are averaged over its "dp" axis.
         broadcast: start from rank 0's values.
 
-    Collective.
+    Raises ModelMismatchError if the ranks' models differ. Collective.
     """
 
     reduces_each_backward = False
@@ -113,6 +114,13 @@ class Replicated:
         self._group = mesh.group("dp")
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._all = dict(model.named_parameters())
+        check_same_model(
+            [
+                (name, list(p.shape), str(p.dtype), "trained" if p.requires_grad else "frozen")
+                for name, p in self._all.items()
+            ],
+            self._group,
+        )
         self._master: dict[str, nn.Parameter] = {}
         self._broadcast_and_cast(precision, broadcast)
         self._buckets = _make_buckets(
@@ -182,7 +190,7 @@ class Replicated:
     def grad_norm(self) -> torch.Tensor:
         """Global L2 norm of the averaged gradients; computed locally, they are equal anyway."""
         self._settle()
-        norms = [torch.linalg.vector_norm(b.flat, dtype=torch.float32) for b in self._buckets]
+        norms = [vector_norm(bucket.flat) for bucket in self._buckets]
         return torch.stack(norms).double().square_().sum().sqrt_().cpu()
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ def check_optimizer(optimizer: Any) -> None:
             f"optimizer: {name} computes its update from whole matrices, and ZeRO hands it flat "
             f"shards; use an elementwise one (Adam, AdamW, SGD, Adagrad, RMSprop, ...)"
         )
-    if optimizer.state:
+    if any(int(values.get("step", 1)) > 0 for values in optimizer.state.values()):
         raise ShardError(
             "optimizer: it has taken steps already, and its state belongs to the unsharded model; "
             "shard before the first step, and load state from a checkpoint after it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -31,6 +32,31 @@ def prefer_fused(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         group["fused"] = True
     optimizer._step_supports_amp_scaling = True
+
+
+def initial_state(
+    optimizer: torch.optim.Optimizer, units: list[Unit]
+) -> dict[torch.Tensor, dict[str, Any]]:
+    """The state of every piece, of an optimizer that allocated its state before its first step.
+
+    Adagrad does, with values that it is told; it does not allocate again.
+    """
+    state: dict[torch.Tensor, dict[str, Any]] = {}
+    params = {spec.name: spec.param for unit in units for spec in unit.specs}
+    for unit in units if optimizer.state else ():
+        for piece in unit.optimizer_pieces:
+            for part in unit.parts_of(piece):
+                for key, value in optimizer.state.get(params[part.slot.name], {}).items():
+                    own = state.setdefault(piece.weights, {})
+                    if not isinstance(value, torch.Tensor) or value.dim() == 0:
+                        own[key] = copy.copy(value) if not torch.is_tensor(value) else value.clone()
+                        continue
+                    place = own.setdefault(key, torch.zeros_like(piece.weights.detach()))
+                    start = part.offset - piece.start
+                    place[start : start + part.stop - part.start].copy_(
+                        value.reshape(-1)[part.start : part.stop]
+                    )
+    return state
 
 
 class InnerStep:
@@ -81,7 +107,7 @@ class InnerStep:
                 scale = torch.as_tensor(self._scale, dtype=torch.float32, device=device)
                 # torch's fused kernels divide by `grad_scale`, as a gradient scaler wants it.
                 optimizer.grad_scale = scale.reciprocal()
-                optimizer.found_inf = torch.zeros((), device=device)
+                optimizer.found_inf = torch.zeros((), dtype=torch.float32, device=device)
             optimizer.step()
         finally:
             for group, params in zip(optimizer.param_groups, everything, strict=True):
@@ -102,10 +128,8 @@ def split_by_parameter(optimizer: torch.optim.Optimizer, unit: Unit) -> None:
     for whole in unit.optimizer_pieces:
         state = optimizer.state.pop(whole.weights, {})
         shape = whole.weights.shape
-        for part in unit.layout.pieces(unit.group.rank):
+        for part in unit.parts_of(whole):
             start, stop = part.offset, part.offset + part.stop - part.start
-            if not whole.start <= start < whole.stop:
-                continue
             own = slice(start - whole.start, stop - whole.start)
             weights = nn.Parameter(whole.weights.detach()[own])
             if state:

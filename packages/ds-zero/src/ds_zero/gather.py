@@ -59,7 +59,8 @@ class GatherRuntime:
         self._pending: dict[int, comm.Pending] = {}
         self._kept: set[int] = {unit.index for unit in units if unit.is_root}
         self._key: tuple[Any, ...] = ()
-        self._held = False
+        # Units that stay whole whatever passes do.
+        self._held: set[int] = set()
         self.in_backward = False
         self._of_param = {id(p): u for u in units for p in u.params}
         control = _control_group(units[0].group)
@@ -142,6 +143,8 @@ class GatherRuntime:
             return  # activation checkpointing runs the whole model again
         if self.in_backward or self._order.active:
             self._recover()
+        if len(self._held) == len(self._units):
+            return  # everything is here: nothing to gather, nothing to agree on
         signature = (len(args), tuple(sorted(kwargs)), module.training, torch.is_grad_enabled())
         self._key = signature
         self._order.begin(("forward", *signature))
@@ -163,6 +166,8 @@ class GatherRuntime:
         self.in_backward = True
         if self._order.active:
             self._recover()
+        if len(self._held) == len(self._units):
+            return
         self._order.begin(("backward", *self._key))
         for index in sorted(self._kept):
             self.need(self._units[index])
@@ -171,7 +176,8 @@ class GatherRuntime:
         """Called once the whole backward is done: free everything."""
         if not self.in_backward:
             return
-        self._order.end()
+        if self._order.active:
+            self._order.end()
         self.in_backward = False
         self._release_all(keep=set())
 
@@ -182,10 +188,8 @@ class GatherRuntime:
         self._release_all(keep=set())
 
     def _release_all(self, keep: set[int]) -> None:
-        if self._held:
-            return
         for unit in self._units.values():
-            if unit.index not in keep:
+            if unit.index not in keep and unit.index not in self._held:
                 self._release(unit)
 
     def settle(self) -> None:
@@ -250,7 +254,7 @@ class GatherRuntime:
 
     def release(self, unit: Unit) -> None:
         """The parameters of `unit` are not needed for now."""
-        if not self._held and unit.index not in self._kept:
+        if unit.index not in self._held and unit.index not in self._kept:
             self._release(unit)
 
     def _issue(self, index: int) -> None:
@@ -315,14 +319,14 @@ class GatherRuntime:
             self._issue(unit.index)
         for unit in gathered:
             self._arrive(unit)
-        held_before, self._held = self._held, True
+        newly = {unit.index for unit in chosen} - self._held
+        self._held |= newly
         try:
             yield
         finally:
-            self._held = held_before
-            if not held_before:
-                for unit in gathered:
-                    self._release(unit)
+            self._held -= newly
+            for unit in gathered:
+                self._release(unit)
 
 
 def _control_group(group: comm.Group) -> comm.Group:

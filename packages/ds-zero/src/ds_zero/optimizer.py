@@ -11,7 +11,7 @@ from torch import nn
 
 from ds_core import comm
 from ds_core.backward import BackwardWatch
-from ds_core.gradients import GradientReducer
+from ds_core.gradients import GradientReducer, vector_norm
 from ds_core.optimizer_state import allocate_state, load_groups
 from ds_core.precision import Precision
 from ds_core.seams import Transport
@@ -97,8 +97,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for unit in self._trainable:
             for piece in unit.optimizer_pieces:
                 pieces[piece.group_index].append(piece.weights)
+        initial = fused.initial_state(self._inner, self._trainable)
         for group, params in zip(self._inner.param_groups, pieces, strict=True):
             group["params"] = params
+        self._inner.state.clear()
+        self._inner.state.update(initial)
         fused.prefer_fused(self._inner)
 
     # torch's schedulers and scalers read and write these two.
@@ -178,6 +181,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Infinite or NaN if any gradient on any rank is. Collective, once per backward.
         """
+        self._reducer.settle()
         if self._agreed is None or self._agreed.norm is None:
             self._agreed = _agree(self._trainable, with_norm=True)
         assert self._agreed.norm is not None
@@ -218,6 +222,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         if self._gather is not None:
             self._gather.settle()
+        self._reducer.settle()
         if self._agreed is None:
             self._agreed = _agree(self._trainable, with_norm=False)
         used = self._agreed.used
@@ -233,6 +238,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients. Their persistent buffers stay; nothing is written."""
         self._agreed = None
+        self._reducer.forget()
         for unit in self._trainable:
             unit.clear_gradient()
 
@@ -387,8 +393,9 @@ def _agree(units: list[Unit], *, with_norm: bool) -> _Agreement:
         members = [unit for unit in units if unit.group is group]
         local = torch.zeros(1, dtype=torch.float64, device=members[0].grad.device)
         if with_norm:
-            norms = [torch.linalg.vector_norm(unit.grad, dtype=torch.float32) for unit in members]
-            local = torch.stack(norms).double().square_().sum().view(1)
+            for unit in members:
+                if unit.has_grad:
+                    local += vector_norm(unit.grad).double().square_()
         flags = torch.tensor(
             [flag for unit in members for flag in unit.used], dtype=torch.float64
         )

@@ -244,8 +244,7 @@ def _loaded_values(
     own = optimizer.state[piece.weights][key]
     return [
         loaded.get(key, {}).get(part.slot.name, own)
-        for part in unit.layout.pieces(unit.group.rank)
-        if piece.start <= part.offset < piece.stop
+        for part in unit.parts_of(piece)
     ]
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ds_core import comm
-from ds_core.flat import FlatLayout
+from ds_core.flat import FlatLayout, Piece
 from ds_core.precision import Precision
 from ds_core.seams import Transport
 from ds_zero.plan import UnitSpec
@@ -284,6 +284,11 @@ class Unit:
             OptimizerPiece(group, nn.Parameter(self.weights[start:stop]), start, stop)
             for group, (start, stop) in ranges.items()
         ]
+
+    def parts_of(self, piece: OptimizerPiece) -> list[Piece]:
+        """The parts of parameters that an optimizer piece consists of."""
+        parts = self.layout.pieces(self.group.rank)
+        return [part for part in parts if piece.start <= part.offset < piece.stop]
 
     def persistent_bytes(self) -> dict[str, int]:
         """Bytes of this rank's buffers that outlive a step, by kind (optimizer state excluded)."""

@@ -11,11 +11,14 @@ Collective: all ranks of `group` must call, with equal shapes and dtypes, in the
 from __future__ import annotations
 
 import re
+import pickle
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from ds_core.comm.group import Group
 from ds_core.errors import CommError
@@ -23,6 +26,9 @@ from ds_core.errors import CommError
 # On gloo, below this one collective costs less than the handshakes of N-1 direct messages; above,
 # the copy of its own part that gloo makes costs more. Both move the same bytes.
 _SMALL_BYTES = 1 << 16
+
+#: How often a rank that waits asks whether others have reported a failure.
+NEWS_S = 1.0
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _REDUCE_OPS = {
@@ -64,7 +70,10 @@ class Pending:
         works, self._works = self._works, ()
         try:
             for work in works:
-                work.wait()
+                if len(works) == 1 and self._op not in ("send", "recv"):
+                    _wait_for_collective(work, self._group)
+                else:
+                    work.wait()
         except RuntimeError as error:
             raise _failure(self._op, self._group, self._caller, error) from error
         finish, self._finish = self._finish, None
@@ -216,6 +225,7 @@ def all_to_all(
     """
     _check(out.numel() == full.numel(), "all_to_all", caller, group, out, full)
     size = full.numel() // group.size
+    _check(size * group.size == full.numel(), "all_to_all", caller, group, out, full)
     parts_in, parts_out = full.view(group.size, size), out.view(group.size, size)
     parts_out[group.rank].copy_(parts_in[group.rank])
     sent = (group.size - 1) * size * full.element_size()
@@ -302,27 +312,84 @@ def barrier(group: Group, *, caller: str = "") -> None:
 
 
 def all_gather_object(value: Any, group: Group, *, caller: str = "") -> list[Any]:
-    """Every rank's `value`, in rank order. For control information: it is pickled."""
+    """Every rank's `value`, in rank order. For control information: it is pickled, not counted."""
     if group.size == 1:
         return [value]
-    out: list[Any] = [None] * group.size
-    try:
-        dist.all_gather_object(out, value, group=group.pg)
-    except RuntimeError as error:
-        raise _failure("all_gather_object", group, caller, error) from error
-    return out
+    device = group.control_device()
+    mine = _pickled(value)
+    sizes = torch.zeros(group.size, dtype=torch.int64, device=device)
+    own_size = torch.tensor([mine.numel()], device=device)
+    everybody: list[torch.Tensor] = []
+
+    def gather(pg: dist.ProcessGroup) -> None:
+        _wait_for_collective(pg._allgather_base(sizes, own_size), group)
+        longest = int(sizes.max())
+        padded = F.pad(mine, (0, longest - mine.numel())).to(device)
+        out = torch.empty(group.size * longest, dtype=torch.uint8, device=device)
+        _wait_for_collective(pg._allgather_base(out, padded), group)
+        everybody.extend(out.view(group.size, longest).cpu())
+
+    _run_control("all_gather_object", group, caller, gather)
+    return [
+        pickle.loads(data[:size].numpy().tobytes())
+        for data, size in zip(everybody, sizes.tolist(), strict=True)
+    ]
 
 
 def broadcast_object(value: Any, group: Group, *, source: int = 0, caller: str = "") -> Any:
-    """The `value` of rank `source` of the group. For control information: it is pickled."""
+    """The `value` of rank `source` of the group. For control information, as above."""
     if group.size == 1:
         return value
-    box = [value]
+    device = group.control_device()
+    data = _pickled(value) if group.rank == source else torch.empty(0, dtype=torch.uint8)
+    size = torch.tensor([data.numel()], device=device)
+    options = dist.BroadcastOptions()
+    options.rootRank = source
+    received: list[torch.Tensor] = []
+
+    def pass_on(pg: dist.ProcessGroup) -> None:
+        _wait_for_collective(pg.broadcast([size], options), group)
+        out = data.new_empty(int(size)) if group.rank != source else data
+        out = out.to(device)
+        _wait_for_collective(pg.broadcast([out], options), group)
+        received.append(out.cpu())
+
+    _run_control("broadcast_object", group, caller, pass_on)
+    return value if group.rank == source else pickle.loads(received[0].numpy().tobytes())
+
+
+def _pickled(value: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+
+def _run_control(
+    op: str, group: Group, caller: str, body: Callable[[dist.ProcessGroup], None]
+) -> None:
+    assert group.pg is not None
     try:
-        dist.broadcast_object_list(box, src=group.ranks[source], group=group.pg)
+        body(group.pg)
     except RuntimeError as error:
-        raise _failure("broadcast_object", group, caller, error) from error
-    return box[0]
+        raise _failure(op, group, caller, error) from error
+
+
+def _wait_for_collective(work: Any, group: Group) -> None:
+    """Wait for the backend, or until another rank reports that it has given up.
+
+    gloo passes data on from rank to rank: one that is no neighbour of a dead rank would otherwise
+    wait until its neighbours are gone as well, and be taken for dead itself.
+    """
+    if group.backend != "gloo":
+        work.wait()
+        return
+    while True:
+        try:
+            work.wait(timedelta(seconds=NEWS_S))
+            return
+        except RuntimeError:
+            if work.is_completed():
+                raise
+        if group.failed_elsewhere():
+            raise RuntimeError("another rank has given up")
 
 
 def _exchange(

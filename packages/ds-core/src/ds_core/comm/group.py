@@ -15,6 +15,9 @@ from ds_core.comm.ledger import Ledger
 #: How long the ranks that saw a collective fail wait for the others to say that they live.
 ROLL_CALL_S = 3.0
 
+# Tags from here on are those of collectives, smaller ones the callers' own.
+_FIRST_TAG = 1 << 30
+
 
 class Group:
     """Ranks that communicate, in order; `rank` and `size` are relative to the group.
@@ -60,9 +63,9 @@ class Group:
         return Group(name, self.ranks, pg, self.ledger)
 
     def next_tag(self) -> int:
-        """Tag of the next exchange: equal on all ranks, distinct among recent ones."""
+        """Tag of the next exchange: equal on all ranks, distinct from recent ones and callers'."""
         self._sequence = (self._sequence + 1) % (1 << 20)
-        return self._sequence
+        return _FIRST_TAG + self._sequence
 
     def control_device(self) -> torch.device:
         """Device on which small control messages of this group must live."""
@@ -70,6 +73,15 @@ class Group:
             return torch.device("cpu")
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return torch.device("cpu") if accelerator is None else accelerator
+
+    def failed_elsewhere(self) -> bool:
+        """Whether another rank of the group has reported that a collective failed there."""
+        mine = dist.get_rank()
+        try:
+            store: Any = dist.distributed_c10d._get_default_store()
+            return any(store.check([_alive(rank)]) for rank in self.ranks if rank != mine)
+        except Exception:
+            return True  # the store is gone, and with it the rank that hosts it
 
     def silent_ranks(self, failure: str) -> list[int]:
         """Global ranks that do not report, after a failed collective, that they are alive.
@@ -83,14 +95,18 @@ class Group:
         try:
             store: Any = dist.distributed_c10d._get_default_store()
             store.set_timeout(timedelta(seconds=ROLL_CALL_S))
-            store.set(f"ds_core/alive/{mine}", failure)
+            store.set(_alive(mine), failure)
             deadline = time.monotonic() + ROLL_CALL_S
             while missing and time.monotonic() < deadline:
-                missing = {r for r in missing if not store.check([f"ds_core/alive/{r}"])}
+                missing = {r for r in missing if not store.check([_alive(r)])}
                 time.sleep(0.05)
         except Exception:
             return [0] if mine != 0 else sorted(missing)
         return sorted(missing)
+
+
+def _alive(rank: int) -> str:
+    return f"ds_core/alive/{rank}"
 
 
 def _backend_of(pg: dist.ProcessGroup) -> str:

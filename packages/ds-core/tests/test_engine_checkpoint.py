@@ -1,0 +1,268 @@
+"""Checkpoints of the engine: what was saved goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import ds_core
+from ds_core import comm
+from ds_core.errors import CheckpointError
+from ds_core.testing import flip_byte, run_ranks, truncate
+
+BASE = {
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_clipping": 0,
+    "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01, "warmup_num_steps": 8}},
+    "progress": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def own_process_group():
+    yield
+    comm.shutdown()
+
+
+class Net(nn.Module):
+    """With dropout, so that random states count, and a batch norm, so that buffers do."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.hidden, self.norm = nn.Linear(3, width), nn.BatchNorm1d(width)
+        self.drop, self.head = nn.Dropout(0.3), nn.Linear(width, 1)
+
+    def forward(self, x):
+        x = x.to(self.hidden.weight.dtype)
+        return self.head(self.drop(torch.tanh(self.norm(self.hidden(x))))).float().square().mean()
+
+
+def samples():
+    return TensorDataset(torch.randn(46, 3, generator=torch.Generator().manual_seed(1)))
+
+
+def make(seed=0, model=None, **changes):
+    torch.manual_seed(seed)
+    return ds_core.initialize(
+        Net() if model is None else model, {**BASE, **changes}, training_data=samples()
+    )
+
+
+def losses_of(engine, steps):
+    return [float(engine.train_batch()) for _ in range(steps)]
+
+
+def same(one, other):
+    assert sorted(one) == sorted(other)
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def resume(folder, changes):
+    """Train, save, train on; and the same from the checkpoint in an engine with another past."""
+    first = make(**changes)
+    losses_of(first, 6)
+    path = first.save_checkpoint(folder, client_state={"note": "six", "best": 0.5})
+    expected = losses_of(first, 6)  # runs into the second epoch
+    second = make(seed=9, **changes)
+    losses_of(second, 2)
+    assert second.load_checkpoint(folder) == {"note": "six", "best": 0.5}
+    assert second.global_step == 6
+    assert losses_of(second, 6) == expected
+    same(without_statistics(second), without_statistics(first))
+    assert second.lr_scheduler.state_dict() == first.lr_scheduler.state_dict()
+    return path
+
+
+def without_statistics(engine):
+    """Batch norms see their own rank's data, and a checkpoint holds those of rank 0."""
+    return {name: v for name, v in engine.state_dict().items() if "running" not in name}
+
+
+FORMATS = {
+    "fp32": {},
+    "bf16": {"bf16": {"enabled": True}},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 10, "loss_scale_window": 3}},
+    "accumulation": {"gradient_accumulation_steps": 2},
+}
+
+
+@pytest.mark.parametrize("changes", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_losses_go_on_identically(tmp_path, world_size, changes):
+    paths = run_ranks(world_size, resume, str(tmp_path), changes)
+    assert set(paths) == {str(tmp_path / "step6")}
+
+
+def save_at(folder):
+    engine = make()
+    losses_of(engine, 3)
+    engine.save_checkpoint(folder)
+    return without_statistics(engine)
+
+
+def load_at(folder):
+    engine = make(seed=9)
+    engine.load_checkpoint(folder)
+    state = without_statistics(engine)
+    losses_of(engine, 2)
+    return state, engine.global_step
+
+
+@pytest.mark.parametrize(("saved_at", "loaded_at"), [(2, 1), (1, 2), (2, 3)])
+def test_a_checkpoint_loads_at_another_world_size(tmp_path, saved_at, loaded_at):
+    saved = run_ranks(saved_at, save_at, str(tmp_path))[0]
+    for state, step in run_ranks(loaded_at, load_at, str(tmp_path)):
+        same(state, saved)
+        assert step == 5
+
+
+def test_a_tag_names_a_checkpoint_and_latest_the_newest(tmp_path):
+    engine = make()
+    engine.save_checkpoint(tmp_path, tag="first", client_state={"n": 1})
+    losses_of(engine, 1)
+    engine.save_checkpoint(tmp_path, tag="second", client_state={"n": 2})
+    assert engine.load_checkpoint(tmp_path) == {"n": 2}
+    assert engine.global_step == 1
+    assert engine.load_checkpoint(tmp_path, tag="first") == {"n": 1}
+    assert engine.global_step == 0
+
+
+def test_a_fresh_engine_can_be_saved_and_loaded(tmp_path, caplog):
+    first = make()
+    first.save_checkpoint(tmp_path)
+    expected = losses_of(first, 3)
+    second = make(seed=9)
+    losses_of(second, 2)
+    with caplog.at_level(logging.WARNING):
+        second.load_checkpoint(tmp_path)
+    assert "has no optimizer state for 6 parameters, such as head.bias: they start anew" in (
+        caplog.text
+    )
+    assert losses_of(second, 3) == expected
+
+
+def test_a_parameter_that_was_never_used_can_be_saved(tmp_path):
+    models = [Net(), Net()]
+    for model in models:
+        model.unused = nn.Parameter(torch.ones(2))
+    first = make(model=models[0])
+    losses_of(first, 2)
+    first.save_checkpoint(tmp_path)
+    expected = losses_of(first, 2)
+    second = make(seed=9, model=models[1])
+    second.load_checkpoint(tmp_path)
+    assert losses_of(second, 2) == expected
+
+
+def test_buffers_are_saved_and_restored(tmp_path):
+    first = make()
+    losses_of(first, 3)
+    first.save_checkpoint(tmp_path)
+    second = make(seed=9)
+    second.load_checkpoint(tmp_path)
+    assert second.module.norm.num_batches_tracked == 3
+    assert torch.equal(second.module.norm.running_var, first.module.norm.running_var)
+
+
+SCHEDULES = {
+    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10),
+    "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
+    "one-cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=20),
+    "sequential": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o,
+        [
+            torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=2),
+            torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+        ],
+        milestones=[2],
+    ),
+}
+
+
+def given_schedule(name):
+    torch.manual_seed(0)
+    config = {k: v for k, v in BASE.items() if k != "scheduler"}
+    return ds_core.initialize(
+        Net(), config, training_data=samples(), lr_scheduler=SCHEDULES[name]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter")
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_of_torch_resume(tmp_path, name):
+    first = given_schedule(name)
+    losses_of(first, 3)
+    first.save_checkpoint(tmp_path)
+    expected = losses_of(first, 3)
+    second = given_schedule(name)
+    second.load_checkpoint(tmp_path)
+    assert losses_of(second, 3) == expected
+    rates = [engine.sharding.param_groups[0]["lr"] for engine in (first, second)]
+    assert rates[0] == rates[1]
+
+
+def saved(tmp_path):
+    engine = make()
+    losses_of(engine, 1)
+    return Path(engine.save_checkpoint(tmp_path))
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        make().load_checkpoint(tmp_path / "nowhere")
+    saved(tmp_path)
+    with pytest.raises(CheckpointError, match=r"step7.*step1"):
+        make().load_checkpoint(tmp_path, tag="step7")
+
+
+@pytest.mark.parametrize("damage", [lambda p: truncate(p, 100), lambda p: flip_byte(p, -9), os.unlink],
+                         ids=["truncated", "flipped", "deleted"])  # fmt: skip
+def test_a_damaged_checkpoint_is_an_error(tmp_path, damage):
+    path = saved(tmp_path)
+    damage(next(path.glob("*.safetensors")))
+    with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors"):
+        make().load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: Net(9), r"shapes differ: .*hidden\.weight"),
+        (lambda: nn.Linear(3, 1), r"the model has, but the checkpoint lacks: .*model\.weight"),
+    ],
+    ids=["shape", "names"],
+)
+def test_a_checkpoint_of_another_model_is_an_error(tmp_path, model, message):
+    saved(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        make(model=model()).load_checkpoint(tmp_path)
+
+
+def test_client_state_that_cannot_be_saved_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"client\.bad"):
+        make().save_checkpoint(tmp_path, client_state={"bad": object()})
+
+
+def save_with_rank_state(folder):
+    engine = make()
+    random_before = torch.rand(3)
+    engine.save_checkpoint(folder)
+    expected = torch.rand(3)
+    torch.manual_seed(123)
+    engine.load_checkpoint(folder)
+    assert not torch.equal(random_before, expected)
+    assert torch.equal(torch.rand(3), expected)
+    return dist.get_rank()
+
+
+def test_every_rank_gets_its_own_random_state_back(tmp_path):
+    assert run_ranks(2, save_with_rank_state, str(tmp_path)) == [0, 1]
