@@ -52,6 +52,9 @@ class Worker:
         return (time.process_time() - begin) / number
 
 
+TWO_RANKS = "processor time, two ranks"
+
+
 def run(quick: bool = False) -> Report:
     """Host overhead of engine and sharding against DeepSpeed's."""
     turns, steps = (3, 50) if quick else (9, 200)
@@ -62,7 +65,7 @@ def run(quick: bool = False) -> Report:
     )
     measures = {
         "processor time, one rank": _processor_times(1, turns, steps),
-        "processor time, two ranks": _processor_times(2, turns, steps),
+        TWO_RANKS: _processor_times(2, turns, steps),
     }
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
@@ -77,10 +80,14 @@ def run(quick: bool = False) -> Report:
         bare = values.get("torch") or measures["processor time, one rank"]["torch"]
         for name in IMPLEMENTATIONS:
             peer = f"deepspeed-{name[-1]}"
-            if is_ours(name) and name in values and peer in values:
+            if measure != TWO_RANKS and is_ours(name) and name in values and peer in values:
                 part = (values[name] - bare) / (values[peer] - bare)
                 report.checks.append(Check(f"{name} / {peer}: overhead, {measure}", part, LIMIT))
     report.notes.append("Overhead: beyond `torch`, which is one process without communication.")
+    report.notes.append(
+        "With two ranks most of a step is the latency of gloo's messages and its own threads; "
+        "these figures are shown, and not held against a target."
+    )
     report.raw = measures
     return report
 

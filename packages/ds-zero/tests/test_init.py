@@ -4,10 +4,10 @@ import gc
 
 import pytest
 import torch
+from test_memory import live_bytes
 from torch import nn
 from zero_loops import adamw, plain, sharded_steps
-from zero_models import CASES, WIDTH, Block, Language, Stack
-from test_memory import live_bytes
+from zero_models import CASES, WIDTH, Block, Language, Stack, vectors
 
 import ds_zero
 from ds_core.testing import run_ranks
@@ -181,3 +181,16 @@ def load_into_build(stage: int) -> None:
     optimizer = ds_zero.shard(model, adamw(model.parameters()), stage, min_unit_numel=0)
     for name, param in truth.named_parameters():
         assert torch.equal(optimizer.full_state_dict()[name], param), name
+
+
+def test_forward_before_shard_gathers_what_it_uses():
+    run_ranks(2, forward_before_shard)
+
+
+def forward_before_shard() -> None:
+    model = build(Stack)
+    torch.manual_seed(0)
+    truth = Stack()
+    x = vectors(0, 0)
+    with torch.no_grad():
+        assert torch.equal(model(x), truth(x))

@@ -6,15 +6,15 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
+from test_traffic import padded
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from zero_loops import adamw, sharded, sharded_steps
-from zero_models import CASES, WIDTH, Block, Case, Stack, square, vectors
+from zero_models import CASES, WIDTH, Block, Case, square, vectors
 
 import ds_zero
 from ds_core.precision import Precision
 from ds_core.testing import run_ranks
-from test_traffic import padded
 
 BF16 = Precision(compute=torch.bfloat16, master=torch.float32)
 SCALAR_BYTES = 8  # step counts, and the one value behind a sharded parameter
@@ -91,7 +91,9 @@ def test_estimate_is_what_is_held(dtype: torch.dtype, stage: int):
 
 def estimate_and_memory(dtype: torch.dtype, stage: int) -> tuple[dict, dict]:
     precision = BF16 if dtype == torch.bfloat16 else None
-    estimate = ds_zero.estimate_memory(CASES["untied"].build(), stage=stage, world_size=2, dtype=dtype)
+    estimate = ds_zero.estimate_memory(
+        CASES["untied"].build(), stage=stage, world_size=2, dtype=dtype
+    )
     model, optimizer = sharded(CASES["untied"], stage, precision=precision)
     sharded_steps(model, optimizer, CASES["untied"], 1)
     return dict(estimate), optimizer.memory()

@@ -99,9 +99,7 @@ def test_bf16_halves_the_bytes(stage: int):
 
 def check_bf16(stage: int) -> None:
     precision = Precision(compute=torch.bfloat16, master=torch.float32)
-    sent, optimizer = measured_step(
-        CASES["untied"], stage, precision=precision
-    )
+    sent, optimizer = measured_step(CASES["untied"], stage, precision=precision)
     whole = sum(2 * padded(unit, 2, 2) for unit in optimizer.units)
     assert unit_bytes(sent, optimizer, "reduce_scatter") == whole // 2
 

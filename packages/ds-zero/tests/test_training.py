@@ -136,9 +136,7 @@ def twenty_steps() -> dict[int, list[float]]:
 LOW = {
     "bf16-master": Precision(compute=torch.bfloat16, master=torch.float32),
     "bf16-no-master": Precision(compute=torch.bfloat16),
-    "bf16-fp32-grad": Precision(
-        compute=torch.bfloat16, master=torch.float32, grad=torch.float32
-    ),
+    "bf16-fp32-grad": Precision(compute=torch.bfloat16, master=torch.float32, grad=torch.float32),
     "fp16-master": Precision(compute=torch.float16, master=torch.float32),
 }
 

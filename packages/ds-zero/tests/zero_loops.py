@@ -114,9 +114,7 @@ def compare(
     torch.set_default_dtype(dtype)
     case = CASES[name]
     model, optimizer = sharded(case, stage, max_grad_norm=max_norm, **options)
-    found = sharded_steps(
-        model, optimizer, case, steps, accumulate=accumulate, no_sync=no_sync
-    )
+    found = sharded_steps(model, optimizer, case, steps, accumulate=accumulate, no_sync=no_sync)
     truth, reference, expected = plain(case, steps, accumulate=accumulate, max_norm=max_norm)
     assert_close(torch.tensor(found), torch.tensor(expected), tolerance, "losses")
     assert_same_parameters(optimizer, truth, tolerance)

@@ -61,9 +61,9 @@ class Init:
         enabled: if False, do nothing.
         live_parameters: how many touched parameters may be whole at a time, at least.
 
-    After the block the model is ready for `ds_zero.shard(..., stage=1|2|3)`, and nothing else: a
-    forward before that raises ShardError. Collective: all ranks build the same model, with the
-    same random seed if its values are to agree.
+    After the block the model is ready for `ds_zero.shard(..., stage=1|2|3)`. Until then each use of
+    a parameter gathers it alone, on all ranks: right, but slow. Collective: all ranks build the
+    same model, with the same random seed if its values are to agree.
     """
 
     def __init__(

@@ -95,7 +95,9 @@ def plan_units(
     """
     names = {module: name for name, module in model.named_modules()}
     leaf_modules = _select(model, leaves)
-    if units is None:
+    if units is None and _numel(model) < min_unit_numel:
+        chosen = []  # the whole model is less than one unit
+    elif units is None:
         stacks = _stacks(model, leaf_modules)
         chosen = _merge(stacks, min_unit_numel)
         inside = {m for stack in stacks for block in stack for m in block.modules()}
