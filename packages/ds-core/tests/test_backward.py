@@ -45,7 +45,7 @@ class Log:
 def test_differentiable_tensors_are_found_in_any_nest():
     one, two, three = grad(1.0), grad(2.0), grad(3.0)
     tree = {"a": [one, torch.ones(1)], "b": (Frozen({"c": two}), "text", None), "d": Pair(three, 4)}
-    assert [float(t) for t in differentiable_tensors(tree)] == [1.0, 2.0, 3.0]
+    assert [t.item() for t in differentiable_tensors(tree)] == [1.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_mapping_keeps_the_structure_and_leaves_the_original(make):
     tree = make(tensor)
     mapped = map_differentiable(tree, lambda t: t * 10)
     assert type(mapped) is type(tree)
-    assert [float(t) for t in differentiable_tensors(mapped)] == [20.0]
+    assert [t.item() for t in differentiable_tensors(mapped)] == [20.0]
     assert differentiable_tensors(tree)[0] is tensor
 
 

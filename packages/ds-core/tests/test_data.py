@@ -106,7 +106,7 @@ def test_a_collate_function_makes_the_batches():
     ("num_samples", "options", "message"),
     [
         (0, {}, "the dataset is empty"),
-        (3, {"drop_last": True}, "3 samples are less than one micro-batch of 2 on each of 2"),
+        (2, {"drop_last": True}, "2 samples are less than one micro-batch of 2 on each of 2"),
     ],
     ids=["empty", "too-few"],
 )

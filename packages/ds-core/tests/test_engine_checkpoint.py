@@ -191,9 +191,7 @@ SCHEDULES = {
 def given_schedule(name):
     torch.manual_seed(0)
     config = {k: v for k, v in BASE.items() if k != "scheduler"}
-    return ds_core.initialize(
-        Net(), config, training_data=samples(), lr_scheduler=SCHEDULES[name]
-    )
+    return ds_core.initialize(Net(), config, training_data=samples(), lr_scheduler=SCHEDULES[name])
 
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter")
@@ -224,8 +222,11 @@ def test_a_missing_checkpoint_is_named(tmp_path):
         make().load_checkpoint(tmp_path, tag="step7")
 
 
-@pytest.mark.parametrize("damage", [lambda p: truncate(p, 100), lambda p: flip_byte(p, -9), os.unlink],
-                         ids=["truncated", "flipped", "deleted"])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [lambda path: truncate(path, 100), lambda path: flip_byte(path, -9), os.unlink],
+    ids=["truncated", "flipped", "deleted"],
+)
 def test_a_damaged_checkpoint_is_an_error(tmp_path, damage):
     path = saved(tmp_path)
     damage(next(path.glob("*.safetensors")))

@@ -205,7 +205,7 @@ def models_differ(kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("shape", r"first difference is at 'hidden.weight': rank 0: .*\[8, 3\].*rank 1: .*\[9, 3\]"),
+        ("shape", r"first difference is at 'hidden.weight': rank 0: .*\[8, 3\].*1: .*\[9, 3\]"),
         ("name", r"first difference is at 'more.weight': rank 0: no further parameter; rank 1"),
         ("frozen", r"first difference is at 'head.bias'.*rank 1: .*frozen"),
     ],

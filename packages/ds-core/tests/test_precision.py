@@ -49,7 +49,7 @@ def test_the_scale_after_each_step(policy, history, expected):
 
 def test_overflow_at_the_minimum_is_an_error():
     scaler = LossScaler(LossScale(initial=1, hysteresis=1))
-    with pytest.raises(ConfigError, match="overflow at the minimum loss scale 1: .*Use bf16"):
+    with pytest.raises(ConfigError, match=r"overflow at the minimum loss scale 1: .*Use bf16"):
         scaler.update(True)
 
 

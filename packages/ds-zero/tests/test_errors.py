@@ -227,10 +227,14 @@ def be_killed(place: str, stage: int, victim: int = 0) -> str:
             with die_on_call(Unit, "publish", nth=2):
                 sharded_steps(model, optimizer, case, 1)
         model.blocks[2].register_forward_hook(kill if place == "forward" else kill_later)
-    with pytest.raises(CommError) as caught:
+
+    def go_on() -> None:
         for step in range(3):
             case.loss(model, vectors(0, step), 0, step).backward()
             optimizer.step()
+
+    with pytest.raises(CommError) as caught:
+        go_on()
     return str(caught.value)
 
 

@@ -23,6 +23,7 @@ SCALAR_BYTES = 8  # step counts, and the one value behind a sharded parameter
 def live_bytes() -> int:
     """Bytes of all tensor storages of this process, scalars left out."""
     gc.collect()
+    gc.collect()  # the collector sees some tensors only when what pointed at them is gone
     storages = {}
     for thing in gc.get_objects():
         if isinstance(thing, torch.Tensor) and not thing.is_meta:

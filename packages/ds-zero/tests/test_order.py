@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 
@@ -106,7 +107,7 @@ def simulate(schedule: Schedule, prefetch: int = 1) -> list[list[int]]:
     assert not failures, failures
     assert all(log == world.issued[0] for log in world.issued)
     edges = [*starts[0], len(world.issued[0])]
-    return [world.issued[0][a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [world.issued[0][a:b] for a, b in itertools.pairwise(edges)]
 
 
 def test_equal_passes_gather_each_unit_once():

@@ -36,13 +36,13 @@ def test_ranks_that_differ_in_a_larger_world(name: str):
 
 
 @pytest.mark.parametrize("prefetch", [0, 3])
-@pytest.mark.parametrize("name", ["untied", "branches", "branches-subset", "reentrant"])
+@pytest.mark.parametrize("name", ["untied", "branches", "reentrant"])
 def test_any_prefetch_equals_one_process(name: str, prefetch: int):
     run_ranks(2, compare, name, 3, prefetch=prefetch, timeout_s=30)
 
 
 @pytest.mark.parametrize("no_sync", [False, True], ids=["reduce-each", "no-sync"])
-@pytest.mark.parametrize("name", ["tied", "lora", "branches", "unused"])
+@pytest.mark.parametrize("name", ["tied", "lora", "unused"])
 def test_gradient_accumulation(name: str, no_sync: bool, stage: int):
     run_ranks(2, compare, name, stage, accumulate=3, steps=3, no_sync=no_sync, timeout_s=30)
 
@@ -312,12 +312,13 @@ def fail_and_go_on(place: str, stage: int) -> None:
     def fail_later(module: nn.Module, args: object, output: torch.Tensor) -> None:
         output.register_hook(fail)
 
+    def one_pass() -> None:
+        case.loss(model, tokens(0, 9), 0, 0).backward()
+
+    hook = model.blocks[1].register_forward_hook(fail if place == "forward" else fail_later)
     with pytest.raises(RuntimeError, match="on purpose"):
-        hook = model.blocks[1].register_forward_hook(fail if place == "forward" else fail_later)
-        try:
-            case.loss(model, tokens(0, 9), 0, 0).backward()
-        finally:
-            hook.remove()
+        one_pass()
+    hook.remove()
     optimizer.zero_grad()
     losses += sharded_steps(model, optimizer, case, 2, first=2)
     truth, _, expected = plain(case, 4)

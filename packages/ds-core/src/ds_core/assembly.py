@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from ds_core import accelerator, comm, lr_schedules, optimizers, plugins
 from ds_core import config as configuration
 from ds_core.accelerator import Accelerator
+from ds_core.checks import check_model, check_optimizer
 from ds_core.data import ResumableLoader
 from ds_core.engine import Engine
 from ds_core.errors import ConfigError, DsError
@@ -53,9 +54,11 @@ def initialize(
         mesh: the ranks and their axes; default: all ranks along "dp".
         observers: beside those that the config asks for.
 
-    Raises ConfigError for a config that cannot be honoured, DsError if there is no optimizer.
+    Raises ConfigError for a config that cannot be honoured, DsError if there is no optimizer, or if
+    model and optimizer cannot be trained together.
     Collective; starts the process group if none runs.
     """
+    check_model(model)
     comm.init()
     mesh = comm.Mesh.world() if mesh is None else mesh
     data_ranks = mesh.size("dp")
@@ -71,6 +74,7 @@ def initialize(
     precision, reason = _precision(config, device_kind)
     _place(model, device_kind.device())
     optimizer = _optimizer(model, config, optimizer)
+    check_optimizer(model, optimizer)
     transport = _provided("transports", config, mesh=mesh) or Dense()
     parts: dict[str, Any] = {"mesh": mesh, "precision": precision, "transport": transport}
     sharding: Sharding = _provided(
@@ -188,11 +192,6 @@ def _optimizer(
             '{"type": "AdamW", "params": {"lr": 1e-3}}, or pass optimizer='
         )
     trainable = [param for param in model.parameters() if param.requires_grad]
-    if not trainable:
-        raise DsError(
-            f"model: {type(model).__name__} has no trainable parameter; set requires_grad on what "
-            f"should be trained"
-        )
     return optimizers.build(config.optimizer, trainable)
 
 

@@ -42,7 +42,8 @@ class ResumableLoader:
         drop_last: leave out an uneven last batch of an epoch.
         seed: of the permutations; equal on all ranks.
 
-    Iterating goes through the rest of the present epoch. Raises DsError for an empty dataset.
+    Iterating goes through the rest of the present epoch. Raises DsError for a dataset that is empty
+    or has no length.
     """
 
     def __init__(
@@ -56,7 +57,12 @@ class ResumableLoader:
         drop_last: bool = False,
         seed: int = 0,
     ) -> None:
-        num_samples = len(dataset)  # type: ignore[arg-type]
+        if not hasattr(dataset, "__len__"):
+            raise DsError(
+                f"training_data: got {type(dataset).__name__}, which has no length; pass a "
+                f"map-style dataset, or give an iterator of batches to train_batch instead"
+            )
+        num_samples = len(dataset)
         if num_samples == 0:
             raise DsError("training_data: the dataset is empty")
         self._sampler = _RankSampler(num_samples, rank, num_ranks, seed)

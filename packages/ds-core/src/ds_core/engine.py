@@ -153,6 +153,11 @@ class Engine(nn.Module):
             raise DsError(
                 f"backward: expected a scalar loss, got {_describe(loss)}; reduce it with .mean()"
             )
+        if not loss.requires_grad:
+            raise DsError(
+                "backward: the loss does not depend on a parameter that is trained; it was "
+                "computed under no_grad, or detached"
+            )
         self._prepare_backward()
         self._losses.append(loss.detach())
         factor = self.scaler.scale / self.accumulation
@@ -222,6 +227,11 @@ class Engine(nn.Module):
             if self._batches is None:
                 self._batches = self.dataloader.forever()
             batches = self._batches
+        if not hasattr(batches, "__next__"):
+            raise DsError(
+                f"train_batch: got {type(batches).__name__}, expected an iterator, which remembers "
+                f"how far it has come; make one with iter(...) before the loop"
+            )
         return self._runner.run(self, batches)
 
     def _mean_loss(self) -> torch.Tensor | None:
@@ -260,7 +270,7 @@ class Engine(nn.Module):
         state.update(self.buffer_state())
         return state
 
-    def load_state_dict(  # type: ignore[override]
+    def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> None:
         """Take over parameters and buffers as `state_dict` returns them; the optimizer stays.

@@ -14,13 +14,15 @@ import torch
 import torch.distributed as dist
 
 from ds_core.buffers import persistent_buffers
-
 from ds_core.errors import CheckpointError
 
 if TYPE_CHECKING:
     from ds_core.engine import Engine
 
 logger = logging.getLogger(__name__)
+
+#: Optimizer state by its key, such as "exp_avg", then by name of the parameter.
+_State = dict[str, dict[str, Any]]
 
 
 def save(
@@ -80,8 +82,10 @@ def load_model(engine: Engine, values: Mapping[str, Any], *, strict: bool) -> No
             continue
         value = values[name]
         if isinstance(target, FlatShard):
-            start, local = target.start, target.local
-            local.copy_(value.reshape(-1)[start : start + local.numel()])
+            start, local, box = target.start, target.local, target.within
+            edges = zip(box.offsets, box.lengths, strict=True)
+            block = value[tuple(slice(offset, offset + length) for offset, length in edges)]
+            local.copy_(block.reshape(-1)[start : start + local.numel()])
         else:
             target.copy_(value)
     # Loading its own state makes a sharding publish what was written into it.
@@ -105,7 +109,7 @@ def _state(engine: Engine) -> dict[str, Any]:
     }
 
 
-def known_to(checkpoint: Path, optimizer_state: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def known_to(checkpoint: Path, optimizer_state: _State) -> _State:
     """The part of `optimizer_state` that a checkpoint can fill.
 
     A parameter that had not been stepped when it was saved (the checkpoint was taken before the
@@ -118,8 +122,8 @@ def known_to(checkpoint: Path, optimizer_state: dict[str, dict[str, Any]]) -> di
     from ds_core.checkpoint.index import Index
 
     index = Index.read(checkpoint)
-    records = [*index.tensors.values(), *index.state.values()]
-    paths = [record.path for record in records]
+    paths = [record.path for record in index.tensors.values()]
+    paths += [record.path for record in index.state.values()]
     saved = {path[2] for path in paths if path[0] == "optimizer" and len(path) > 2}
     names = {name for values in optimizer_state.values() for name in values}
     if new := names - saved:

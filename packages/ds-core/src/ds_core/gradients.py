@@ -30,7 +30,6 @@ from torch import nn
 
 from ds_core import comm
 
-
 #: How long a backward that also gathers waits for a reduction before it goes on without it.
 PATIENCE_S = 2.0
 
@@ -187,7 +186,7 @@ class GradientReducer(Generic[B]):
         self._drain()
 
     def forget(self) -> None:
-        """The gradients that wait are dropped, and those that a broken backward left on their way."""
+        """Drop the gradients that wait, and those that a broken backward left on their way."""
         self._drain()
         self._is_local = False
 

@@ -123,9 +123,7 @@ class Replicated:
         )
         self._master: dict[str, nn.Parameter] = {}
         self._broadcast_and_cast(precision, broadcast)
-        self._buckets = _make_buckets(
-            named, self._group, transport or Dense(), precision.grad
-        )
+        self._buckets = _make_buckets(named, self._group, transport or Dense(), precision.grad)
         self._watch = BackwardWatch(model, self._begin, self._end)
         self._reducer = GradientReducer(self._buckets, self._watch.ensure_begun, _nothing)
         self._used: dict[str, bool] | None = None

@@ -211,7 +211,7 @@ def adopt_loaded(optimizer: ZeroOptimizer, loaded: dict[str, dict[str, Any]]) ->
     Where they differ within a piece, its parameters are given states of their own.
     """
     for unit in optimizer.units:
-        if unit.trainable and any(_differ(optimizer, unit, p, loaded) for p in unit.optimizer_pieces):
+        if any(_differ(optimizer, unit, piece, loaded) for piece in unit.optimizer_pieces):
             split_by_parameter(optimizer._inner, unit)
         for piece in unit.optimizer_pieces:
             held = optimizer.state.get(piece.weights, {})

@@ -1,11 +1,11 @@
 """Process groups, named meshes, and collectives whose every byte is counted.
 
-    from ds_core import comm
+from ds_core import comm
 
-    comm.init()                      # torchrun's environment, or a world of one
-    mesh = comm.Mesh.world()         # one axis, "dp", over all ranks
-    comm.all_reduce(tensor, mesh.group("dp"), caller="example")
-    print(mesh.ledger.rows())        # bytes sent by this rank: by operation, group and caller
+comm.init()                      # torchrun's environment, or a world of one
+mesh = comm.Mesh.world()         # one axis, "dp", over all ranks
+comm.all_reduce(tensor, mesh.group("dp"), caller="example")
+print(mesh.ledger.rows())        # bytes sent by this rank: by operation, group and caller
 """
 
 from ds_core.comm.collectives import (

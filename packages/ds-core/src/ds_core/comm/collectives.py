@@ -2,7 +2,8 @@
 
 gloo's own reduce-scatter moves as much as a full all-reduce. Here reduce-scatter on gloo is an
 all-to-all and a sum in fp32, and all-gather is direct messages: each rank sends to each other rank
-only what that rank lacks, which is the optimal (N-1)/N of the tensor. Other backends (NCCL, ...) use their own collectives, which are optimal already.
+only what that rank lacks, which is the optimal (N-1)/N of the tensor. Other backends (NCCL, ...)
+use their own collectives, which are optimal already.
 
 Every function returns a `Pending` when `async_op` is true, else None once complete.
 Collective: all ranks of `group` must call, with equal shapes and dtypes, in the same order.
@@ -10,8 +11,8 @@ Collective: all ranks of `group` must call, with equal shapes and dtypes, in the
 
 from __future__ import annotations
 
-import re
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -260,9 +261,7 @@ def broadcast(
         options.rootRank = source
         return [group.pg.broadcast([tensor], options)], None
 
-    return _run(
-        "broadcast", group, caller, sent if group.rank == source else 0, start, async_op
-    )
+    return _run("broadcast", group, caller, sent if group.rank == source else 0, start, async_op)
 
 
 def send(
@@ -387,7 +386,8 @@ def _wait_for_collective(work: Any, group: Group) -> None:
             return
         except RuntimeError:
             if work.is_completed():
-                raise
+                work.wait()  # what it ended with, which may be success just after the time
+                return
         if group.failed_elsewhere():
             raise RuntimeError("another rank has given up")
 

@@ -55,9 +55,7 @@ class Ledger:
         return [
             row
             for row in self.rows()
-            if op in (None, row.op)
-            and group in (None, row.group)
-            and caller in (None, row.caller)
+            if op in (None, row.op) and group in (None, row.group) and caller in (None, row.caller)
         ]
 
     def reset(self) -> None:

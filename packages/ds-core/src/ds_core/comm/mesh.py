@@ -66,8 +66,8 @@ class Mesh:
     def group(self, *axes: str) -> Group:
         """This rank's group along one axis, or along several flattened into one.
 
-        Its ranks are in the order of the mesh, whatever the order of `axes`. Collective on first use
-        for several axes. Raises CommError for an axis that no mesh has.
+        Its ranks are in the order of the mesh, whatever the order of `axes`. Collective on first
+        use for several axes. Raises CommError for an axis that no mesh has.
         """
         unknown = [axis for axis in axes if axis not in self.axes and axis not in AXES]
         if unknown or not axes:

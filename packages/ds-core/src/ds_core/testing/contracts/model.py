@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,9 @@ class PlainTraining:
         self.optimizer = optimizer_of(self.model)
         self.world_size = world_size
 
-    def backward(self, steps: Iterable[int], *, weight: float = 1.0, branches: bool = False) -> None:
+    def backward(
+        self, steps: Iterable[int], *, weight: float = 1.0, branches: bool = False
+    ) -> None:
         """Gradients of `weight` times the sum over micro-steps of the ranks' mean loss."""
         for step in steps:
             for rank in range(self.world_size):
@@ -109,8 +111,8 @@ class PlainTraining:
 
 
 def assert_same_tensors(
-    got: dict[str, torch.Tensor],
-    expected: dict[str, torch.Tensor],
+    got: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
     *,
     rtol: float = 1e-5,
     atol: float = 2e-6,
@@ -119,10 +121,7 @@ def assert_same_tensors(
     if sorted(got) != sorted(expected):
         raise AssertionError(f"names differ: {sorted(set(got) ^ set(expected))}")
     for name, tensor in expected.items():
-        torch.testing.assert_close(
-            got[name],
-            tensor,
-            rtol=rtol,
-            atol=atol,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
+        try:
+            torch.testing.assert_close(got[name], tensor, rtol=rtol, atol=atol)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None

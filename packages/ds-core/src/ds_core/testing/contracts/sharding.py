@@ -156,7 +156,7 @@ def _steps_equal_plain(factory: Factory) -> None:
 
 def _starts_from_rank_0(factory: Factory) -> None:
     run = _Run(factory, seed=dist.get_rank())
-    expected = dict(ContractModel(0).named_parameters())
+    expected = PlainTraining(1).parameters()
     assert_same_tensors(run.sharding.full_state_dict(), expected, rtol=0, atol=0)
 
 
@@ -178,7 +178,8 @@ def _grad_norm_equals_torch(factory: Factory) -> None:
 def _update_scales(factory: Factory) -> None:
     run = _Run(factory)
     # AdamW hardly sees the scale of its first gradient: several of different scales do show.
-    for step, scale in enumerate((1.0, 0.25, torch.tensor(3.0))):
+    scales: list[float | torch.Tensor] = [1.0, 0.25, torch.tensor(3.0)]
+    for step, scale in enumerate(scales):
         run.loss(step).backward()
         run.sharding.grad_norm()
         run.sharding.update(scale)
@@ -432,7 +433,9 @@ def _hooks_of(model: nn.Module) -> list[str]:
 def _is_freed(factory: Factory) -> None:
     run = _Run(factory)
     run.step(0)
-    watched = [weakref.ref(run.sharding), weakref.ref(run.model), weakref.ref(run.model.embed.weight)]
+    kept = (run.sharding, run.model, run.model.embed.weight)
+    watched = [weakref.ref(thing) for thing in kept]
+    del kept
     del run
     gc.collect()
     assert [ref() for ref in watched] == [None, None, None]
