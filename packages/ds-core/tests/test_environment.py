@@ -93,9 +93,7 @@ def nobody_else_comes():
             comm.init()
         return
     os.environ["WORLD_SIZE"] = "2"
-    with pytest.raises(
-        CommError, match=r"process group of 2 ranks at .* not start on rank 0"
-    ):
+    with pytest.raises(CommError, match=r"process group of 2 ranks at .* not start on rank 0"):
         comm.init(timeout_s=2)
 
 
