@@ -1,3 +1,3 @@
-"""The test kit's fixtures (`ranks`, `world_size`, `poison_empty`) for every test of the repository."""
+"""The fixtures of the test kit (`ranks`, `world_size`, `poison_empty`) for all tests here."""
 
 pytest_plugins = ["ds_core.testing.pytest_plugin"]

@@ -107,9 +107,7 @@ def check_same_on_all_ranks(specs: list[ParamSpec], group: comm.Group) -> None:
     """Raise ModelMismatchError on every rank, naming the first parameter that differs."""
     if group.size == 1:
         return
-    mine = [
-        (s.name, list(s.param.shape), str(s.param.dtype), s.group_index) for s in specs
-    ]
+    mine = [(s.name, list(s.param.shape), str(s.param.dtype), s.group_index) for s in specs]
     digest = hashlib.sha256(repr(mine).encode()).hexdigest()
     if len(set(comm.all_gather_object(digest, group, caller="model check"))) == 1:
         return

@@ -136,9 +136,7 @@ class GatherRuntime:
 
     # ------------------------------------------------------------------ passes
 
-    def _enter_root(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _enter_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.in_backward and torch._C._current_graph_task_id() != -1:
             return  # activation checkpointing runs the whole model again
         if self.in_backward or self._order.active:

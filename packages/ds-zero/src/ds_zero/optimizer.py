@@ -55,9 +55,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.stage, self.mesh, self.max_grad_norm = stage, mesh, max_grad_norm
         specs = checks.parameters_of(model, optimizer)
         checks.check_same_on_all_ranks(specs, mesh.group("dp"))
-        plan = plan_units(
-            model, specs, units=units, leaves=leaves, min_unit_numel=min_unit_numel
-        )
+        plan = plan_units(model, specs, units=units, leaves=leaves, min_unit_numel=min_unit_numel)
         lanes = {axes: _reduce_lane(mesh.group(*axes), stage) for axes in _axes_of(plan)}
         self.units = [
             Unit(
@@ -396,9 +394,7 @@ def _agree(units: list[Unit], *, with_norm: bool) -> _Agreement:
             for unit in members:
                 if unit.has_grad:
                     local += vector_norm(unit.grad).double().square_()
-        flags = torch.tensor(
-            [flag for unit in members for flag in unit.used], dtype=torch.float64
-        )
+        flags = torch.tensor([flag for unit in members for flag in unit.used], dtype=torch.float64)
         mine = torch.cat([local, flags.to(local.device)])
         everybody = torch.empty(group.size * mine.numel(), dtype=mine.dtype, device=mine.device)
         comm.all_gather(everybody, mine, group, caller="gradient norm")

@@ -45,9 +45,7 @@ def _optimizer_piece(unit: Unit, piece: Piece) -> OptimizerPiece:
     raise ShardError(f"{piece.slot.name!r} is frozen: it has no optimizer state")
 
 
-def _local(
-    optimizer: ZeroOptimizer, unit: Unit, piece: Piece | None, kind: str
-) -> torch.Tensor:
+def _local(optimizer: ZeroOptimizer, unit: Unit, piece: Piece | None, kind: str) -> torch.Tensor:
     """This rank's elements of a parameter, gradient or state: a 1-D view, maybe empty."""
     if piece is None:
         return unit.weights[:0]
@@ -184,9 +182,7 @@ def optimizer_state(optimizer: ZeroOptimizer) -> dict[str, Any]:
             for key, value in optimizer.state.get(mine.weights, {}).items():
                 entries = tensors.setdefault(key, {})
                 if isinstance(value, torch.Tensor) and value.shape == mine.weights.shape:
-                    entries[piece.slot.name] = _shard(
-                        _local(optimizer, unit, piece, key), piece
-                    )
+                    entries[piece.slot.name] = _shard(_local(optimizer, unit, piece, key), piece)
                 else:
                     # One value for all parameters of the piece, such as the step count. Each
                     # gets its own, since those in a checkpoint may differ.
@@ -242,10 +238,7 @@ def _loaded_values(
 ) -> list[Any]:
     """The loaded value of each parameter of a piece; its own for one that was not loaded."""
     own = optimizer.state[piece.weights][key]
-    return [
-        loaded.get(key, {}).get(part.slot.name, own)
-        for part in unit.parts_of(piece)
-    ]
+    return [loaded.get(key, {}).get(part.slot.name, own) for part in unit.parts_of(piece)]
 
 
 def memory(optimizer: ZeroOptimizer) -> dict[str, int]:

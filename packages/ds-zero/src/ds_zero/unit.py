@@ -295,9 +295,7 @@ class Unit:
         numel, own = self.layout.numel, self.layout.shard_numel
         kinds = {"parameters": (own if self.stage == 3 else numel) * self.dtype.itemsize}
         if self.trainable:
-            kinds["gradients"] = (
-                (numel if self._grad_in_twin else own) * self.grad_dtype.itemsize
-            )
+            kinds["gradients"] = (numel if self._grad_in_twin else own) * self.grad_dtype.itemsize
         if self.master is not None:
             kinds["master"] = own * self.master.element_size()
         return kinds
