@@ -9,8 +9,6 @@ import pytest
 
 sys.path.insert(0, os.path.dirname(__file__))
 
-pytest_plugins: list[str] = []
-
 
 @pytest.fixture(params=[1, 2, 3], ids=["stage1", "stage2", "stage3"])
 def stage(request: pytest.FixtureRequest) -> int:

@@ -10,33 +10,33 @@ from torch import nn
 from ds_core.errors import DsError
 
 
-def check_model(model: Any) -> None:
-    """Raise DsError unless `model` is a module with values, some trainable, that nobody wraps."""
+def check_model(model: Any, error: type[DsError] = DsError) -> None:
+    """Raise `error` unless `model` is a module with values, some trainable, that nobody wraps."""
     if not isinstance(model, nn.Module):
-        raise DsError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+        raise error(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise DsError(
+        raise error(
             "model: it is wrapped in DistributedDataParallel, which averages gradients too; pass "
             "the module inside it, ddp.module"
         )
     parameters = dict(model.named_parameters())
     for name, param in parameters.items():
         if param.is_meta:
-            raise DsError(
+            raise error(
                 f"model: parameter {name!r} is on the meta device and has no values; materialize "
                 f"it first, or build the model under ds_zero.Init()"
             )
     if not any(param.requires_grad for param in parameters.values()):
-        raise DsError(
+        raise error(
             f"model: {type(model).__name__} has no trainable parameter ({len(parameters)} frozen); "
             f"set requires_grad on what should be trained"
         )
 
 
-def check_optimizer(model: nn.Module, optimizer: Any) -> None:
-    """Raise DsError unless `optimizer` holds every trainable parameter of `model`, and no other."""
+def check_optimizer(model: nn.Module, optimizer: Any, error: type[DsError] = DsError) -> None:
+    """Raise `error` unless `optimizer` holds every trainable parameter of `model`, and no other."""
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise DsError(
+        raise error(
             f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer that was "
             f"built on the model's parameters"
         )
@@ -46,14 +46,14 @@ def check_optimizer(model: nn.Module, optimizer: Any) -> None:
         for place, param in enumerate(group["params"]):
             held.add(id(param))
             if id(param) not in known:
-                raise DsError(
+                raise error(
                     f"optimizer: parameter {place} of group {index}, of shape "
                     f"{list(param.shape)}, is not a parameter of the model; build the optimizer "
                     f"on model.parameters() of the model that is trained"
                 )
     missing = [name for name, p in named.items() if p.requires_grad and id(p) not in held]
     if missing:
-        raise DsError(
+        raise error(
             f"optimizer: it lacks {len(missing)} trainable parameters of the model, the first is "
             f"{missing[0]!r}; add them to a group or freeze them with requires_grad_(False)"
         )

@@ -49,12 +49,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         broadcast: bool,
         transport: Transport,
     ) -> None:
-        checks.check_optimizer(optimizer)
+        specs = checks.parameters_of(model, optimizer, mesh.group("dp"))
         self._inner = optimizer
         self.__setstate__({"defaults": optimizer.defaults})
         self.stage, self.mesh, self.max_grad_norm = stage, mesh, max_grad_norm
-        specs = checks.parameters_of(model, optimizer)
-        checks.check_same_on_all_ranks(specs, mesh.group("dp"))
         plan = plan_units(model, specs, units=units, leaves=leaves, min_unit_numel=min_unit_numel)
         lanes = {axes: _reduce_lane(mesh.group(*axes), stage) for axes in _axes_of(plan)}
         self.units = [
