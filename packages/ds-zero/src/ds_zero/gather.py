@@ -298,8 +298,9 @@ class GatherRuntime:
             names = [s.name for u in units for s in u.specs if any(s.param is p for p in params)]
             raise ShardError(
                 f"parameter {names[0]!r} is sharded (ZeRO stage 3) and {operation} needs its "
-                f"values: use `with ds_zero.GatheredParameters([param], optimizer)` on all ranks, "
-                f"or optimizer.full_parameter({names[0]!r})"
+                f"values: use `with ds_zero.GatheredParameters(param):` on all ranks, or "
+                f"optimizer.full_parameter({names[0]!r}); for a whole model, "
+                f"optimizer.full_state_dict()"
             )
         for unit in sorted(units, key=lambda u: u.index):
             self._kept.add(unit.index)
