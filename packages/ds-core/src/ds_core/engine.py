@@ -25,7 +25,15 @@ from ds_core.backward import map_differentiable
 from ds_core.buffers import persistent_buffers
 from ds_core.errors import DsError, NonFiniteError
 from ds_core.precision import LossScaler, Precision
-from ds_core.seams import Event, EventKind, Observer, Runner, Sequential, Sharding
+from ds_core.seams import (
+    Event,
+    EventKind,
+    InputAdjuster,
+    Observer,
+    Runner,
+    Sequential,
+    Sharding,
+)
 
 
 class Engine(nn.Module):
@@ -78,6 +86,7 @@ class Engine(nn.Module):
         self._batches: Iterator[Any] | None = None
         self._runner = runner or Sequential()
         self._observers = list(observers)
+        self._adjusters = [each for each in self._observers if isinstance(each, InputAdjuster)]
         self._emit(EventKind.START, **(decisions or {}))
 
     # ------------------------------------------------------------------ a micro-batch
@@ -92,6 +101,9 @@ class Engine(nn.Module):
         trains = self.training and torch.is_grad_enabled()
         if trains and self._micro_step == 0:
             self._emit(EventKind.STEP_BEGIN)
+        if trains:
+            for adjuster in self._adjusters:
+                args, kwargs = adjuster.adjust_inputs(self, args, kwargs)
         with self._autocast():
             output = self.module(*args, **kwargs)
         if torch.is_grad_enabled():
@@ -334,6 +346,7 @@ class Engine(nn.Module):
         """Give the model back whole and without hooks, and let the observers finish."""
         self._emit(EventKind.CLOSE)
         self._observers.clear()
+        self._adjusters.clear()
         self.sharding.close()
 
     def _emit(self, kind: EventKind, **values: Any) -> None:

@@ -12,7 +12,7 @@ Each is a Protocol; a package registers its own under the entry-point group `ds_
 `ds_core.testing.contracts` has a test base class for each.
 """
 
-from ds_core.seams.observer import Event, EventKind, Observer
+from ds_core.seams.observer import Event, EventKind, InputAdjuster, Observer
 from ds_core.seams.op import Implementation, Op
 from ds_core.seams.runner import Runner, Sequential
 from ds_core.seams.sharding import Sharding, ShardingFactory
@@ -23,6 +23,7 @@ __all__ = [
     "Event",
     "EventKind",
     "Implementation",
+    "InputAdjuster",
     "Observer",
     "Op",
     "Runner",

@@ -39,3 +39,13 @@ class Observer(Protocol):
 
     def on_event(self, engine: Engine, event: Event) -> None:
         """See `EventKind` for when, and for what `event.values` holds."""
+
+
+@runtime_checkable
+class InputAdjuster(Observer, Protocol):
+    """An observer that also changes what the model is called with: a curriculum, layer dropping."""
+
+    def adjust_inputs(
+        self, engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments to call the model with instead; asked before each forward in training."""
