@@ -212,6 +212,15 @@ def imports(session: nox.Session) -> None:
     _run(session, scripts / "python", "-m", "pytest", *files, *session.posargs)
 
 
+@nox.session(python=False)
+def docs(session: nox.Session) -> None:
+    """Check the generated pages and build the documentation in `site/`; warnings are errors."""
+    scripts = _shared(session)
+    _pip(session, str(scripts / "python"), "mkdocs-material>=9.5", "mkdocs>=1.6,<2")
+    _run(session, scripts / "python", "scripts/generate_docs.py", "--check")
+    _run(session, scripts / "python", "-m", "mkdocs", "build", "--strict", *session.posargs)
+
+
 # --- Built packages -------------------------------------------------------------------------------
 
 

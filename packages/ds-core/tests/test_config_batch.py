@@ -62,7 +62,7 @@ def test_one_corner_means_one_accumulation_step(corners, expected):
         pytest.param((1, ..., ...), "ranks = 2; use 2", id="fewer-than-ranks"),
         pytest.param((..., ..., 3), "train_batch_size: missing; give it or", id="steps-only"),
         pytest.param((..., ..., ...), "train_batch_size: missing; give it or", id="none"),
-        pytest.param(("auto", "auto", 2), "train_batch_size: missing; give it or", id="all-auto"),
+        pytest.param(("auto", "auto", 2), "Trainer fills in; give it or", id="all-auto"),
         pytest.param((10**400, 3, ...), "not a multiple of", id="huge"),
         pytest.param((0, ..., ...), "train_batch_size: got 0, expected an integer > 0", id="zero"),
         pytest.param(

@@ -202,7 +202,7 @@ def test_all_problems_are_listed_at_once():
     ],
 )
 def test_auto_is_refused_where_nothing_resolves_it(extra):
-    assert 'got "auto", which nothing here can resolve; expected' in refusal(extra)
+    assert "which only Hugging Face's Trainer fills in; expected" in refusal(extra)
 
 
 def test_auto_clipping_is_the_default():

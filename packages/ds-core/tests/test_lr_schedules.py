@@ -271,7 +271,7 @@ def test_schedules_of_torch_are_built_by_name(name, params, cls):
             id="negative",
         ),
         pytest.param(
-            "WarmupCosineLR", {"total_num_steps": "auto"}, "nothing here can resolve", id="auto"
+            "WarmupCosineLR", {"total_num_steps": "auto"}, "Trainer fills in", id="auto"
         ),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ds_core.config import Only, Section, refusal
+from ds_core.config import Auto, Only, Section, refusal
 
 _LATER = "not in ds-zero 0.1"
 _NO_OFFLOAD = f'{_LATER}; use "none", a higher stage, or more ranks'
@@ -47,7 +47,12 @@ class OffloadOptimizerSection(Section):
         default="none", description='Only "none": optimizer states stay on the device.'
     )
     nvme_path: str | None = Field(default=None, description="Unused without offload.")
-    buffer_count: int = Field(default=4, ge=0, description="Unused without offload.")
+    buffer_count: int = Field(
+        default=4,
+        json_schema_extra={"unit": "buffers"},
+        ge=0,
+        description="Unused without offload.",
+    )
     pin_memory: bool = Field(default=True, description="Unused without offload.")
     pipeline_read: bool = Field(default=False, description="Unused without offload.")
     pipeline_write: bool = Field(default=False, description="Unused without offload.")
@@ -68,9 +73,24 @@ class OffloadParamSection(Section):
         default="none", description='Only "none": parameter shards stay on the device.'
     )
     nvme_path: str | None = Field(default=None, description="Unused without offload.")
-    buffer_count: int = Field(default=5, ge=0, description="Unused without offload.")
-    buffer_size: int = Field(default=100_000_000, ge=0, description="Unused without offload.")
-    max_in_cpu: int = Field(default=1_000_000_000, ge=0, description="Unused without offload.")
+    buffer_count: int = Field(
+        default=5,
+        json_schema_extra={"unit": "buffers"},
+        ge=0,
+        description="Unused without offload.",
+    )
+    buffer_size: int = Field(
+        default=100_000_000,
+        json_schema_extra={"unit": "elements"},
+        ge=0,
+        description="Unused without offload.",
+    )
+    max_in_cpu: int = Field(
+        default=1_000_000_000,
+        json_schema_extra={"unit": "elements"},
+        ge=0,
+        description="Unused without offload.",
+    )
     pin_memory: bool = Field(default=True, description="Unused without offload.")
 
 
@@ -110,20 +130,22 @@ class ZeroSection(Section):
         default=True,
         description="Makes no difference: sharded gradients are always reduce-scattered.",
     )
-    reduce_bucket_size: int = Field(
+    reduce_bucket_size: Annotated[int, Auto()] = Field(
         default=500_000_000,
+        json_schema_extra={"unit": "elements"},
         gt=0,
         description="Makes no difference: a gradient travels with its unit.",
     )
     allgather_partitions: bool = Field(
         default=True, description="Makes no difference: updated parameters are always all-gathered."
     )
-    allgather_bucket_size: int = Field(
+    allgather_bucket_size: Annotated[int, Auto()] = Field(
         default=500_000_000,
+        json_schema_extra={"unit": "elements"},
         ge=0,
         description="Makes no difference: a parameter travels with its unit.",
     )
-    overlap_comm: bool | None = Field(
+    overlap_comm: Annotated[bool | None, Auto()] = Field(
         default=None,
         description="Makes no difference to results: collectives run beside the computation "
         "wherever the backend can.",
@@ -154,34 +176,42 @@ class ZeroSection(Section):
     ] = Field(default=True, description="Only true: the global gradient norm is always known.")
 
     # Stage 3
-    stage3_prefetch_bucket_size: int = Field(
+    stage3_prefetch_bucket_size: Annotated[int, Auto()] = Field(
         default=50_000_000,
+        json_schema_extra={"unit": "elements"},
         ge=0,
         description="Makes no difference: what is gathered ahead is one unit.",
     )
-    stage3_param_persistence_threshold: int = Field(
+    stage3_param_persistence_threshold: Annotated[int, Auto()] = Field(
         default=100_000,
+        json_schema_extra={"unit": "elements"},
         ge=0,
         description="Makes no difference: a small parameter travels with its unit, so sharding it "
         "costs no message of its own.",
     )
-    stage3_model_persistence_threshold: int = Field(
+    stage3_model_persistence_threshold: Annotated[int, Auto()] = Field(
         default=sys.maxsize,
+        json_schema_extra={"unit": "elements"},
         ge=0,
         description="Makes no difference: see stage3_param_persistence_threshold.",
     )
-    stage3_max_live_parameters: int = Field(
+    stage3_max_live_parameters: Annotated[int, Auto()] = Field(
         default=1_000_000_000,
+        json_schema_extra={"unit": "elements"},
         ge=0,
         description="Makes no difference: at most two units are whole at a time, and the root.",
     )
-    stage3_max_reuse_distance: int = Field(
+    stage3_max_reuse_distance: Annotated[int, Auto()] = Field(
         default=1_000_000_000,
+        json_schema_extra={"unit": "elements"},
         ge=0,
         description="Makes no difference: a unit is freed after its forward and its backward.",
     )
     stage3_module_granularity_threshold: int = Field(
-        default=0, ge=0, description="Makes no difference: small blocks are merged into one unit."
+        default=0,
+        json_schema_extra={"unit": "elements"},
+        ge=0,
+        description="Makes no difference: small blocks are merged into one unit.",
     )
     stage3_use_all_reduce_for_fetch_params: bool = Field(
         default=False,
@@ -191,11 +221,14 @@ class ZeroSection(Section):
         default=False,
         description="Makes no difference: a unit is gathered in place, without copies.",
     )
-    stage3_gather_16bit_weights_on_model_save: bool = Field(
+    stage3_gather_16bit_weights_on_model_save: Annotated[bool, Auto()] = Field(
         default=False, description="Makes no difference: state_dict() always holds full weights."
     )
-    sub_group_size: int = Field(
-        default=1_000_000_000, ge=0, description="Makes no difference without offload."
+    sub_group_size: Annotated[int, Auto()] = Field(
+        default=1_000_000_000,
+        json_schema_extra={"unit": "elements"},
+        ge=0,
+        description="Makes no difference without offload.",
     )
     leaf_module: LeafModuleSection = Field(
         default_factory=LeafModuleSection, description="What is gathered as one unit."

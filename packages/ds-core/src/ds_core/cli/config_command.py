@@ -1,4 +1,4 @@
-"""`ds config check` and `ds config schema`: their options."""
+"""`ds config check`, `ds config schema` and `ds config reference`: their options."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from ds_core.cli.groups import command_group
+from ds_core.errors import ConfigError
 
 
 def add_to(app: typer.Typer) -> None:
     config = command_group("Check and document config files.")
     config.command("check")(config_check)
     config.command("schema")(config_schema)
+    config.command("reference")(config_reference)
     app.add_typer(config, name="config")
 
 
@@ -43,3 +45,25 @@ def config_schema() -> None:
     from ds_core.config import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def config_reference(
+    key: Annotated[
+        str, typer.Argument(help="Only keys that begin with it; default: all.", metavar="[KEY]")
+    ] = "",
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print Markdown, with the keys that are refused.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the keys that a config may hold, of all installed packages."""
+    from ds_core.cli.config_table import as_json, render_reference
+    from ds_core.config.reference import as_markdown, reference
+
+    if markdown:
+        typer.echo(as_markdown(), nl=False)
+        return
+    rows = [row for row in reference() if row.path.startswith(key)]
+    if not rows:
+        raise ConfigError(f"ds config reference: no key begins with {key!r}")
+    typer.echo(as_json(rows) if json else render_reference(rows), nl=json)

@@ -1,4 +1,4 @@
-"""How `ds config check` shows a config: every value in effect, with its origin."""
+"""How `ds config` shows keys and values."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ds_core.cli.tables import table
 
 if TYPE_CHECKING:
     from ds_core.config import Row
+    from ds_core.config.reference import Key
 
 
 def render(rows: Sequence[Row], *, with_meanings: bool) -> str:
@@ -20,6 +21,12 @@ def render(rows: Sequence[Row], *, with_meanings: bool) -> str:
     return table("", [row[:width] for row in body], header=header[:width])
 
 
-def as_json(rows: Sequence[Row]) -> str:
+def render_reference(rows: Sequence[Key]) -> str:
+    """Keys as a table of path, default with its unit, owner and meaning."""
+    body = [(r.path, f"{r.default} {r.unit}".strip(), r.owner, r.meaning) for r in rows]
+    return table("", body, header=("key", "default", "owner", "meaning"))
+
+
+def as_json(rows: Sequence[Row | Key]) -> str:
     """The rows as a JSON array of objects."""
     return json.dumps([row._asdict() for row in rows], indent=2)

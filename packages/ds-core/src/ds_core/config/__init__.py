@@ -14,9 +14,10 @@ from ds_core.config.explaining import Row, explain, json_schema
 from ds_core.config.formats import LossScaling, NumberFormats
 from ds_core.config.loading import load
 from ds_core.config.root import Config
-from ds_core.config.section import Only, Section, refusal
+from ds_core.config.section import Auto, Only, Section, refusal
 
 __all__ = [
+    "Auto",
     "Config",
     "LossScaling",
     "NumberFormats",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, Field, create_model
 
@@ -66,7 +66,6 @@ def json_schema(sections: Mapping[str, type[Section]] | None = None) -> dict[str
         "gradient_accumulation_steps",
     ):
         properties[key] = _with_choices(properties[key], _AUTO, {"type": "null"})
-    properties["gradient_clipping"] = _with_choices(properties["gradient_clipping"], _AUTO)
     properties["bfloat16"] = {**properties["bf16"], "description": "Another name of bf16."}
     schema.pop("required", None)
     schema["anyOf"] = [
@@ -109,10 +108,13 @@ def _meaning(path: str, sections: Mapping[str, type[Section]]) -> str:
         field = getattr(model, "model_fields", {}).get(name)
         if field is None:
             return ""
-        description, model = field.description or "", _section_class(field.annotation)
+        description, model = field.description or "", section_class(field.annotation)
     return description
 
 
-def _section_class(annotation: Any) -> Any:
-    members = getattr(annotation, "__args__", (annotation,))
-    return next((m for m in members if isinstance(m, type) and issubclass(m, Section)), None)
+def section_class(annotation: Any) -> type[Section] | None:
+    """The section model within an annotation such as `Inner | None` or `dict[str, Inner]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    found = (section_class(member) for member in get_args(annotation))
+    return next((model for model in found if model is not None), None)

@@ -18,6 +18,10 @@ from ds_core.config.unsupported import UNSUPPORTED
 from ds_core.errors import ConfigError, PluginError
 
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+_NO_BATCH = (
+    'train_batch_size: got "auto", which only Hugging Face\'s Trainer fills in; give it or '
+    "train_micro_batch_size_per_gpu"
+)
 #: Other spellings of ds-core's keys that DeepSpeed accepts.
 _ALIASES = {"bfloat16": "bf16"}
 
@@ -85,7 +89,6 @@ class _Loader:
     def config(self) -> Config:
         """The config. Raises ConfigError with all problems of the document."""
         self._sort_keys()
-        self._resolve_auto_clipping()
         sections = self._build_sections()
         self._check_factory("optimizer", OptimizerSection, optimizers.problems)
         self._check_factory("scheduler", SchedulerSection, lr_schedules.problems)
@@ -138,10 +141,6 @@ class _Loader:
             for key, item in value.items():
                 self._note_origins(f"{path}.{key}", item)
 
-    def _resolve_auto_clipping(self) -> None:
-        if self._own.get("gradient_clipping") == "auto":
-            del self._own["gradient_clipping"]
-
     def _build_sections(self) -> dict[str, Section]:
         built = {}
         for name, model in self._models.items():
@@ -176,7 +175,8 @@ class _Loader:
                 solved = batch.solve(*corners, world_size=self._world_size)
                 corners = [solved.train, solved.micro, solved.steps]
             except ConfigError as error:
-                self._problems.append(str(error))
+                is_left_to_others = "auto" in given and corners[:2] == [None, None]
+                self._problems.append(_NO_BATCH if is_left_to_others else str(error))
                 corners = [1, 1, 1]
         for key, value, corner in zip(_BATCH_KEYS, given, corners, strict=True):
             self._own[key] = corner

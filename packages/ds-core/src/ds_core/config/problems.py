@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from ds_core._values import describe, mismatch, shown, unknown_key
-from ds_core.config.section import Section
+from ds_core.config.section import Section, takes_auto
 from ds_core.errors import ConfigError
 
 
@@ -75,7 +75,10 @@ def _unknown(place: _Place) -> str:
 
 
 def _expected(place: _Place) -> str:
-    return describe(place.annotation, place.field.metadata if place.field else ())
+    if place.field is None:
+        return describe(place.annotation)
+    auto = ' or "auto"' if takes_auto(place.field) else ""
+    return describe(place.annotation, place.field.metadata) + auto
 
 
 def _locate(

@@ -15,7 +15,7 @@ from pydantic import (
 
 from ds_core.config import formats
 from ds_core.config.formats import NumberFormats
-from ds_core.config.section import Only, Section
+from ds_core.config.section import Auto, Only, Section
 from ds_core.config.sections import (
     Bf16Section,
     CheckpointSection,
@@ -56,7 +56,7 @@ class Config(Section):
         default=None,
         description="The learning-rate schedule to build; null: none, or one is given.",
     )
-    gradient_clipping: float = Field(
+    gradient_clipping: Annotated[float, Auto()] = Field(
         default=1.0,
         ge=0,
         description="Largest global L2 norm of the gradients; 0 does not clip. The default is that "

@@ -13,6 +13,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -39,10 +40,29 @@ class Section(BaseModel):
     @classmethod
     def _from_json(cls, value: Any, info: ValidationInfo) -> Any:
         field = cls.model_fields[info.field_name or ""]
+        if value == "auto" and takes_auto(field):
+            return field.get_default(call_default_factory=True)
         try:
             return coerce(value, field.annotation)
         except TypeError:
             raise PydanticCustomError("wrong_type", "wrong type") from None
+
+
+class Auto:
+    """Annotates a field of which "auto" means its default: one that changes speed, not results.
+
+    A field whose "auto" means more than that has the literal in its type instead.
+    """
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {"anyOf": [handler(schema), {"const": "auto"}]}
+
+
+def takes_auto(field: FieldInfo) -> bool:
+    """Whether "auto" stands for the field's default."""
+    return any(isinstance(entry, Auto) for entry in field.metadata)
 
 
 class Only:
