@@ -221,7 +221,6 @@ def test_auto_clipping_is_the_default():
             "torch.utils.checkpoint",
             id="activation-checkpointing",
         ),
-        pytest.param({"elasticity": {"enabled": True}}, "any number of ranks", id="elasticity"),
         pytest.param({"cpu_offload": True}, "offload_optimizer", id="cpu-offload"),
         pytest.param({"max_grad_norm": 1.0}, "use gradient_clipping", id="renamed"),
         pytest.param(

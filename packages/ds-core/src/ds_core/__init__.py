@@ -12,6 +12,7 @@ Importing it does no work, and imports nothing else: its parts come in on first 
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ds_core._version import __version__
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from ds_core.assembly import initialize
     from ds_core.engine import Engine
     from ds_core.precision import LossScale, Precision
+
+# Silent unless the program sets up logging, or the config's `log_level` asks for messages.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __all__ = [
     "DsError",

@@ -1,9 +1,10 @@
 """Every environment variable that ds-core reads; nothing else reads one.
 
 RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT   torchrun's contract, for `comm.init`.
-OMP_NUM_THREADS                                          kept by `ds run` if the user set it.
+DS_ENV_FILE                                              the env file of `ds run`.
 
-The launcher and the test kit hand the environment as a whole on to the processes they start.
+The launcher and the test kit hand the environment as a whole on to the processes they start; the
+launcher also looks in it for what the user, Slurm, MPI or Kubernetes set, and `ds env` shows it.
 """
 
 from __future__ import annotations
@@ -46,9 +47,14 @@ def torchrun_world() -> World | None:
     return World(rank, size, local_rank, f"{found['MASTER_ADDR']}:{found['MASTER_PORT']}")
 
 
-def user_set_threads() -> bool:
-    """Whether the user has chosen how many threads a process may use."""
-    return "OMP_NUM_THREADS" in os.environ
+def whole() -> dict[str, str]:
+    """A copy of the whole environment, for the launcher."""
+    return dict(os.environ)
+
+
+def env_file() -> str | None:
+    """The env file that DS_ENV_FILE names for `ds run`."""
+    return os.environ.get("DS_ENV_FILE") or None
 
 
 def _integer(name: str, default: int | None = None) -> int:

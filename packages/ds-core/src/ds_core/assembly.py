@@ -15,12 +15,16 @@ from torch.utils.data import Dataset
 
 from ds_core import accelerator, comm, lr_schedules, optimizers, plugins
 from ds_core import config as configuration
+from ds_core import logs
 from ds_core.accelerator import Accelerator
+from ds_core.alone import Alone
+from ds_core.cast_gradients import CastGradients
 from ds_core.checks import check_model, check_optimizer
-from ds_core.data import ResumableLoader
+from ds_core.data import build_loader
+from ds_core.decisions import decisions
 from ds_core.engine import Engine
 from ds_core.errors import ConfigError, DsError
-from ds_core.observers import JsonLines, Progress
+from ds_core.observers import standard_observers
 from ds_core.precision import LossScale, Precision
 from ds_core.replicated import Replicated
 from ds_core.seams import Dense, Observer, Sharding
@@ -69,17 +73,13 @@ def initialize(
         random.seed(config.seed)
         torch.manual_seed(config.seed)
     if config.log_level is not None:
-        for package in ("ds_core", *(name.partition(".")[0] for name in _plugin_modules())):
-            logging.getLogger(package).setLevel(config.log_level.upper())
+        packages = {"ds_core", *(name.partition(".")[0] for name in _plugin_modules())}
+        logs.show(config.log_level, packages, rank=dist.get_rank())
     precision, reason = _precision(config, device_kind)
     _place(model, device_kind.device())
     optimizer = _optimizer(model, config, optimizer)
     check_optimizer(model, optimizer)
-    transport = _provided("transports", config, mesh=mesh) or Dense()
-    parts: dict[str, Any] = {"mesh": mesh, "precision": precision, "transport": transport}
-    sharding: Sharding = _provided(
-        "sharding", config, model=model, optimizer=optimizer, **parts
-    ) or Replicated(model, optimizer, **parts)
+    sharding = _sharding(config, model, optimizer, mesh, precision)
     _broadcast_buffers(model, mesh.group("dp"))
     _cast_statistics(model, precision.compute)
     runner = _provided("runners", config, model=model, mesh=mesh)
@@ -87,40 +87,73 @@ def initialize(
     dp = mesh.group("dp")
     loader = None
     if training_data is not None:
-        loader = ResumableLoader(
-            training_data,
-            config.train_micro_batch_size_per_gpu,
-            rank=dp.rank,
-            num_ranks=dp.size,
-            collate_fn=collate_fn,
-            drop_last=config.dataloader_drop_last,
-            seed=config.seed or 0,
+        loader = build_loader(
+            config, training_data, collate_fn=collate_fn, rank=dp.rank, num_ranks=dp.size
         )
-    decisions = {
-        "ranks": " x ".join(f"{axis}={size}" for axis, size in mesh.axes.items() if size > 1)
-        or "1",
-        "device": device_kind.kind,
-        "precision": f"{precision}" + (f" ({reason})" if reason else ""),
-        "sharding": str(sharding),
-        "batch": f"{config.train_batch_size} = {config.train_micro_batch_size_per_gpu} per "
-        f"micro-batch x {config.gradient_accumulation_steps} accumulated x {data_ranks} ranks",
-        "model state per rank": _told_bytes(sharding.memory()),
-    }
-    return Engine(
+    observers = (*_observers(config), *observers)
+    decided = {}
+    if observers:
+        decided = decisions(
+            config,
+            mesh=mesh,
+            device=device_kind.device(),
+            precision=precision,
+            reason=reason,
+            sharding=sharding,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        )
+    engine = Engine(
         model,
         sharding,
         mesh=mesh,
         precision=precision,
         accumulation=config.gradient_accumulation_steps,
+        managed_accumulation=config.managed_gradient_accumulation,
         micro_batch_size=config.train_micro_batch_size_per_gpu,
         max_grad_norm=config.gradient_clipping,
+        # A sum over ranks is the average, of losses that count for as many times as much.
+        loss_weight=float(data_ranks) if config.gradient_allreduce_op == "sum" else 1.0,
         lr_scheduler=scheduler,
         runner=runner,
-        observers=(*_observers(config), *observers),
+        observers=observers,
         dataloader=loader,
         device=device_kind.device(),
-        decisions=decisions,
+        decisions=decided,
+        tag_validation=config.checkpoint.tag_validation,
     )
+    if config.compile.enabled:
+        engine.compile(backend=config.compile.backend, **config.compile.kwargs)
+    return engine
+
+
+def _sharding(
+    config: configuration.Config,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    mesh: comm.Mesh,
+    precision: Precision,
+) -> Sharding:
+    """Whatever a section of the config asks for; else every rank holds everything."""
+    transport = _provided("transports", config, mesh=mesh) or Dense()
+    if config.communication_data_type is not None:
+        transport = CastGradients(transport, _DTYPES[config.communication_data_type])
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "mesh": mesh}
+    parts["precision"] = precision
+    found: Sharding | None = _provided("sharding", config, transport=transport, **parts)
+    sparse = config.sparse_gradients
+    if found is not None and sparse:
+        raise ConfigError(
+            "sparse_gradients: got true, but gradients are sharded: a flat shard has no rows; set "
+            "zero_optimization.stage to 0, or make embeddings with nn.Embedding(sparse=False)"
+        )
+    if found is not None:
+        return found
+    # Gradients that accumulate in another dtype than their own need a buffer beside autograd's.
+    if mesh.size("dp") == 1 and precision.grad in (None, precision.compute):
+        return Alone(sparse=sparse, **parts)
+    return Replicated(transport=transport, sparse=sparse, **parts)
 
 
 def _precision(config: configuration.Config, device: Accelerator) -> tuple[Precision, str]:
@@ -147,6 +180,7 @@ def _precision(config: configuration.Config, device: Accelerator) -> tuple[Preci
         grad=grad,
         autocast=autocast,
         loss_scale=None if scale is None else LossScale(**vars(scale)),
+        inputs=compute if formats.casts_inputs else None,
     )
     return precision, formats.reason
 
@@ -191,8 +225,8 @@ def _optimizer(
             'initialize: there is no optimizer; add an "optimizer" section to the config, such as '
             '{"type": "AdamW", "params": {"lr": 1e-3}}, or pass optimizer='
         )
-    trainable = [param for param in model.parameters() if param.requires_grad]
-    return optimizers.build(config.optimizer, trainable)
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return optimizers.build(config.optimizer, trainable, fuse=not config.sparse_gradients)
 
 
 def _provided(seam: plugins.Seam, config: configuration.Config, **parts: Any) -> Any:
@@ -232,13 +266,7 @@ def _scheduler(
 
 
 def _observers(config: configuration.Config) -> list[Observer]:
-    rank, breakdown = dist.get_rank(), config.wall_clock_breakdown
-    found: list[Observer] = []
-    if config.metrics.jsonl is not None:
-        found.append(JsonLines(config.metrics.jsonl, rank=rank, breakdown=breakdown))
-    if config.progress:
-        every = config.steps_per_print
-        found.append(Progress(rank=rank, every_steps=every, breakdown=breakdown))
+    found = standard_observers(config, rank=dist.get_rank())
     for name in sorted(plugins.registered("observers")):
         made = plugins.load("observers", name)(config)
         if made is not None:
@@ -250,8 +278,3 @@ def _plugin_modules() -> list[str]:
     """Modules of the installed packages that take part in a run."""
     entries = [*plugins.registered("sharding").values(), *plugins.registered("observers").values()]
     return [entry.module for entry in entries]
-
-
-def _told_bytes(memory: Mapping[str, int]) -> str:
-    parts = [f"{kind} {size / 2**20:.1f} MiB" for kind, size in memory.items() if size]
-    return ", ".join(parts)

@@ -12,16 +12,19 @@ wants to watch or adjust is an observer.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ds_core import comm
-from ds_core.backward import map_differentiable
+from ds_core.accumulation import Accumulation, Held
+from ds_core.agreement import TagValidation, agree_on_tag
+from ds_core.backward import differentiable_tensors, map_differentiable
 from ds_core.buffers import persistent_buffers
 from ds_core.errors import DsError, NonFiniteError
 from ds_core.precision import LossScaler, Precision
@@ -35,6 +38,9 @@ from ds_core.seams import (
     Sharding,
 )
 
+if TYPE_CHECKING:
+    from ds_core.compiled_blocks import CompiledBlocks
+
 
 class Engine(nn.Module):
     """A model in training; made by `ds_core.initialize`.
@@ -43,7 +49,7 @@ class Engine(nn.Module):
         module: the model itself.
         sharding: who holds and updates its parameters.
         lr_scheduler: stepped after each optimizer step that was not skipped, or None.
-        accumulation: micro-batches per optimizer step.
+        was_step_applied: whether the last `step` updated the parameters.
         micro_batch_size: samples per micro-batch and rank.
         global_step: optimizer steps taken, skipped ones included.
         grad_norm: global L2 norm of the last step's gradients before clipping, or None.
@@ -60,54 +66,107 @@ class Engine(nn.Module):
         mesh: comm.Mesh,
         precision: Precision,
         accumulation: int = 1,
+        managed_accumulation: bool = True,
         micro_batch_size: int = 1,
         max_grad_norm: float = 0.0,
+        loss_weight: float = 1.0,
         lr_scheduler: Any = None,
         runner: Runner | None = None,
         observers: Iterable[Observer] = (),
         dataloader: Any = None,
         device: torch.device | None = None,
         decisions: Mapping[str, Any] | None = None,
+        tag_validation: TagValidation = "Warn",
     ) -> None:
         super().__init__()
         self.module = module
         self.sharding, self.mesh, self.precision = sharding, mesh, precision
         self.lr_scheduler, self.dataloader = lr_scheduler, dataloader
-        self.accumulation, self.micro_batch_size = accumulation, micro_batch_size
-        self.max_grad_norm = max_grad_norm
+        self.micro_batch_size = micro_batch_size
+        self.max_grad_norm, self._loss_weight = max_grad_norm, loss_weight
         self.scaler = LossScaler(precision.loss_scale)
         self.device = device or next(module.parameters()).device
         self.global_step = self.skipped_steps = 0
         self.grad_norm: float | None = None
-        self._micro_step = 0
+        self.was_step_applied = False
+        self._micro = Accumulation(accumulation, managed=managed_accumulation)
+        self._run_module = precision.applied_to(module.__call__, self.device.type)
         self._losses: list[torch.Tensor] = []
         self._scaled_by_loss = False
-        self._no_sync = False
+        self._tag_validation: TagValidation = tag_validation
+        self._compiled: CompiledBlocks | None = None
         self._batches: Iterator[Any] | None = None
         self._runner = runner or Sequential()
         self._observers = list(observers)
         self._adjusters = [each for each in self._observers if isinstance(each, InputAdjuster)]
         self._emit(EventKind.START, **(decisions or {}))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What nn.Module does for every assignment costs more than the rest of a small step.
+        if isinstance(value, nn.Module):
+            super().__setattr__(name, value)
+        else:
+            object.__setattr__(self, name, value)
+
     # ------------------------------------------------------------------ a micro-batch
 
     @property
+    def accumulation(self) -> int:
+        """Micro-batches per optimizer step."""
+        return self._micro.steps
+
+    @property
     def is_boundary(self) -> bool:
-        """Whether the present micro-batch is the last of its optimizer step."""
-        return self._micro_step == self.accumulation - 1
+        """Whether the present micro-batch is the last of its optimizer step.
+
+        Without managed accumulation this is known only once `step` is called.
+        """
+        return self._micro.is_boundary
+
+    def set_boundary(self, is_boundary: bool | None) -> None:
+        """Say whether the present micro-batch ends its step, until told otherwise; None: count.
+
+        Set it before the forward. Each loss is divided by `accumulation` all the same.
+        """
+        self._micro.say(is_boundary)
+
+    def set_train_batch_size(self, samples: int) -> None:
+        """Make a step as many micro-batches as give `samples` over all ranks.
+
+        Raises DsError in the middle of a step, or if micro-batches do not divide `samples`.
+        """
+        per_micro_batch = self.micro_batch_size * self.mesh.size("dp")
+        self._micro.resize("set_train_batch_size", samples, per_micro_batch)
+
+    def set_train_micro_batch_size(self, samples: int) -> None:
+        """State how many samples a micro-batch of one rank has from now on.
+
+        For whoever makes the batches: accumulation stays, so the batch of a step changes with it.
+        Raises DsError in the middle of a step, or if the engine's own `dataloader` makes them.
+        """
+        self._micro.check_between_steps("set_train_micro_batch_size")
+        if samples <= 0 or self.dataloader is not None:
+            raise DsError(
+                f"set_train_micro_batch_size: got {samples}"
+                + (", expected at least 1" if samples <= 0 else "; training_data is cut into fixed "
+                "micro-batches: give batches of your own to train_batch(iterator) instead")
+            )
+        self.micro_batch_size = samples
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; its outputs remember the loss scale, for a plain `loss.backward()`."""
         trains = self.training and torch.is_grad_enabled()
-        if trains and self._micro_step == 0:
-            self._emit(EventKind.STEP_BEGIN)
         if trains:
+            if self._micro.begin():
+                self._emit(EventKind.STEP_BEGIN)
+            self._emit(EventKind.FORWARD_BEGIN)
             for adjuster in self._adjusters:
                 args, kwargs = adjuster.adjust_inputs(self, args, kwargs)
-        with self._autocast():
-            output = self.module(*args, **kwargs)
+        output = self._run_module(*args, **kwargs)
         if torch.is_grad_enabled():
             self._prepare_backward()
+            if trains and self._observers:
+                self._announce_backward(output)
             output = map_differentiable(output, self._scaled)
         if trains:
             self._emit(EventKind.FORWARD)
@@ -126,15 +185,10 @@ class Engine(nn.Module):
             return self(*batch)
         return self(batch)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.precision.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.precision.autocast)
-
     def _prepare_backward(self) -> None:
         """Gradients that are not sharded are averaged once per step, at its last micro-batch."""
-        early = not self.is_boundary and not self.sharding.reduces_each_backward
-        self.sharding.accumulate_locally = self._no_sync or early
+        early = not self._micro.is_boundary and not self.sharding.reduces_each_backward
+        self.sharding.accumulate_locally = self._micro.held or early
 
     def _scaled(self, output: torch.Tensor) -> torch.Tensor:
         """The same values, whose gradient is scaled on its way back.
@@ -142,7 +196,7 @@ class Engine(nn.Module):
         A view, because one output may be computed from another (a loss from logits): a hook on
         the logits themselves would scale what comes back through the loss a second time.
         """
-        if self.scaler.scale == self.accumulation:
+        if self._loss_factor() == 1.0:
             return output
         view = output.view_as(output)
         view.register_hook(self._scale_gradient)
@@ -151,8 +205,10 @@ class Engine(nn.Module):
     def _scale_gradient(self, gradient: torch.Tensor) -> torch.Tensor | None:
         if self._scaled_by_loss:
             return None
-        factor = self.scaler.scale / self.accumulation
-        return None if factor == 1.0 else gradient * factor
+        return gradient * self._loss_factor()
+
+    def _loss_factor(self) -> float:
+        return self.scaler.scale * self._loss_weight / self._micro.steps
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of one micro-batch's loss, scaled as precision and accumulation ask for.
@@ -171,8 +227,9 @@ class Engine(nn.Module):
                 "computed under no_grad, or detached"
             )
         self._prepare_backward()
+        self._emit(EventKind.BACKWARD_BEGIN)
         self._losses.append(loss.detach())
-        factor = self.scaler.scale / self.accumulation
+        factor = self._loss_factor()
         self._scaled_by_loss = True
         try:
             (loss if factor == 1.0 else loss * factor).backward()
@@ -180,9 +237,47 @@ class Engine(nn.Module):
             self._scaled_by_loss = False
         self._emit(EventKind.BACKWARD)
 
+    def _announce_backward(self, output: Any) -> None:
+        """A plain `loss.backward()` is an event too: it begins at these tensors, ends with autograd.
+
+        On the model's own outputs, not on our views of them: the sharding's hooks on these were
+        there first, so it has finished its averages when BACKWARD is emitted.
+        """
+        begun = False
+
+        def end() -> None:
+            nonlocal begun
+            begun = False
+            self._emit(EventKind.BACKWARD)
+
+        def begin(_: torch.Tensor) -> None:
+            nonlocal begun
+            if begun or self._scaled_by_loss:
+                return  # `backward` tells it
+            begun = True
+            autograd: Any = torch.autograd.Variable._execution_engine
+            autograd.queue_callback(end)
+            self._emit(EventKind.BACKWARD_BEGIN)
+
+        for tensor in differentiable_tensors(output):
+            tensor.register_hook(begin)
+
     def no_sync(self) -> AbstractContextManager[None]:
         """Backwards inside accumulate locally, at every stage; the next one outside reduces."""
-        return _NoSync(self)
+        return Held(self._micro, release=_nothing)
+
+    def reduce_once(self) -> AbstractContextManager[None]:
+        """Several backwards inside are averaged over ranks once, together, at the end.
+
+        For several losses of one micro-batch. At stages 2 and 3 full-size gradients exist
+        meanwhile. Inside `no_sync`, and before a boundary below stage 2, the average waits on.
+        """
+        return Held(self._micro, release=self._release_gradients)
+
+    def _release_gradients(self) -> None:
+        self._prepare_backward()
+        if not self.sharding.accumulate_locally:
+            self.sharding.reduce_local()
 
     # ------------------------------------------------------------------ a step
 
@@ -193,14 +288,14 @@ class Engine(nn.Module):
         overflow on any rank is skipped on all. Raises NonFiniteError if gradients are not finite
         without one: the parameters are left as they were.
         """
-        self._micro_step += 1
-        if self._micro_step < self.accumulation:
+        self.was_step_applied = False
+        if not self._micro.advance():
             return False
-        self._micro_step = 0
+        self._emit(EventKind.UPDATE_BEGIN)
         norm = float(self.sharding.grad_norm()) / self.scaler.scale
         self.grad_norm = norm
         self._emit(EventKind.REDUCED, grad_norm=norm)
-        overflowed = norm != norm or norm == float("inf")
+        overflowed = not math.isfinite(norm)
         if overflowed and not self.scaler.may_skip:
             self._raise_nonfinite(norm)
         if not overflowed:
@@ -213,18 +308,24 @@ class Engine(nn.Module):
         self.scaler.update(overflowed)
         self.global_step += 1
         self.skipped_steps += overflowed
-        rates = [float(group["lr"]) for group in self.sharding.param_groups]
+        self.was_step_applied = not overflowed
+        figures = self._figures(scale) if self._observers else {}
+        self._losses.clear()
         if self.lr_scheduler is not None and not overflowed:
             self.lr_scheduler.step()
-        self._emit(
-            EventKind.STEP_END,
-            loss=self._mean_loss(),
-            lr=rates[0] if rates else None,
-            grad_norm=norm,
-            loss_scale=scale if self.scaler.may_skip else None,
-            skipped=overflowed,
-        )
+        self._emit(EventKind.STEP_END, **figures)
         return not overflowed
+
+    def _figures(self, scale: float) -> dict[str, Any]:
+        """What STEP_END tells of a step that was computed with a loss scale."""
+        groups = self.sharding.param_groups
+        return {
+            "loss": self._mean_loss(),
+            "lr": float(groups[0]["lr"]) if groups else None,
+            "grad_norm": self.grad_norm,
+            "loss_scale": scale if self.scaler.may_skip else None,
+            "skipped": not self.was_step_applied,
+        }
 
     def train_batch(self, batches: Iterator[Any] | None = None) -> torch.Tensor:
         """One whole optimizer step from an iterator of micro-batches; returns the mean loss.
@@ -248,11 +349,12 @@ class Engine(nn.Module):
 
     def _mean_loss(self) -> torch.Tensor | None:
         """Mean loss of the step's micro-batches on this rank; not synchronized with the device."""
-        losses, self._losses = self._losses, []
-        return torch.stack([loss.float() for loss in losses]).mean() if losses else None
+        losses = [loss.float() for loss in self._losses]
+        return torch.stack(losses).mean() if losses else None
 
     def _raise_nonfinite(self, norm: float) -> None:
         loss = self._mean_loss()
+        self._losses.clear()
         # After a plain `loss.backward()` nobody has told the engine the loss.
         told = "loss not known" if loss is None else f"loss {float(loss):g}"
         mine = (told, self.sharding.first_nonfinite())
@@ -308,62 +410,163 @@ class Engine(nn.Module):
         directory: str | os.PathLike[str],
         tag: str | None = None,
         client_state: Mapping[str, Any] | None = None,
+        *,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
     ) -> str:
         """Save everything needed to go on, at any stage and world size; returns the path.
 
         Args:
             directory: shared by all ranks.
-            tag: name of this checkpoint; default: "step" and the step's number.
+            tag: name of this checkpoint; default: "step" and the step's number. Where ranks pass
+                different ones, that of rank 0 counts, unless `checkpoint.tag_validation` forbids.
             client_state: the caller's own JSON-able values; `load_checkpoint` returns them.
+            save_latest: whether `latest` names this checkpoint from now on.
+            exclude_frozen_parameters: leave out what is not trained, as for an adapter; loading
+                keeps the model's own values of it.
 
         Atomic: until it is complete, the previous checkpoint stays the one that loads. Collective.
         """
         from ds_core.engine_state import save
 
-        path = save(self, directory, tag, client_state)
+        tag = tag or f"step{self.global_step}"
+        path = save(
+            self,
+            directory,
+            agree_on_tag(tag, self._tag_validation, self.mesh.group(*self.mesh.axes)),
+            client_state,
+            keep_latest_pointer=save_latest,
+            exclude_frozen=exclude_frozen_parameters,
+        )
         self._emit(EventKind.CHECKPOINT, path=path, action="saved")
         return path
 
     def load_checkpoint(
-        self, directory: str | os.PathLike[str], tag: str | None = None
+        self,
+        directory: str | os.PathLike[str],
+        tag: str | None = None,
+        *,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
     ) -> dict[str, Any]:
         """Load a checkpoint of any stage and world size; returns its `client_state`.
 
-        tag: which one; default: the latest. Raises CheckpointError if it is missing, damaged, or
-        of another model; the engine must not be used then. Collective.
+        Args:
+            directory: holds the checkpoints, or is one.
+            tag: which one; default: the latest.
+            load_module_strict: whether names that only the model or only the checkpoint has are an
+                error.
+            load_optimizer_states: if False, the optimizer keeps its own state and settings.
+            load_lr_scheduler_states: if False, the schedule keeps its place.
+            load_module_only: load the weights and nothing else, as from a pretrained model.
+
+        Raises CheckpointError if it is missing, damaged, or of another model; the engine must not
+        be used then. Collective.
         """
         from ds_core.engine_state import load
 
-        path, client_state = load(self, directory, tag)
+        path, client_state = load(
+            self,
+            directory,
+            tag,
+            strict=load_module_strict,
+            optimizer=load_optimizer_states,
+            lr_scheduler=load_lr_scheduler_states,
+            only_model=load_module_only,
+        )
         self._emit(EventKind.CHECKPOINT, path=path, action="loaded")
         return client_state
+
+    def save_model(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        max_shard_bytes: int = 5 * 10**9,
+        exclude_frozen_parameters: bool = False,
+        overwrite: bool = False,
+    ) -> str:
+        """Write the model alone, whole, as safetensors that Hugging Face's libraries load.
+
+        Parameter by parameter, so that no rank holds more than the largest one beside its share,
+        at every stage. One file, or several with an index. A tied weight is written once.
+
+        Args:
+            directory: a folder of rank 0; created.
+            dtype: of floating-point tensors; default: as the model has them. fp32 takes the
+                optimizer's master copy where there is one.
+            max_shard_bytes: largest file, unless one tensor is larger.
+            exclude_frozen_parameters: leave out what is not trained.
+            overwrite: replace weights that are there already.
+
+        Raises CheckpointError on every rank if rank 0 cannot write. Collective.
+        """
+        from ds_core.model_export import save_model
+
+        return save_model(
+            self, directory, dtype=dtype, max_shard_bytes=max_shard_bytes,
+            exclude_frozen=exclude_frozen_parameters, overwrite=overwrite,
+        )  # fmt: skip
+
+    def compile(  # type: ignore[override]
+        self,
+        *,
+        modules: Iterable[nn.Module] | None = None,
+        backend: str | Callable[..., Any] = "inductor",
+        **options: Any,
+    ) -> None:
+        """torch.compile the model's repeated blocks, or all of it if it has none; until `close`.
+
+        Args:
+            modules: which ones instead.
+            backend: of torch.compile.
+            options: its further arguments: mode, dynamic, fullgraph, options.
+
+        Raises DsError if torch.compile refuses them, or if called twice.
+        """
+        from ds_core.compiled_blocks import CompiledBlocks
+
+        if self.is_compiled:
+            raise DsError("compile: the model is compiled already; close the engine to undo it")
+        self._compiled = CompiledBlocks(self.module, modules, backend, options)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether `compile` was called."""
+        return self._compiled is not None
 
     def memory(self) -> dict[str, int]:
         """Bytes of model state that this rank holds between steps, by kind."""
         return self.sharding.memory()
+
+    def log(self, scalars: Mapping[str, float | torch.Tensor]) -> None:
+        """Hand figures of your own to the observers: every sink of metrics writes rank 0's.
+
+        scalars: by name, as dashboards shall show it, such as "Eval/loss". Not collective.
+        """
+        self._emit(EventKind.LOG, **scalars)
 
     def close(self) -> None:
         """Give the model back whole and without hooks, and let the observers finish."""
         self._emit(EventKind.CLOSE)
         self._observers.clear()
         self._adjusters.clear()
+        if self._compiled is not None:
+            self._compiled.close()
         self.sharding.close()
 
-    def _emit(self, kind: EventKind, **values: Any) -> None:
+    def _emit(self, kind: EventKind, /, **values: Any) -> None:
+        if not self._observers:
+            return
         event = Event(kind, self.global_step, values)
         for observer in self._observers:
             observer.on_event(self, event)
 
 
-class _NoSync(AbstractContextManager[None]):
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self._before = engine, False
-
-    def __enter__(self) -> None:
-        self._before, self._engine._no_sync = self._engine._no_sync, True
-
-    def __exit__(self, *error: object) -> None:
-        self._engine._no_sync = self._before
+def _nothing() -> None:
+    """What was held back waits for the next backward or step."""
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

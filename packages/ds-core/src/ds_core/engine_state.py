@@ -30,29 +30,57 @@ def save(
     directory: str | os.PathLike[str],
     tag: str | None,
     client_state: Mapping[str, Any] | None,
+    *,
+    keep_latest_pointer: bool,
+    exclude_frozen: bool,
 ) -> str:
     """See `Engine.save_checkpoint`."""
     from ds_core import checkpoint
 
     state = {**_state(engine), "client": dict(client_state or {})}
-    path = checkpoint.save(directory, tag or f"step{engine.global_step}", state)
+    if exclude_frozen:
+        frozen = set(state["about"]["frozen"])
+        state["model"] = {name: v for name, v in state["model"].items() if name not in frozen}
+    path = checkpoint.save(
+        directory,
+        tag or f"step{engine.global_step}",
+        state,
+        keep_latest_pointer=keep_latest_pointer,
+    )
     return str(path)
 
 
 def load(
-    engine: Engine, directory: str | os.PathLike[str], tag: str | None
+    engine: Engine,
+    directory: str | os.PathLike[str],
+    tag: str | None,
+    *,
+    strict: bool,
+    optimizer: bool,
+    lr_scheduler: bool,
+    only_model: bool,
 ) -> tuple[str, dict[str, Any]]:
     """See `Engine.load_checkpoint`."""
     from ds_core import checkpoint
 
-    engine.sharding.prepare_load()
     path = checkpoint.find(directory, tag)
+    with_optimizer = optimizer and not only_model
+    if with_optimizer:
+        engine.sharding.prepare_load()
     state = _state(engine)
-    state["optimizer"] = known_to(path, state["optimizer"])
+    state["model"] = without_excluded(path, state["model"])
+    state["optimizer"] = known_to(path, state["optimizer"]) if with_optimizer else {}
     # What another world or config need not have had: the checkpoint's are returned all the same.
-    del state["rng"], state["lr_scheduler"]
-    loaded = checkpoint.load(directory, tag, state=state)
-    _restore(engine, loaded)
+    del state["rng"], state["lr_scheduler"], state["about"], state["data"]
+    parts = None if with_optimizer else {"model", "client"}
+    if not only_model and not with_optimizer:
+        parts = {"model", "client", "engine", "lr_scheduler", "rng", "data"}
+    loaded = checkpoint.load(path, state=state, parts=parts, strict=strict)
+    # Loading its own state makes a sharding publish what was written into it.
+    published = {"state": loaded["optimizer"], "groups": loaded["groups"]}
+    engine.sharding.load_state_dict(published if with_optimizer else engine.sharding.state_dict())
+    if not only_model:
+        _restore(engine, loaded, with_scheduler=lr_scheduler)
     return str(path), dict(loaded.get("client", {}))
 
 
@@ -102,10 +130,24 @@ def _state(engine: Engine) -> dict[str, Any]:
             "global_step": engine.global_step,
             "skipped_steps": engine.skipped_steps,
             "loss_scale": engine.scaler.state_dict(),
-            "samples": _samples(engine),
         },
+        "data": _data_state(engine),
         "lr_scheduler": _scheduler_state(engine),
         "rng": {f"rank{_rank()}": _random_state()},
+        "about": _about(engine),
+    }
+
+
+def _about(engine: Engine) -> dict[str, Any]:
+    """What nobody needs to load, but tools that have no model need to know."""
+    names = {id(param): name for name, param in engine.module.named_parameters()}
+    everywhere = engine.module.named_parameters(remove_duplicate=False)
+    return {
+        "sharding": str(engine.sharding),
+        "precision": str(engine.precision),
+        "aliases": {name: names[id(p)] for name, p in everywhere if names[id(p)] != name},
+        "frozen": [name for name, p in engine.module.named_parameters() if not p.requires_grad],
+        "buffers": [name for name, _ in persistent_buffers(engine.module)],
     }
 
 
@@ -137,15 +179,25 @@ def known_to(checkpoint: Path, optimizer_state: _State) -> _State:
     }
 
 
-def _restore(engine: Engine, loaded: dict[str, Any]) -> None:
-    engine.sharding.load_state_dict({"state": loaded["optimizer"], "groups": loaded["groups"]})
+def without_excluded(checkpoint: Path, model_state: dict[str, Any]) -> dict[str, Any]:
+    """`model_state` without the frozen parameters that a checkpoint left out on purpose."""
+    from ds_core.checkpoint import read_state
+    from ds_core.checkpoint.index import Index
+
+    frozen = set(read_state(checkpoint).get("about", {}).get("frozen", ()))
+    paths = [record.path for record in Index.read(checkpoint).tensors.values()]
+    saved = {str(path[-1]) for path in paths if path[0] == "model"}
+    return {name: v for name, v in model_state.items() if name in saved or name not in frozen}
+
+
+def _restore(engine: Engine, loaded: dict[str, Any], *, with_scheduler: bool) -> None:
     own = loaded["engine"]
     engine.global_step, engine.skipped_steps = own["global_step"], own["skipped_steps"]
     engine.scaler.load_state_dict(own["loss_scale"])
-    if engine.lr_scheduler is not None and loaded.get("lr_scheduler"):
+    if with_scheduler and engine.lr_scheduler is not None and loaded.get("lr_scheduler"):
         engine.lr_scheduler.load_state_dict(loaded["lr_scheduler"])
-    if engine.dataloader is not None:
-        engine.dataloader.skip_to(own["samples"])
+    if engine.dataloader is not None and loaded.get("data"):
+        engine.dataloader.load_state_dict(loaded["data"])
         engine._batches = None
     # Random states belong to the ranks that saved them; one that did not exist then starts anew.
     mine = loaded.get("rng", {}).get(f"rank{_rank()}")
@@ -158,8 +210,8 @@ def _live_buffers(engine: Engine) -> dict[str, torch.Tensor]:
     return dict(persistent_buffers(engine.module))
 
 
-def _samples(engine: Engine) -> int:
-    return 0 if engine.dataloader is None else engine.dataloader.samples_seen
+def _data_state(engine: Engine) -> dict[str, Any]:
+    return {} if engine.dataloader is None else dict(engine.dataloader.state_dict())
 
 
 def _scheduler_state(engine: Engine) -> dict[str, Any]:

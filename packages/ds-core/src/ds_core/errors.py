@@ -37,5 +37,13 @@ class LaunchError(DsError, RuntimeError):
     """A job could not be started."""
 
 
+class PlanError(DsError, ValueError):
+    """A plan cannot be made: a device, model or cluster is not known or makes no sense."""
+
+
+class TuningError(DsError, RuntimeError):
+    """A search for the best configuration cannot begin, or no trial of it succeeded."""
+
+
 class OpError(DsError, RuntimeError):
     """An operation has no implementation that can run here, or was misused."""

@@ -69,6 +69,7 @@ class GradientReducer(Generic[B]):
         gathers_meanwhile: bool = False,
     ) -> None:
         self._buckets = buckets
+        self._by_index = {bucket.index: bucket for bucket in buckets}
         self._order = list(reversed(buckets))
         self._ensure_begun, self._bucket_done = ensure_begun, bucket_done
         self._missing: dict[int, int] = {}
@@ -85,7 +86,7 @@ class GradientReducer(Generic[B]):
         here = weakref.ref(self)
         for bucket in buckets:
             for position, param in enumerate(bucket.params):
-                self._handles.append(_on_gradient(param, here, bucket, position))
+                self._handles.append(_on_gradient(param, here, bucket.index, position))
         self.begin()
 
     def close(self) -> None:
@@ -109,18 +110,19 @@ class GradientReducer(Generic[B]):
         self._missing = {bucket.index: len(bucket.params) for bucket in self._buckets}
         self._completed, self._next = [], 0
 
-    def receive(self, bucket: B, position: int, param: nn.Parameter) -> None:
+    def receive(self, index: int, position: int, param: nn.Parameter) -> None:
         """Take over the gradient that autograd has just finished for one parameter."""
         self._ensure_begun()
         gradient, param.grad = param.grad, None
         if gradient is None:
             return
-        if self._missing[bucket.index] <= 0:
+        bucket, missing = self._by_index[index], self._missing[index] - 1
+        if missing < 0:
             self._drain()  # it comes late, and its bucket may be on its way
         bucket.write_gradient(position, gradient, 1.0 / bucket.group.size)
-        self._missing[bucket.index] -= 1
-        if self._missing[bucket.index] == 0:
-            self._completed.append(bucket.index)
+        self._missing[index] = missing
+        if missing == 0:
+            self._completed.append(index)
             self._bucket_done(bucket)
             if self.sync:
                 self._launch_complete()
@@ -217,14 +219,12 @@ def vector_norm(gradient: torch.Tensor) -> torch.Tensor:
 def _on_gradient(
     param: nn.Parameter,
     here: Callable[[], GradientReducer[B] | None],
-    bucket: B,
+    index: int,
     position: int,
 ) -> Any:
-    weak = weakref.ref(bucket)
-
     def received(param: nn.Parameter) -> None:
-        reducer, bucket = here(), weak()
-        if reducer is not None and bucket is not None:
-            reducer.receive(bucket, position, param)
+        reducer = here()
+        if reducer is not None:
+            reducer.receive(index, position, param)
 
     return param.register_post_accumulate_grad_hook(torch._disable_dynamo(received))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
@@ -13,12 +14,15 @@ from torch.optim import Adam, AdamW, Optimizer
 from ds_core import _signatures, _values
 from ds_core._signatures import Problem
 from ds_core.errors import ConfigError
+from ds_core.fused import prefer_fused
 
 #: Finds what is wrong with a type and its params: (key below the section, message) pairs.
 Finder = Callable[[str, Mapping[str, Any]], list[Problem]]
 
 _LATER = "not in ds-core 0.1"
-_HIDDEN = ("params",)
+_HIDDEN = ("params", "named_params")
+#: What ds_core.optim has beside torch.
+_OWN = MappingProxyType({"lamb": "Lamb", "lion": "Lion", "muon": "Muon"})
 #: DeepSpeed's Adam decays no weights unless told to; torch's AdamW decays by 0.01.
 _DEEPSPEED_ADAM_DEFAULTS = MappingProxyType({"weight_decay": 0.0})
 _MUP = "not built from a config; pip install mup, build it, and pass it to initialize(optimizer=)"
@@ -30,21 +34,16 @@ _REFUSED_TYPES: Mapping[str, str] = MappingProxyType(
             ("onebitadam", "onebitlamb", "zerooneadam"),
             "belongs to ds-comm, which is not installed: pip install ds-comm",
         ),
-        **dict.fromkeys(
-            ("lamb", "fusedlamb", "lion", "fusedlion"),
-            "belongs to ds-ops (torch has none), which is not installed: pip install ds-ops",
-        ),
+        "fusedlamb": 'belongs to ds-ops, which is not installed; use "lamb"',
+        "fusedlion": 'belongs to ds-ops, which is not installed; use "lion"',
         **dict.fromkeys(
             ("deepspeedcpuadam", "cpuadam"),
             'belongs to offload, which is not in ds-zero 0.1; use "adamw", fused on the CPU too',
         ),
         "fusedadam": 'use "adam" or "adamw": torch\'s fused kernels are the default',
         **dict.fromkeys(("muadam", "muadamw", "musgd"), _MUP),
-        "muon": f"{_LATER}: a matrix is updated as a whole and everything else by Adam; build "
-        "torch.optim.Muon over the matrices yourself and pass it to initialize(optimizer=)",
         "lbfgs": "needs a closure that evaluates the loss again, which engine.step() has not; "
         "call it in your own loop",
-        "sparseadam": "needs sparse gradients, which are not supported; use adamw",
     }
 )
 
@@ -74,15 +73,21 @@ class Choice(Protocol):
         ...
 
 
-def build(choice: Choice, params: Iterable[torch.Tensor] | Iterable[dict[str, Any]]) -> Optimizer:
+def build(
+    choice: Choice,
+    params: Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]],
+    *,
+    fuse: bool = True,
+) -> Optimizer:
     """The optimizer that a config names, over `params`.
 
     torch's fused implementation is used where it runs on the device and dtype of all parameters,
-    unless `fused`, `foreach`, `capturable` or `differentiable` is given.
+    unless `fused`, `foreach`, `capturable` or `differentiable` is given, or `fuse` is false.
 
     Args:
         choice: the optimizer section.
-        params: parameters, or parameter groups as torch.optim takes them.
+        params: parameters, named ones (which Muon needs), or groups as torch.optim takes them.
+        fuse: false where gradients may be sparse, which no fused kernel takes.
 
     Raises ConfigError if the type is unknown or the class refuses its arguments.
     """
@@ -92,13 +97,13 @@ def build(choice: Choice, params: Iterable[torch.Tensor] | Iterable[dict[str, An
         raise ConfigError(listing)
     cls = _class_of(choice.type, choice.params)
     arguments = _signatures.coerced(cls, _arguments(choice.type, choice.params))
-    groups: list[Any] = list(params)
-    if _wants_fused(cls, arguments) and _all_fuse(cls, groups):
-        arguments["fused"] = True
     try:
-        return cls(groups, **arguments)
+        optimizer: Optimizer = cls(_as_taken(cls, params), **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"optimizer: {cls.__name__} refuses its arguments: {error}") from error
+    if fuse:
+        prefer_fused(optimizer)
+    return optimizer
 
 
 def problems(type_name: str, params: Mapping[str, Any]) -> list[Problem]:
@@ -106,8 +111,8 @@ def problems(type_name: str, params: Mapping[str, Any]) -> list[Problem]:
     name = type_name.lower()
     if name in _REFUSED_TYPES:
         return [("type", f"{type_name}: {_REFUSED_TYPES[name]}")]
-    if name not in _torch_classes():
-        valid = sorted(set(_torch_classes()) - set(_REFUSED_TYPES))
+    if name not in _torch_classes() and name not in _OWN:
+        valid = sorted({*_torch_classes(), *_OWN} - set(_REFUSED_TYPES))
         guess = _values.nearest(name, [*valid, *_REFUSED_TYPES])
         hint = f"; did you mean {guess}?" if guess else ""
         expected = f"one of {', '.join(valid)}"
@@ -161,6 +166,8 @@ def _class_of(type_name: str, params: Mapping[str, Any]) -> Any:
     name = type_name.lower()
     if name == "adam":
         return Adam if params.get("adam_w_mode") is False else AdamW
+    if name in _OWN:
+        return getattr(importlib.import_module("ds_core.optim"), _OWN[name])
     return _torch_classes()[name]
 
 
@@ -172,39 +179,8 @@ def _arguments(type_name: str, params: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _wants_fused(cls: type[Optimizer], arguments: Mapping[str, Any]) -> bool:
-    explicit = ("fused", "foreach", "capturable", "differentiable")
-    has_fused = "fused" in _signatures.parameters(cls)
-    return has_fused and not any(arguments.get(key) is not None for key in explicit)
-
-
-def _all_fuse(cls: type[Optimizer], groups: list[Any]) -> bool:
-    """Whether the fused kernel runs for every kind of parameter in `groups`."""
-    kinds = {(p.device, p.dtype) for group in groups for p in _tensors(group)}
-    return bool(kinds) and all(_fuses(cls, device, dtype) for device, dtype in kinds)
-
-
-def _tensors(group: Any) -> Iterable[torch.Tensor]:
-    """The parameters of one item that torch.optim takes: a group, a named or a bare parameter."""
-    if isinstance(group, dict):
-        inner = group.get("params", ())
-        return [inner] if isinstance(inner, torch.Tensor) else _flattened(inner)
-    return _flattened([group])
-
-
-def _flattened(items: Iterable[Any]) -> list[torch.Tensor]:
-    tensors = (item[1] if isinstance(item, tuple) else item for item in items)
-    return [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
-
-
-def _fuses(cls: Any, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a fused step of one element works: torch has no public table of where it does."""
-    if device.type == "meta":
-        return False
-    probe = torch.nn.Parameter(torch.zeros(1, device=device, dtype=dtype), dtype.is_floating_point)
-    probe.grad = torch.zeros_like(probe)
-    try:
-        cls([probe], fused=True).step()
-    except RuntimeError:
-        return False
-    return True
+def _as_taken(cls: type[Optimizer], params: Iterable[Any]) -> list[Any]:
+    """`params` without names, except for an optimizer that chooses by name."""
+    if "named_params" in _signatures.parameters(cls):
+        return list(params)
+    return [item[1] if isinstance(item, tuple) else item for item in params]

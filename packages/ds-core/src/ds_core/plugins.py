@@ -12,7 +12,16 @@ from typing import Any, Literal
 from ds_core.errors import PluginError
 
 Seam = Literal[
-    "sharding", "runners", "transports", "ops", "observers", "config", "accelerators", "commands"
+    "sharding",
+    "runners",
+    "transports",
+    "ops",
+    "observers",
+    "config",
+    "accelerators",
+    "commands",
+    "planners",
+    "launchers",
 ]
 
 #: Where a name that nobody registered could come from: what users are told to install.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ class Precision:
         grad: dtype in which gradients accumulate between micro-batches; None: `compute`.
         autocast: dtype for torch.autocast around forward, or None.
         loss_scale: how the loss is scaled, or None for no scaling.
+        inputs: dtype to which floating-point tensors among the model's arguments are cast.
     """
 
     compute: torch.dtype | None = None
@@ -50,6 +52,15 @@ class Precision:
     grad: torch.dtype | None = None
     autocast: torch.dtype | None = None
     loss_scale: LossScale | None = None
+    inputs: torch.dtype | None = None
+
+    def applied_to(self, forward: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+        """`forward` with arguments cast and under autocast, as far as asked for; else itself."""
+        if self.inputs is not None:
+            forward = _casting(forward, self.inputs)
+        if self.autocast is not None:
+            forward = torch.autocast(device_type, self.autocast)(forward)
+        return forward
 
     def __str__(self) -> str:
         parts = [f"parameters {_short(self.compute)}"]
@@ -57,10 +68,28 @@ class Precision:
         parts.append(f"gradients {_short(self.grad or self.compute)}")
         if self.autocast:
             parts.append(f"autocast {_short(self.autocast)}")
+        if self.inputs:
+            parts.append(f"inputs cast to {_short(self.inputs)}")
         if self.loss_scale:
             kind = "dynamic" if self.loss_scale.static is None else f"{self.loss_scale.static:g}"
             parts.append(f"loss scale {kind}")
         return ", ".join(parts)
+
+
+def _casting(forward: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    def cast(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(dtype) if value.is_floating_point() else value
+        if isinstance(value, dict):
+            return {key: cast(item) for key, item in value.items()}
+        if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+            return type(value)(cast(item) for item in value)
+        return value
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return forward(*(cast(arg) for arg in args), **{k: cast(v) for k, v in kwargs.items()})
+
+    return run
 
 
 def _short(dtype: torch.dtype | None) -> str:

@@ -7,32 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+from ds_core import fused
 from ds_zero.unit import OptimizerPiece, Unit
-
-_FUSIBLE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
-
-
-def prefer_fused(optimizer: torch.optim.Optimizer) -> None:
-    """Choose torch's fused kernel where the user did not choose otherwise.
-
-    One pass over memory in place of ten; the results differ by rounding only.
-    """
-    if not isinstance(optimizer, _FUSIBLE):
-        return
-    for group in optimizer.param_groups:
-        asked = (group.get(flag) for flag in ("fused", "foreach", "capturable", "differentiable"))
-        devices = {param.device.type for param in group["params"]}
-        supported = devices <= set(_get_fused_kernels_supported_devices())
-        if any(asked) or group.get("fused") is False or isinstance(group["lr"], torch.Tensor):
-            return
-        if not supported:
-            return
-    for group in optimizer.param_groups:
-        group["fused"] = True
-    optimizer._step_supports_amp_scaling = True
-
 
 def initial_state(
     optimizer: torch.optim.Optimizer, units: list[Unit]
@@ -71,9 +48,7 @@ class InnerStep:
         self._optimizer = optimizer
         self._scale = grad_scale
         self._unit_scale = isinstance(grad_scale, float) and grad_scale == 1.0
-        self._fuses_scale = all(group.get("fused") for group in optimizer.param_groups) and bool(
-            getattr(optimizer, "_step_supports_amp_scaling", False)
-        )
+        self._fuses_scale = not self._unit_scale and fused.fuses_scale(optimizer)
 
     def run(self, unit: Unit, used: list[bool]) -> None:
         """Update the shard of `unit`; parameters that are not `used` keep value and state."""
@@ -102,18 +77,13 @@ class InnerStep:
         try:
             for index, group in enumerate(optimizer.param_groups):
                 group["params"] = [p.weights for p in pieces if p.group_index == index]
-            if self._fuses_scale and not self._unit_scale and pieces:
-                device = pieces[0].weights.device
-                scale = torch.as_tensor(self._scale, dtype=torch.float32, device=device)
-                # torch's fused kernels divide by `grad_scale`, as a gradient scaler wants it.
-                optimizer.grad_scale = scale.reciprocal()
-                optimizer.found_inf = torch.zeros((), dtype=torch.float32, device=device)
-            optimizer.step()
+            if self._fuses_scale and pieces:
+                fused.step_scaled(optimizer, self._scale, pieces[0].weights.device)
+            else:
+                optimizer.step()
         finally:
             for group, params in zip(optimizer.param_groups, everything, strict=True):
                 group["params"] = params
-            optimizer.__dict__.pop("grad_scale", None)
-            optimizer.__dict__.pop("found_inf", None)
 
 
 def split_by_parameter(optimizer: torch.optim.Optimizer, unit: Unit) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ds_core import comm
 from ds_core.backward import BackwardWatch
+from ds_core.fused import prefer_fused
 from ds_core.gradients import GradientReducer, vector_norm
 from ds_core.optimizer_state import allocate_state, load_groups
 from ds_core.precision import Precision
@@ -84,6 +85,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._gradients_complete,
             gathers_meanwhile=self._gather is not None,
         )
+        # Stages 2 and 3 reduce each micro-batch, so as not to hold full-size gradients; so does
+        # stage 1 if gradients accumulate in a wider dtype than they have.
+        self.reduces_each_backward = stage >= 2 or any(
+            unit.grad_dtype != unit.dtype for unit in self._trainable
+        )
         self._pending_scale: float | torch.Tensor = 1.0
         self._agreed: _Agreement | None = None
 
@@ -98,7 +104,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             group["params"] = params
         self._inner.state.clear()
         self._inner.state.update(initial)
-        fused.prefer_fused(self._inner)
+        prefer_fused(self._inner)
 
     # torch's schedulers and scalers read and write these two.
     @property
@@ -145,14 +151,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._gather.release(unit)
 
     @property
-    def reduces_each_backward(self) -> bool:
-        """Stages 2 and 3 reduce each micro-batch, so as not to hold full-size gradients.
-
-        So does stage 1 if gradients accumulate in a wider dtype than they have.
-        """
-        return self.stage >= 2 or any(u.grad_dtype != u.dtype for u in self._trainable)
-
-    @property
     def accumulate_locally(self) -> bool:
         """Whether backwards leave out the reduction for now."""
         return not self._reducer.sync
@@ -168,6 +166,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         dtype of the parameters.
         """
         return self._reducer.no_sync()
+
+    def reduce_local(self) -> None:
+        """Average the gradients that only accumulated locally. Collective."""
+        self._agreed = None
+        self._reducer.settle()
 
     # ------------------------------------------------------------------ step
 

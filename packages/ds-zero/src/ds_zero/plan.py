@@ -11,7 +11,6 @@ Nothing here communicates or touches parameter data.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -19,13 +18,12 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from ds_core.blocks import repeated_stacks
 from ds_core.comm import Placement, placement_of
 from ds_zero.errors import ShardError
 
 #: How a unit or leaf may be named: a module, a class, or a pattern on qualified names.
 Selector = nn.Module | type[nn.Module] | str
-
-_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def plan_units(
     if units is None and _numel(model) < min_unit_numel:
         chosen = []  # the whole model is less than one unit
     elif units is None:
-        stacks = _stacks(model, leaf_modules)
+        stacks = repeated_stacks(model, leaf_modules)
         chosen = _merge(stacks, min_unit_numel)
         inside = {m for stack in stacks for block in stack for m in block.modules()}
         chosen += [[m] for m in _large_rest(model, inside, leaf_modules, min_unit_numel)]
@@ -113,18 +111,6 @@ def plan_units(
         index = owner.get(id(spec.param))
         (root if index is None else specs[index]).params.append(spec)
     return [part for spec in (root, *specs) for part in _split(spec)]
-
-
-def _stacks(module: nn.Module, leaves: Sequence[nn.Module]) -> list[list[nn.Module]]:
-    """The outermost repeated stacks below `module`, each as its list of blocks."""
-    if any(module is leaf for leaf in leaves):
-        return [[module]]
-    children = [child for child in module.children() if _numel(child)]
-    if isinstance(module, _CONTAINERS):
-        kinds = Counter(type(child) for child in children)
-        if kinds and max(kinds.values()) >= 2:
-            return [children]
-    return [stack for child in children for stack in _stacks(child, leaves)]
 
 
 def _merge(stacks: list[list[nn.Module]], min_numel: int) -> list[list[nn.Module]]:

@@ -11,6 +11,7 @@ from ds_core.seams import Transport
 from ds_zero.api import shard
 from ds_zero.config import ZeroSection
 from ds_zero.optimizer import ZeroOptimizer
+from ds_zero.plan import Selector
 
 
 def from_config(
@@ -25,20 +26,22 @@ def from_config(
     """Shard as the section says; None at stage 0. Entry point of `ds_core.sharding`."""
     if section.stage == 0:
         return None
-    leaf = section.leaf_module
-    patterns = [*leaf.names, *(f"*{suffix}" for suffix in leaf.name_suffixes)]
-    classes = {
-        type(module)
-        for module in model.modules()
-        if type(module).__name__ in {name.rpartition(".")[2] for name in leaf.classes}
-    }
     return shard(
         model,
         optimizer,
         section.stage,
         mesh=mesh,
-        leaf_modules=[*patterns, *classes],
+        leaf_modules=leaf_selectors(section, model),
         precision=precision,
         transport=transport,
         prefetch=1 if section.stage3_prefetch_bucket_size else 0,
     )
+
+
+def leaf_selectors(section: ZeroSection, model: nn.Module) -> list[Selector]:
+    """The modules of `model` that the section wants to travel as one."""
+    leaf = section.leaf_module
+    patterns = [*leaf.names, *(f"*{suffix}" for suffix in leaf.name_suffixes)]
+    names = {name.rpartition(".")[2] for name in leaf.classes}
+    classes = {type(module) for module in model.modules() if type(module).__name__ in names}
+    return [*patterns, *classes]

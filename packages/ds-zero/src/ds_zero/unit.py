@@ -24,6 +24,7 @@ from torch import nn
 
 from ds_core import comm
 from ds_core.flat import FlatLayout, Piece
+from ds_core.flat_gradient import FlatGradient
 from ds_core.precision import Precision
 from ds_core.seams import Transport
 from ds_zero.plan import UnitSpec
@@ -49,6 +50,15 @@ class OptimizerPiece:
     start: int
     stop: int
     name: str | None = None
+
+
+def unit_layout(spec: UnitSpec, dtype: torch.dtype, num_shards: int) -> FlatLayout:
+    """Where the parameters of a unit lie in its flat buffer of `dtype`, cut into `num_shards`."""
+    return FlatLayout.pack(
+        [(s.name, tuple(s.param.shape)) for s in spec.params],
+        num_shards=num_shards,
+        align=max(1, ALIGN_BYTES // dtype.itemsize),
+    )
 
 
 class Unit:
@@ -91,27 +101,18 @@ class Unit:
         self.stage = stage if group.size > 1 else min(stage, 2)
         floating = spec.dtype.is_floating_point
         self.dtype = (precision.compute if floating else None) or spec.dtype
-        self.layout = FlatLayout.pack(
-            [(s.name, tuple(s.param.shape)) for s in spec.params],
-            num_shards=group.size,
-            align=max(1, ALIGN_BYTES // self.dtype.itemsize),
-        )
+        self.layout = unit_layout(spec, self.dtype, group.size)
         self._fill(values, precision, broadcast)
         self.grad_dtype = precision.grad or self.dtype
         # Stage 1 keeps full-size gradients anyway: this rank's part of the average is among them.
         self._grad_in_twin = self.stage == 1 and self.trainable and self.grad_dtype == self.dtype
-        self.twin: torch.Tensor | None = None
         self.grad = torch.empty(0)
         self.optimizer_pieces: list[OptimizerPiece] = []
         if self.trainable:
             self._allocate_gradients()
             self.optimizer_pieces = self._cut_for_optimizer()
-        #: Which parameters received a gradient since the last `zero_grad`.
-        self.used = [False] * len(self.params)
         #: Whether `grad` holds something that the next reduction must be added to.
         self.has_grad = False
-        # Parameters whose place in the twin holds nothing yet: a gradient is written, not added.
-        self._fresh = [True] * len(self.params)
 
     # ------------------------------------------------------------------ parameters
 
@@ -192,17 +193,18 @@ class Unit:
 
     def _allocate_gradients(self) -> None:
         device = self.full.device
+        self.twin = FlatGradient(
+            self.layout, self.dtype, device, transient=not self._grad_in_twin
+        )
         if self._grad_in_twin:
-            self.twin = self._new_twin()
-            self.grad = self._own(self.twin)
+            self.grad = self._own(self.twin.flat)
         else:
             self.grad = torch.zeros(self.layout.shard_numel, dtype=self.grad_dtype, device=device)
 
-    def _new_twin(self) -> torch.Tensor:
-        twin = torch.empty(self.layout.numel, dtype=self.dtype, device=self.full.device)
-        for start, stop in self.layout.gaps():
-            twin[start:stop].zero_()
-        return twin
+    @property
+    def used(self) -> list[bool]:
+        """Which parameters received a gradient since the last `zero_grad`."""
+        return self.twin.used
 
     def write_gradient(self, position: int, gradient: torch.Tensor, factor: float) -> None:
         """Write (or add) `factor * gradient` of one parameter into the twin.
@@ -210,31 +212,20 @@ class Unit:
         The factor is 1/N, so that the sum over ranks is the average; folding it into this copy
         makes it free.
         """
-        if self.twin is None:
-            self.twin = self._new_twin()
-        elif self._grad_in_twin and self.has_grad:
-            self._reopen(self.twin)
-        slot = self.layout.slots[position]
-        target = self.twin[slot.offset : slot.end].view(slot.shape)
-        if gradient.layout is not torch.strided:
-            gradient = gradient.to_dense()
-        if self._fresh[position]:
-            torch.mul(gradient, factor, out=target)
-            self._fresh[position] = False
-        else:
-            target.add_(gradient, alpha=factor)
-        self.used[position] = True
+        if self.has_grad and self._grad_in_twin:
+            self._reopen()
+        self.twin.write(position, gradient, factor)
 
-    def _reopen(self, twin: torch.Tensor) -> None:
+    def _reopen(self) -> None:
         """Accumulate on top of a reduced gradient that lies in the twin (stage 1).
 
         This rank's part keeps the averaged sum so far; the other parts were handed over and
         start again from zero, so that the next reduction counts each contribution once.
         """
-        size = self.layout.shard_numel
-        twin[: self.group.rank * size].zero_()
-        twin[(self.group.rank + 1) * size :].zero_()
-        self._fresh = [False] * len(self.params)
+        size, flat = self.layout.shard_numel, self.twin.flat
+        flat[: self.group.rank * size].zero_()
+        flat[(self.group.rank + 1) * size :].zero_()
+        self.twin.keep()
         self.has_grad = False
 
     def start_reduce(self) -> comm.Pending:
@@ -242,31 +233,25 @@ class Unit:
 
         Collective over the group.
         """
-        if self.twin is None:
-            self.twin = self._new_twin()
-        elif self._grad_in_twin and self.has_grad:
-            self._reopen(self.twin)
-        for slot, fresh in zip(self.layout.slots, self._fresh, strict=True):
-            if fresh:
-                self.twin[slot.offset : slot.end].zero_()
+        if self.has_grad and self._grad_in_twin:
+            self._reopen()
         return self._wire.reduce_scatter(
-            self.grad, self.twin, self._reduce_group, accumulate=self.has_grad, caller=self.name
+            self.grad,
+            self.twin.complete(),
+            self._reduce_group,
+            accumulate=self.has_grad,
+            caller=self.name,
         )
 
     def finish_reduce(self) -> None:
         """The reduction is complete: the twin is no longer needed (stage 1 keeps its memory)."""
         self.has_grad = True
-        self._fresh = [True] * len(self.params)
-        if not self._grad_in_twin:
-            self.twin = None
+        self.twin.release()
 
     def clear_gradient(self) -> None:
         """Forget all gradients; buffers stay where they are persistent."""
         self.has_grad = False
-        self.used = [False] * len(self.params)
-        self._fresh = [True] * len(self.params)
-        if not self._grad_in_twin:
-            self.twin = None
+        self.twin.forget()
 
     # ------------------------------------------------------------------ optimizer
 

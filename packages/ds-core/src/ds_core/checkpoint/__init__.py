@@ -10,13 +10,21 @@ tensor in the nested state, joined by dots: `model.blocks.0.attn.qkv.weight`,
 `optimizer.exp_avg.blocks.0.attn.qkv.weight`. Values that are not tensors are JSON in the index.
 Nothing that comes from disk is unpickled.
 
+`full_state_dict` reads whole weights one at a time, `export_safetensors` and `export_dcp` write
+what Hugging Face's libraries and torch's FSDP2 load, and `import_checkpoint` reads DeepSpeed's
+checkpoints, torch's and Hugging Face's.
+
 `SafetensorsWriter` and `SafetensorsReader` are the storage alone, for
 `torch.distributed.checkpoint.save` and `load` with any state dict, such as FSDP2's.
 """
 
 from ds_core.checkpoint.audit import Verified, verify
 from ds_core.checkpoint.boxes import Box, Piece, cut_range
-from ds_core.checkpoint.export import consolidate
+from ds_core.checkpoint.dcp_export import export_dcp
+from ds_core.checkpoint.export import Exported, consolidate, export_safetensors
+from ds_core.checkpoint.importing import ImportReport, import_checkpoint
+from ds_core.checkpoint.inspection import Inspection, TensorFacts, inspect
+from ds_core.checkpoint.lazy import LazyStateDict, full_state_dict
 from ds_core.checkpoint.sharded import FlatShard
 from ds_core.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 from ds_core.checkpoint.store import find, latest, load, read_state, save
@@ -27,9 +35,19 @@ __all__ = [
     "latest",
     "find",
     "read_state",
+    "inspect",
+    "Inspection",
+    "TensorFacts",
     "verify",
     "Verified",
+    "full_state_dict",
+    "LazyStateDict",
     "consolidate",
+    "export_safetensors",
+    "export_dcp",
+    "Exported",
+    "import_checkpoint",
+    "ImportReport",
     "FlatShard",
     "SafetensorsReader",
     "SafetensorsWriter",

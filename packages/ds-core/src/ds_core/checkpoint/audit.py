@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ds_core.checkpoint.box_reader import BoxReader
+from ds_core.checkpoint.boxes import Box, overlapping
 from ds_core.checkpoint.data_file import dtype_code, read_header
 from ds_core.checkpoint.index import Index, StoredBox, TensorRecord
 from ds_core.checkpoint.store import find
@@ -36,8 +37,7 @@ def verify(directory: str | os.PathLike[str], tag: str | None = None) -> Verifie
     """
     path = find(directory, tag)
     index = Index.read(path)
-    index.check_coverage()
-    problems: list[str] = []
+    problems = [text for name in index.tensors if (text := _coverage(name, index.tensors[name]))]
     with BoxReader(path, index) as boxes:
         by_file = _by_file(index)
         for name, stored in by_file.items():
@@ -46,6 +46,16 @@ def verify(directory: str | os.PathLike[str], tag: str | None = None) -> Verifie
     if problems:
         raise CheckpointError(f"{path} is damaged:\n" + "\n".join(f"- {p}" for p in problems))
     return Verified(path, len(by_file), len(index.tensors), num_bytes)
+
+
+def _coverage(name: str, record: TensorRecord) -> str:
+    """Why the boxes do not hold every element of a tensor exactly once; empty if they do."""
+    boxes = [stored.box for stored in record.boxes]
+    if pair := overlapping(boxes):
+        at = " and ".join(f"{list(box.offsets)}+{list(box.lengths)}" for box in pair)
+        return f"{name}: its boxes at {at} overlap"
+    numel, covered = Box.whole(record.shape).numel, sum(box.numel for box in boxes)
+    return "" if covered == numel else f"{name}: {covered} of its {numel} elements are stored"
 
 
 def _by_file(index: Index) -> dict[str, list[tuple[TensorRecord, StoredBox]]]:

@@ -53,6 +53,31 @@ class Piece(NamedTuple):
     position: int
 
 
+def overlapping(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
+    """Two of the boxes that share an element, or None if they are disjoint.
+
+    Boxes of one shape. They are swept along their first dimension, so that boxes of different rows
+    are not compared.
+    """
+    full = sorted((box for box in boxes if box.numel), key=lambda box: box.offsets)
+    active: list[Box] = []
+    for box in full:
+        row = box.offsets[0] if box.offsets else 0
+        active = [b for b in active if not b.offsets or b.offsets[0] + b.lengths[0] > row]
+        for other in active:
+            if _meet(box, other):
+                return other, box
+        active.append(box)
+    return None
+
+
+def _meet(one: Box, other: Box) -> bool:
+    return all(
+        a < b + m and b < a + n
+        for a, n, b, m in zip(one.offsets, one.lengths, other.offsets, other.lengths, strict=True)
+    )
+
+
 def row_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Elements between neighbours along each dimension of a row-major `shape`."""
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))

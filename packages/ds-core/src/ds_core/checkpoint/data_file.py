@@ -95,7 +95,11 @@ class Stored(NamedTuple):
 
 
 def write_data_file(
-    file: BinaryIO, entries: Sequence[Entry], resolve: Callable[[int], torch.Tensor]
+    file: BinaryIO,
+    entries: Sequence[Entry],
+    resolve: Callable[[int], torch.Tensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
 ) -> list[Stored]:
     """Write a whole safetensors file and return where each entry went.
 
@@ -105,11 +109,12 @@ def write_data_file(
         resolve: called once per index into `entries`, in order, when its bytes are needed. The
             tensor may be on any device and need not be contiguous. At most `PIECE_BYTES` of it
             are copied to the host at a time.
+        metadata: texts for the header beside `{"format": "pt"}`.
 
     Raises:
         CheckpointError: if a resolved tensor has another dtype or shape than its entry.
     """
-    header = _encode_header(entries)
+    header = _encode_header(entries, metadata or {})
     write_all(file, header)
     start = len(header)
     stored = []
@@ -129,9 +134,9 @@ def write_data_file(
     return stored
 
 
-def _encode_header(entries: Sequence[Entry]) -> bytes:
+def _encode_header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     # "pt" is what transformers looks for before it loads a file.
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {**metadata, "format": "pt"}}
     offset = 0
     for entry in entries:
         header[entry.name] = {

@@ -9,7 +9,8 @@
          "dtype": "F32", "shape": [96, 32],
          "boxes": [{"offsets": [0, 0], "lengths": [48, 32], "file": "rank_00000.safetensors",
                     "entry": "model.blocks.0.attn.qkv.weight|0,0", "start": 512, "crc32": [...]}]}},
-       "state": {"trainer.step": {"path": ["trainer", "step"], "value": 7}}}}
+       "state": {"trainer.step": {"path": ["trainer", "step"], "value": 7}},
+       "writer": {"world_size": 2, "saved_at": "2026-01-31T12:00:00+00:00", ...}}}
 
 `start` is the byte in the file, `crc32` one checksum per block of `block_bytes` of the box, and
 `value` is encoded as `ds_core.checkpoint.jsonable` says.
@@ -73,11 +74,16 @@ class StateRecord:
 
 @dataclass
 class Index:
-    """All that a checkpoint holds, by fully qualified name, and the size of each data file."""
+    """All that a checkpoint holds, by fully qualified name, and the size of each data file.
+
+    Attributes:
+        writer: who wrote it: number of ranks, versions, time. For people; reading ignores it.
+    """
 
     files: dict[str, int] = field(default_factory=dict)
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
     state: dict[str, StateRecord] = field(default_factory=dict)
+    writer: dict[str, Any] = field(default_factory=dict)
 
     def check_coverage(self) -> None:
         """Raise CheckpointError if the boxes of a tensor do not add up to all its elements."""
@@ -99,6 +105,7 @@ class Index:
             "files": {name: {"bytes": size} for name, size in self.files.items()},
             "tensors": {name: _tensor_json(name, rec) for name, rec in self.tensors.items()},
             "state": {n: {"path": list(r.path), "value": r.value} for n, r in self.state.items()},
+            "writer": self.writer,
         }
         return json.dumps({"crc32": _checksum(body), "index": body}, allow_nan=False).encode()
 
@@ -141,7 +148,7 @@ class Index:
         files = {_plain_name(name): int(info["bytes"]) for name, info in body["files"].items()}
         tensors = {name: _tensor_record(raw, files) for name, raw in body["tensors"].items()}
         state = {n: StateRecord(tuple(r["path"]), r["value"]) for n, r in body["state"].items()}
-        return cls(files, tensors, state)
+        return cls(files, tensors, state, dict(body.get("writer", {})))
 
 
 def entry_name(name: str, box: Box) -> str:

@@ -14,6 +14,7 @@ import io
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from ds_core._version import __version__
 from ds_core.checkpoint import jsonable
 from ds_core.checkpoint.box_reader import BoxReader
 from ds_core.checkpoint.boxes import Box
@@ -164,6 +166,7 @@ class SafetensorsWriter(StorageWriter):
         """Write the index (on the coordinator), after all ranks have written their files."""
         index = _build_index(metadata, [result for of_rank in results for result in of_rank])
         index.check_coverage()
+        index.writer = writer_facts(len(results))
         with _as_checkpoint_errors(f"cannot write {self.path / INDEX_NAME}"):
             for name, size in index.files.items():
                 self._check_size(name, size)
@@ -299,6 +302,16 @@ class SafetensorsReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether the id is a directory with an index."""
         return (Path(checkpoint_id) / INDEX_NAME).is_file()
+
+
+def writer_facts(world_size: int) -> dict[str, Any]:
+    """What an index says about who wrote it."""
+    return {
+        "world_size": world_size,
+        "ds_core": __version__,
+        "torch": torch.__version__,
+        "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlan, SavePlanner, WriteItemType
 
 from ds_core.checkpoint import jsonable, tags
-from ds_core.checkpoint.index import Index, KeyPath
+from ds_core.checkpoint.index import INDEX_NAME, Index, KeyPath
 from ds_core.checkpoint.ranks import Ranks, describe
 from ds_core.checkpoint.state import FlatState, flatten, rebuild
 from ds_core.checkpoint.storage import SafetensorsReader, SafetensorsWriter
@@ -156,8 +156,13 @@ def latest(directory: str | os.PathLike[str]) -> str:
 
 
 def find(directory: str | os.PathLike[str], tag: str | None = None) -> Path:
-    """The directory of the checkpoint with a tag, or of the newest. Raises as `load` does."""
+    """The directory of the checkpoint with a tag, or of the newest. Raises as `load` does.
+
+    Without a tag, `directory` may also be a checkpoint itself.
+    """
     directory = Path(directory)
+    if tag is None and (directory / INDEX_NAME).is_file():
+        return directory
     return tags.find(directory, tags.latest(directory) if tag is None else tag)
 
 

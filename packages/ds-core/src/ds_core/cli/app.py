@@ -7,15 +7,33 @@ from typing import Annotated
 import typer
 
 from ds_core._version import __version__
-from ds_core.cli import config_command, report_command, run_command
+from ds_core.cli import (
+    checkpoint_command,
+    config_command,
+    elastic_command,
+    env_command,
+    hosts_command,
+    plan_command,
+    report_command,
+    run_command,
+    trace_command,
+    tune_command,
+)
 from ds_core.cli.groups import command_group
 from ds_core.cli.plugin_commands import add_plugin_commands
 
 #: Each has its options in a module `<name>_command`, and imports what it does when invoked.
 OWN_COMMANDS = {
     "run": run_command,
+    "hosts": hosts_command,
+    "env": env_command,
     "report": report_command,
     "config": config_command,
+    "checkpoint": checkpoint_command,
+    "plan": plan_command,
+    "tune": tune_command,
+    "elastic": elastic_command,
+    "trace": trace_command,
 }
 
 

@@ -23,7 +23,7 @@ from ds_core.comm.collectives import (
 )
 from ds_core.comm.environment import init, is_initialized, shutdown
 from ds_core.comm.group import Group
-from ds_core.comm.ledger import Ledger, LedgerRow
+from ds_core.comm.ledger import Ledger, LedgerRow, Span
 from ds_core.comm.mesh import Mesh
 from ds_core.comm.placement import Placement, place, placement_of
 
@@ -34,6 +34,7 @@ __all__ = [
     "Mesh",
     "Pending",
     "Placement",
+    "Span",
     "all_gather",
     "all_gather_object",
     "all_reduce",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -22,6 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from ds_core.comm.group import Group
+from ds_core.comm.ledger import Span
 from ds_core.errors import CommError
 
 # On gloo, below this one collective costs less than the handshakes of N-1 direct messages; above,
@@ -80,6 +82,49 @@ class Pending:
         finish, self._finish = self._finish, None
         if finish is not None:
             finish()
+
+
+class _Watched(Pending):
+    """A pending collective whose completion is told to the ledger's listeners."""
+
+    __slots__ = ("_done_ns", "_issued_ns", "_sent_bytes")
+
+    def __init__(
+        self,
+        op: str,
+        group: Group,
+        caller: str,
+        works: Sequence[Any],
+        finish: Callable[[], None] | None,
+        sent_bytes: int,
+        issued_ns: int,
+    ) -> None:
+        super().__init__(op, group, caller, works, finish)
+        self._sent_bytes, self._issued_ns = sent_bytes, issued_ns
+        self._done_ns = 0
+        if len(works) == 1 and group.backend == "gloo" and op not in ("send", "recv"):
+            works[0].get_future().add_done_callback(self._note_done)
+
+    def _note_done(self, future: Any) -> None:
+        self._done_ns = time.perf_counter_ns()
+
+    def wait(self) -> None:
+        if not self._works:
+            return
+        waited_ns = time.perf_counter_ns()
+        super().wait()
+        span = Span(
+            self._op,
+            self._group.name,
+            self._caller,
+            self._group.size,
+            self._sent_bytes,
+            self._issued_ns,
+            waited_ns,
+            self._done_ns or time.perf_counter_ns(),
+        )
+        for listener in self._group.ledger.listeners:
+            listener(span)
 
 
 def all_gather(
@@ -439,12 +484,17 @@ def _run(
 ) -> Pending | None:
     if group.size == 1 or empty:
         return Pending(op, group, caller, ()) if async_op else None
+    ledger = group.ledger
+    issued_ns = time.perf_counter_ns() if ledger.listeners else 0
     try:
         works, finish = start()
     except RuntimeError as error:
         raise _failure(op, group, caller, error) from error
-    group.ledger.record(op, group.name, caller, sent_bytes)
-    pending = Pending(op, group, caller, works, finish)
+    ledger.record(op, group.name, caller, sent_bytes)
+    if issued_ns:
+        pending: Pending = _Watched(op, group, caller, works, finish, sent_bytes, issued_ns)
+    else:
+        pending = Pending(op, group, caller, works, finish)
     if async_op:
         return pending
     pending.wait()

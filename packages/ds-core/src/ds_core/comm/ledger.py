@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Span(NamedTuple):
+    """One completed collective on the clock of this process (`time.perf_counter_ns`).
+
+    Attributes:
+        op: operation, such as "all_gather".
+        group: name of the group.
+        caller: what the collective was for, as its caller said.
+        group_size: ranks in the group.
+        sent_bytes: payload that this rank sent.
+        issued_ns: when it was called.
+        waited_ns: when somebody began to wait for it.
+        done_ns: when its messages were through, as far as the backend tells (gloo's direct
+            messages and GPUs do not: when the wait was over).
+        message_bytes: size of the whole message, as benchmarks of collectives count it: the
+            tensor of an all-reduce or broadcast, the gathered or unreduced one of the others.
+    """
+
+    op: str
+    group: str
+    caller: str
+    group_size: int
+    sent_bytes: int
+    issued_ns: int
+    waited_ns: int
+    done_ns: int
+    message_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -27,6 +56,21 @@ class Ledger:
     """
 
     _totals: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)
+    #: Called with each completed collective, in this order; change it by `watch`.
+    listeners: tuple[Callable[[Span], None], ...] = ()
+
+    def watch(self, listener: Callable[[Span], None]) -> Callable[[], None]:
+        """Have every completed collective told to `listener`; returns what stops it.
+
+        The listener is called by the thread that waits, after the collective, and must not
+        communicate. Collectives under way when watching begins are not told.
+        """
+        self.listeners = (*self.listeners, listener)
+
+        def stop() -> None:
+            self.listeners = tuple(each for each in self.listeners if each is not listener)
+
+        return stop
 
     def record(self, op: str, group: str, caller: str, sent_bytes: int) -> None:
         """Add one call that sends `sent_bytes` from this rank."""

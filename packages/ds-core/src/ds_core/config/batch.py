@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from ds_core.errors import ConfigError
 
@@ -20,6 +21,23 @@ class Batch:
     train: int
     micro: int
     steps: int
+
+
+@runtime_checkable
+class BatchPolicy(Protocol):
+    """A config section that chooses the batch itself, in place of the file's batch keys."""
+
+    def solve_batch(self, world_size: int) -> Batch | None:
+        """The triangle for so many data-parallel ranks; None to leave it to the batch keys.
+
+        Raises ConfigError if the batch does not divide among them.
+        """
+        ...
+
+    @property
+    def overrules(self) -> bool:
+        """Whether batch keys that are given too are ignored; if not, they are an error."""
+        ...
 
 
 def solve(train: int | None, micro: int | None, steps: int | None, *, world_size: int) -> Batch:

@@ -46,6 +46,7 @@ class NumberFormats:
         grad: in which gradients accumulate; None: not said.
         autocast: of torch.autocast around forward; None: no autocast.
         loss_scale: None: the loss is not scaled.
+        casts_inputs: whether floating-point inputs of the model are cast to `compute`.
         reason: one clause on how "auto" was decided, empty if nothing was left to decide.
     """
 
@@ -54,6 +55,7 @@ class NumberFormats:
     grad: Format | None = None
     autocast: Format | None = None
     loss_scale: LossScaling | None = None
+    casts_inputs: bool = False
     reason: str = ""
 
 
@@ -83,6 +85,7 @@ def resolve(
         master="fp32",
         grad=grad,
         loss_scale=_loss_scaling(fp16) if compute == "fp16" else None,
+        casts_inputs=compute == "fp16" and fp16.auto_cast,
         reason=reason,
     )
 

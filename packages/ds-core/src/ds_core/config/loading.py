@@ -92,6 +92,7 @@ class _Loader:
         sections = self._build_sections()
         self._check_factory("optimizer", OptimizerSection, optimizers.problems)
         self._check_factory("scheduler", SchedulerSection, lr_schedules.problems)
+        self._apply_batch_policies(sections)
         self._solve_batch()
         config = self._build_root()
         if config is not None:
@@ -159,6 +160,29 @@ class _Loader:
         if isinstance(section, (OptimizerSection, SchedulerSection)):
             found = find(section.type, section.params)
             self._problems += [f"{key}.{path}: {message}" for path, message in found]
+
+    def _apply_batch_policies(self, sections: Mapping[str, Section]) -> None:
+        """Let a section that chooses the batch (elasticity) fill in the corners."""
+        for name, section in sections.items():
+            if not isinstance(section, batch.BatchPolicy):
+                continue
+            try:
+                chosen = section.solve_batch(self._world_size)
+            except ConfigError as error:
+                self._problems.append(str(error))
+                chosen = batch.Batch(self._world_size, 1, 1)
+            if chosen is None:
+                continue
+            given = [key for key in _BATCH_KEYS if self._own.get(key) not in (None, "auto")]
+            if given and not section.overrules:
+                self._problems.append(
+                    f"{', '.join(given)}: given, but {name} chooses the batch; remove "
+                    f"{'it' if len(given) == 1 else 'them'}, or disable {name}"
+                )
+            corners = (chosen.train, chosen.micro, chosen.steps)
+            for key, corner in zip(_BATCH_KEYS, corners, strict=True):
+                self._own[key] = corner
+                self._origins[key] = "derived"
 
     def _solve_batch(self) -> None:
         """Fill in the missing corners of the batch triangle."""

@@ -19,6 +19,7 @@ from ds_core.config.section import Auto, Only, Section
 from ds_core.config.sections import (
     Bf16Section,
     CheckpointSection,
+    CompileSection,
     DataTypesSection,
     DtypeName,
     Fp16Section,
@@ -30,8 +31,6 @@ from ds_core.config.sections import (
 
 #: Where a value comes from: the file, a default, arithmetic on other values, or "auto".
 Origin = Literal["file", "default", "derived", "auto"]
-
-_LATER = "not in ds-core 0.1"
 
 
 class Config(Section):
@@ -74,26 +73,44 @@ class Config(Section):
         default_factory=DataTypesSection, description="Number formats of gradients."
     )
 
-    communication_data_type: Annotated[
-        DtypeName | None,
-        Only(None, because=f"{_LATER}; gradients travel as data_types.grad_accum_dtype says"),
-    ] = Field(
-        default=None, description="Only null: gradients travel in the format they accumulate in."
+    communication_data_type: DtypeName | None = Field(
+        default=None,
+        description="Format in which gradients travel between ranks, at every stage; null: the one "
+        "they accumulate in.",
     )
-    gradient_allreduce_op: Annotated[
-        Literal["mean", "sum"],
-        Only("mean", because=f"{_LATER}; multiply the loss by the number of ranks instead"),
-    ] = Field(
-        default="mean", description='Only "mean": gradients are averaged over data-parallel ranks.'
+    gradient_allreduce_op: Literal["mean", "sum"] = Field(
+        default="mean",
+        description="Whether gradients are averaged over data-parallel ranks or summed. A sum is "
+        "had by weighting every loss with the number of ranks.",
     )
-    prescale_gradients: Annotated[
-        bool, Only(False, because="gradients are summed in fp32 and divided once; remove the key")
-    ] = Field(
-        default=False, description="Only false: division comes after the sum, which is in fp32."
+    prescale_gradients: bool = Field(
+        default=False,
+        description="Makes no difference: gradients are always divided before they are summed, in "
+        "the pass that takes them over, so that no sum overflows.",
     )
     gradient_predivide_factor: Annotated[
-        float, Only(1.0, because="gradients are summed in fp32 and divided once; remove the key")
-    ] = Field(default=1.0, description="Only 1.0: division comes after the sum, which is in fp32.")
+        float,
+        Only(
+            1.0,
+            because="gradients are divided by all the ranks before they are summed, so no sum "
+            "overflows; against underflow in fp16 there is the loss scale: remove the key",
+        ),
+    ] = Field(
+        default=1.0, description="Only 1.0: the whole division comes before the sum over ranks."
+    )
+    sparse_gradients: bool = Field(
+        default=False,
+        description="Whether gradients of nn.Embedding(sparse=True) travel, and reach the "
+        "optimizer, as rows and indices. At stage 0 only; else they become dense.",
+    )
+    managed_gradient_accumulation: bool = Field(
+        default=True,
+        description="Whether micro-batches are counted. If not, each engine.step() ends a step, "
+        "and losses are divided by gradient_accumulation_steps all the same.",
+    )
+    compile: CompileSection = Field(
+        default_factory=CompileSection, description="torch.compile of the model's blocks."
+    )
 
     zero_allow_untested_optimizer: bool = Field(
         default=False,
@@ -124,6 +141,11 @@ class Config(Section):
     )
     wall_clock_breakdown: bool = Field(
         default=False, description="Whether forward, backward and step are timed apart."
+    )
+    memory_breakdown: bool = Field(
+        default=False,
+        description="Whether memory after forward, backward and step is recorded. Shown by "
+        "progress, written by metrics and dashboards; with none of them set, progress is on.",
     )
     log_level: Literal["debug", "info", "warning", "error", "critical"] | None = Field(
         default=None,

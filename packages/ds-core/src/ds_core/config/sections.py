@@ -40,8 +40,9 @@ class OptimizerSection(Section):
     """Which optimizer to build, and with what."""
 
     type: str = Field(
-        description="adam, adamw, sgd, adagrad, or the name of any class of torch.optim in any "
-        'case. As in DeepSpeed, "adam" is AdamW unless params.adam_w_mode is false.'
+        description="adam, adamw, sgd, adagrad, lamb, lion, muon, or the name of any class of "
+        'torch.optim in any case. As in DeepSpeed, "adam" is AdamW unless params.adam_w_mode is '
+        "false."
     )
     params: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments of that class, checked against it."
@@ -92,14 +93,17 @@ class Fp16Section(Section):
     min_loss_scale: float = Field(
         default=1.0, gt=0, description="The loss scale never falls below it."
     )
-    auto_cast: Annotated[
-        bool, Only(False, because=f"{_LATER}; cast inputs to fp16 in the model or the collate_fn")
-    ] = Field(
+    auto_cast: bool = Field(
         default=False,
-        description="Only false: inputs reach the model as the data loader gives them.",
+        description="Whether floating-point tensors among the model's arguments are cast to fp16.",
     )
     fp16_master_weights_and_grads: Annotated[
-        bool, Only(False, because=f"{_LATER}; the master copy and its gradient are fp32")
+        bool,
+        Only(
+            False,
+            because=f"{_LATER}: ds-ops will bring low-precision states; the master copy is fp32, "
+            "and zero_optimization.stage 1 or more holds 1/N of it: remove the key",
+        ),
     ] = Field(default=False, description="Only false: the master copy is fp32.")
 
 
@@ -123,10 +127,22 @@ class Bf16Section(Section):
         description="Only true: gradients that are not finite never reach the weights.",
     )
     bf16_master_weights_and_grads: Annotated[
-        bool, Only(False, because=f"{_LATER}; the master copy and its gradient are fp32")
+        bool,
+        Only(
+            False,
+            because=f"{_LATER}: ds-ops will bring low-precision states; the master copy is fp32, "
+            "and zero_optimization.stage 1 or more holds 1/N of it. To train without one, build "
+            "the model in bf16 and leave bf16 off",
+        ),
     ] = Field(default=False, description="Only false: the master copy is fp32.")
     bf16_optimizer_states: Annotated[
-        bool, Only(False, because=f"{_LATER}; optimizer states are fp32")
+        bool,
+        Only(
+            False,
+            because=f"{_LATER}: ds-ops will bring low-precision states; optimizer states are fp32, "
+            "and zero_optimization.stage 1 or more holds 1/N of them. For bf16 states today, build "
+            "the model in bf16 and leave bf16 off",
+        ),
     ] = Field(default=False, description="Only false: optimizer states are fp32.")
 
 
@@ -140,7 +156,11 @@ class TorchAutocastSection(Section):
     )
     lower_precision_safe_modules: Annotated[
         tuple[str, ...] | None,
-        Only(None, because=f"{_LATER}; under autocast every gradient is reduced in its own dtype"),
+        Only(
+            None,
+            because="gradients of several modules travel in one message, so in one format: set "
+            "communication_data_type for all of them",
+        ),
     ] = Field(default=None, description="Only null: which operations autocast is torch's own list.")
 
 
@@ -176,7 +196,8 @@ class CheckpointSection(Section):
     }
 
     tag_validation: TagValidation = Field(
-        default="Warn", description="What happens when ranks save under different tags; any case."
+        default="Warn", description="What happens when ranks save under different tags: rank 0's counts, with or "
+        "without a warning, or it is an error. In any case of letters."
     )
     load_universal: bool = Field(
         default=False,
@@ -193,10 +214,81 @@ class CheckpointSection(Section):
     ] = Field(default=True, description="Only true.")
 
 
+_DEEPCOMPILE = "belongs to DeepCompile, a later package; torch.compile's own passes are used"
+
+
+class CompileSection(Section):
+    """torch.compile of the model's repeated blocks, or of the whole model if it has none."""
+
+    removed: ClassVar[Mapping[str, str]] = {
+        "schedule": f"{_DEEPCOMPILE}; remove it",
+        "compiled_autograd_enabled": "not supported: sharding needs autograd's hooks; remove it",
+    }
+
+    enabled: bool = Field(
+        default=False, description="Whether initialize() calls engine.compile() with these values."
+    )
+    backend: str = Field(default="inductor", description="A backend of torch.compile, by name.")
+    kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further arguments of torch.compile: mode, dynamic, fullgraph, options.",
+    )
+    deepcompile: Annotated[bool, Only(False, because=f"{_DEEPCOMPILE}; set enabled")] = Field(
+        default=False, description="Only false."
+    )
+    passes: Annotated[
+        tuple[str, ...] | None, Only(None, because=f"{_DEEPCOMPILE}; remove the key")
+    ] = Field(default=None, description="Only null.")
+    free_activation: Annotated[
+        bool, Only(False, because=f"{_DEEPCOMPILE}; use activation checkpointing")
+    ] = Field(default=False, description="Only false.")
+    free_activation_threshold: int = Field(
+        default=10 * 2**20,
+        ge=0,
+        json_schema_extra={"unit": "bytes"},
+        description="Unused without free_activation.",
+    )
+    offload_activation: Annotated[bool, Only(False, because=f"{_DEEPCOMPILE}; remove the key")] = (
+        Field(default=False, description="Only false.")
+    )
+    offload_activation_pin_memory: bool = Field(
+        default=True, description="Unused without offload_activation."
+    )
+    offload_opt_states: Annotated[bool, Only(False, because=f"{_DEEPCOMPILE}; remove the key")] = (
+        Field(default=False, description="Only false.")
+    )
+    offload_parameters: Annotated[bool, Only(False, because=f"{_DEEPCOMPILE}; remove the key")] = (
+        Field(default=False, description="Only false.")
+    )
+    double_buffer: bool = Field(default=True, description="Unused without DeepCompile.")
+    symmetric_memory: Annotated[bool, Only(False, because=f"{_DEEPCOMPILE}; remove the key")] = (
+        Field(default=False, description="Only false.")
+    )
+    sync_before_reduce: bool = Field(default=False, description="Unused without DeepCompile.")
+    sync_after_reduce: bool = Field(default=False, description="Unused without DeepCompile.")
+    sync_before_allgather: bool = Field(default=False, description="Unused without DeepCompile.")
+    sync_after_allgather: bool = Field(default=False, description="Unused without DeepCompile.")
+    keep_int_input_tensors: bool = Field(default=True, description="Unused without DeepCompile.")
+    keep_all_input_tensors: bool = Field(default=False, description="Unused without DeepCompile.")
+    debug_log: bool = Field(default=False, description="Unused without DeepCompile.")
+
+
 class MetricsSection(Section):
     """Where ds-core writes the scalars of a run."""
 
     jsonl: str | None = Field(
         default=None,
         description="A file that gets one JSON object per step, written by rank 0; null: none.",
+    )
+    every_steps: int = Field(
+        default=1,
+        ge=1,
+        description="Steps between two records, in this file and in every dashboard; times are "
+        "means over these steps.",
+        json_schema_extra={"unit": "steps"},
+    )
+    loss_over_ranks: bool = Field(
+        default=False,
+        description="Whether the loss that is written and shown is the mean over data-parallel "
+        "ranks, at 8 bytes sent for each record and progress line, instead of rank 0's own.",
     )

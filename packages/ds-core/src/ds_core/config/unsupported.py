@@ -32,10 +32,6 @@ class Unsupported:
 
 
 _LATER = "not in ds-core 0.1"
-_METRICS = (
-    f'{_LATER}; "metrics": {{"jsonl": "metrics.jsonl"}} writes every scalar, '
-    "which any dashboard can read"
-)
 _DATA = f"{_LATER}; order and size batches in your own sampler or DataLoader"
 
 UNSUPPORTED: Mapping[str, Unsupported] = MappingProxyType(
@@ -48,15 +44,9 @@ UNSUPPORTED: Mapping[str, Unsupported] = MappingProxyType(
             "belongs to inference, not to training; remove it from this file"
         ),
         # Gradients and batches
-        "sparse_gradients": Unsupported(
-            f"{_LATER}; gradients travel dense: use nn.Embedding(sparse=False)", off=(False,)
-        ),
-        "managed_gradient_accumulation": Unsupported(
-            f"{_LATER}; wrap the micro-batches that do not step in engine.no_sync()", off=(True,)
-        ),
         "disable_allgather": Unsupported("removed; it had no use", off=(False,)),
         "allgather_size": Unsupported("renamed; use zero_optimization.allgather_bucket_size"),
-        "fp32_allreduce": Unsupported('removed; use "data_types": {"grad_accum_dtype": "fp32"}'),
+        "fp32_allreduce": Unsupported('removed; use "communication_data_type": "fp32"'),
         "max_grad_norm": Unsupported("renamed; use gradient_clipping"),
         "vocabulary_size": Unsupported("removed; it only printed a hint on alignment"),
         "cpu_offload": Unsupported(
@@ -83,7 +73,6 @@ UNSUPPORTED: Mapping[str, Unsupported] = MappingProxyType(
             f"{_LATER}; call torch.utils.checkpoint.checkpoint in the model, it works at every "
             "ZeRO stage"
         ),
-        "compile": Unsupported(f"{_LATER}; call torch.compile on the model's blocks yourself"),
         "graph_harvesting": Unsupported(f"{_LATER}; use torch.compile", off=(False,)),
         "disable_python_gc": Unsupported("not supported; call gc.disable() yourself", off=(False,)),
         # Checkpoints
@@ -97,27 +86,14 @@ UNSUPPORTED: Mapping[str, Unsupported] = MappingProxyType(
         ),
         "eigenvalue": Unsupported("not supported: ds-compress will bring its successor"),
         # Observers
-        "tensorboard": Unsupported(_METRICS),
-        "wandb": Unsupported(_METRICS),
-        "csv_monitor": Unsupported(_METRICS),
-        "comet": Unsupported(_METRICS),
         "comms_logger": Unsupported(
             f"{_LATER} as a section; ds_core.comm counts every collective, no switch needed"
         ),
         "flops_profiler": Unsupported(
             f"{_LATER}; use torch.utils.flop_counter.FlopCounterMode around a step"
         ),
-        "timers": Unsupported(f"{_LATER}; use wall_clock_breakdown"),
-        "memory_breakdown": Unsupported(
-            f"{_LATER}; the metrics record memory per rank", off=(False,)
-        ),
         "dump_state": Unsupported(
             "removed; `ds config check FILE` prints every effective value", off=(False,)
-        ),
-        # Launch
-        "autotuning": Unsupported(f"{_LATER}; remove the section and choose the values yourself"),
-        "elasticity": Unsupported(
-            f"{_LATER}; checkpoints load at any number of ranks, so restart with another --nproc"
         ),
         # Forms of the whole file
         "hjson": Unsupported("not supported; write plain JSON"),

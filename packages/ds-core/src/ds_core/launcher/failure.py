@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from ds_core.launcher.memory_evidence import (
+    MemoryCounters,
+    explain_kill,
+    largest_child_bytes,
+    read_counters,
+)
 from ds_core.launcher.tracebacks import last_traceback
 
 if TYPE_CHECKING:
@@ -16,8 +23,6 @@ if TYPE_CHECKING:
 
 #: What usually lies behind the death of a process by a signal.
 SIGNAL_CAUSES: Mapping[int, str] = {
-    signal.SIGKILL: "most likely out of memory: the system ends processes so when RAM is full "
-    "(see `dmesg`), and so does a cluster manager at its limit",
     signal.SIGSEGV: "a crash in native code",
     signal.SIGBUS: "a failed access to mapped memory: often /dev/shm is full, or a file that is "
     "mapped has been truncated",
@@ -42,71 +47,89 @@ class Failure(Protocol):
 
 
 @dataclass(frozen=True)
-class FirstFailure:
-    """The process that failed first. `exit_code` is negative for a signal."""
+class NodeFailure:
+    """The process of one node that failed first, and all that a report needs to say of it.
+
+    Attributes:
+        exit_code: negative for a signal.
+        cause: the way it ended, in words.
+        age_s: seconds from its last words to this finding; comparable between hosts.
+        others: ranks of this node that ended with it.
+        log_dir: folder with the output of every rank of this node.
+        last_words: its traceback, or the end of its stderr; empty if the terminal has it.
+    """
 
     rank: int
     local_rank: int
     pid: int
     exit_code: int
+    cause: str
+    age_s: float
+    others: tuple[int, ...]
+    log_dir: str
+    last_words: str
 
-    def in_words(self) -> str:
-        if self.exit_code >= 0:
-            return f"exit code {self.exit_code}"
-        number = -self.exit_code
-        try:
-            name = signal.Signals(number).name
-        except ValueError:
-            name = f"signal {number}"
-        cause = SIGNAL_CAUSES.get(number)
-        return f"killed by {name}" + (f" ({cause})" if cause else "")
+    @property
+    def shell_exit_code(self) -> int:
+        """What a shell would report for the process: its code, or 128 + signal."""
+        return self.exit_code if self.exit_code > 0 else 128 - self.exit_code
+
+    def report(self, where: str = "") -> str:
+        """The text for the user, the traceback last. `where` follows "failed first"."""
+        lines = [f"rank {self.rank} failed first{where}: {self.cause}, pid {self.pid}"]
+        if self.others:
+            listed = ", ".join(map(str, self.others))
+            lines.append(f"ended with it: rank{'s' if len(self.others) > 1 else ''} {listed}")
+        lines.append(f"output of every rank{where and ' there'}: {self.log_dir}")
+        return "\n".join([*lines, self.last_words]).rstrip()
 
 
-def first_failure(failures: Mapping[int, Failure], logs: RankLogs) -> FirstFailure:
-    """The failure that caused the others, out of all by rank.
+def node_failure(
+    failures: Mapping[int, Failure], logs: RankLogs, memory: MemoryCounters
+) -> NodeFailure:
+    """The failure that caused the others, out of all of this node by rank.
 
     Processes that the agent ended itself, by SIGTERM after the first failure, do not count.
     Among the rest the one whose last words are oldest was first: a process that fails because
     of another prints its own traceback later. The agent's timestamps are whole seconds.
+
+    Args:
+        failures: all failures by rank.
+        logs: where the output of each rank is.
+        memory: the kernel's counters from before the job.
     """
     own = {rank: f for rank, f in failures.items() if f.exitcode != -signal.SIGTERM}
     rank, failure = min(
         (own or failures).items(), key=lambda item: (_last_words_ns(item[1].local_rank, logs), item)
     )
-    return FirstFailure(rank, failure.local_rank, failure.pid, failure.exitcode)
+    spoken_ns = _last_words_ns(failure.local_rank, logs)
+    return NodeFailure(
+        rank=rank,
+        local_rank=failure.local_rank,
+        pid=failure.pid,
+        exit_code=failure.exitcode,
+        cause=cause_in_words(failure.exitcode, memory),
+        age_s=max(0.0, (time.time_ns() - spoken_ns) / 1e9),
+        others=tuple(sorted(other for other in failures if other != rank)),
+        log_dir=logs.root_log_dir,
+        last_words=_last_words(failure.local_rank, logs),
+    )
 
 
-def report(
-    first: FirstFailure,
-    failures: Mapping[int, Failure],
-    logs: RankLogs,
-    *,
-    is_shown: bool,
-    num_nodes: int,
-) -> str:
-    """The text for the user.
-
-    Args:
-        first: which process failed first.
-        failures: all failures by rank.
-        logs: where the output of each rank is.
-        is_shown: whether the terminal shows the traceback of `first` already.
-        num_nodes: nodes of the job; each reports on its own processes only.
-    """
-    where = " on this node" if num_nodes > 1 else ""
-    lines = [f"rank {first.rank} failed first{where}: {first.in_words()}, pid {first.pid}"]
-    others = sorted(rank for rank in failures if rank != first.rank)
-    if others:
-        listed = ", ".join(map(str, others))
-        lines.append(f"ended with it: rank{'s' if len(others) > 1 else ''} {listed}")
-    lines.append(f"output of every rank: {logs.root_log_dir}")
-    text = "" if is_shown else _last_words(first, logs)
-    return "\n".join([*lines, text]).rstrip()
-
-
-def exit_code(first: FirstFailure) -> int:
-    """What a shell would report for the process: its code, or 128 + signal."""
-    return first.exit_code if first.exit_code > 0 else 128 - first.exit_code
+def cause_in_words(exit_code: int, memory: MemoryCounters) -> str:
+    """How a process ended. `exit_code` is negative for a signal, `memory` from before the job."""
+    if exit_code >= 0:
+        return f"exit code {exit_code}"
+    number = -exit_code
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    if number == signal.SIGKILL:
+        cause = explain_kill(memory, read_counters(), largest_child_bytes())
+    else:
+        cause = SIGNAL_CAUSES.get(number, "")
+    return f"killed by {name}" + (f" ({cause})" if cause else "")
 
 
 def _last_words_ns(local_rank: int, logs: RankLogs) -> int:
@@ -114,12 +137,12 @@ def _last_words_ns(local_rank: int, logs: RankLogs) -> int:
     return max((file.stat().st_mtime_ns for file in files if file.exists()), default=0)
 
 
-def _last_words(first: FirstFailure, logs: RankLogs) -> str:
+def _last_words(local_rank: int, logs: RankLogs) -> str:
     """The traceback of a failed rank, or the end of what it wrote to stderr."""
-    recorded = _recorded_traceback(logs.error_file[first.local_rank])
+    recorded = _recorded_traceback(logs.error_file[local_rank])
     if recorded:
         return recorded
-    text = logs.stderr[first.local_rank].read_bytes()
+    text = logs.stderr[local_rank].read_bytes()
     words = last_traceback(text) or b"\n".join(text.splitlines()[-NUM_TAIL_LINES:])
     return words.decode(errors="replace")
 

@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import threading
+import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +21,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ds_core.errors import LaunchError
 from ds_core.launcher.errors import JobFailure
-from ds_core.launcher.failure import exit_code, first_failure, report
+from ds_core.launcher.failure import NodeFailure, node_failure
 from ds_core.launcher.follower import Follower
+from ds_core.launcher.leash import Leash, hang_up
+from ds_core.launcher.memory_evidence import MemoryCounters, read_counters
 from ds_core.launcher.plan import LaunchPlan, LaunchSpec, make_plan, num_cores
+from ds_core.launcher.reaper import MARK_VARIABLE, end_marked, guarded
 
 if TYPE_CHECKING:
     from ds_core.launcher.rank_logs import RankLogs
@@ -32,8 +36,8 @@ SHUTDOWN_S = 10
 _AGENT_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
-def launch(spec: LaunchSpec, *, quiet: bool = True) -> None:
-    """Run a job to its end.
+def launch(spec: LaunchSpec, *, quiet: bool = True, is_tied_to_stdin: bool = False) -> None:
+    """Run a job, or this node's part of it, to its end.
 
     What local rank 0 prints appears on this process's stdout and stderr; everything that any
     rank prints is in a file of its own. Must be called from the main thread, which is where
@@ -42,35 +46,50 @@ def launch(spec: LaunchSpec, *, quiet: bool = True) -> None:
     Args:
         spec: the job.
         quiet: keep the log messages of torchrun's agent to itself.
+        is_tied_to_stdin: end the job when stdin ends (see `ds_core.launcher.leash`).
 
     Raises:
         LaunchError: the job cannot be started as it is asked for.
         JobFailure: a process failed, or the job was interrupted or ran into its time limit. All
             its processes have ended.
     """
-    plan = make_plan(spec)
     if threading.current_thread() is not threading.main_thread():
         raise LaunchError("ds run: a job can be launched from the main thread only")
+    if is_tied_to_stdin:
+        Leash(hang_up)
+    plan = make_plan(spec)
     from ds_core.launcher.rank_logs import RankLogs  # imports torch, which a plan can do without
 
     folder, is_temporary = _log_folder(plan)
     logs = RankLogs(folder)
-    if plan.omp_num_threads is not None:
+    if plan.omp_num_threads is not None and not is_tied_to_stdin:
         _say(
             f"OMP_NUM_THREADS={plan.omp_num_threads} for each of {plan.nproc} processes on "
             f"{num_cores()} cores (set it yourself to choose otherwise)"
         )
-    with _environ(plan), _silence(quiet):
-        _run(plan, logs)
-    if is_temporary:
-        shutil.rmtree(folder, ignore_errors=True)
+    mark = uuid.uuid4().hex
+    is_kept = not is_temporary
+    with guarded(mark), _environ(plan, mark), _silence(quiet):
+        try:
+            _run(plan, logs)
+        except BaseException as error:
+            is_kept = is_kept or not isinstance(error, LaunchError)
+            with _signals_ignored():
+                end_marked(mark)
+            raise
+        finally:
+            if not is_kept:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run(plan: LaunchPlan, logs: RankLogs) -> None:
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
-    follower = Follower(logs, _binary(sys.stdout), _binary(sys.stderr))
+    memory = read_counters()
+    follower = Follower(logs, _binary(sys.stdout), _binary(sys.stderr), show=plan.show)
     follower.start()
     failures: dict[int, Any] = {}
     ended_by: JobFailure | None = None
@@ -79,25 +98,54 @@ def _run(plan: LaunchPlan, logs: RankLogs) -> None:
             _run_agent(plan, logs)
     except ChildFailedError as error:
         failures = error.failures
+    except (RendezvousError, DistError) as error:
+        raise LaunchError(_no_meeting(plan, error)) from error
     except _TimeLimitReached:
         text = f"the job was ended: it ran longer than --timeout-s {plan.timeout_s:g}"
-        ended_by = JobFailure(_with_logs(text, logs), 124)
+        ended_by = JobFailure(_with_logs(text, logs), 124, log_dir=logs.root_log_dir)
     except (SignalException, KeyboardInterrupt) as error:
         signum = getattr(error, "sigval", signal.SIGINT)
         text = f"the job was ended by {signal.Signals(signum).name}"
-        ended_by = JobFailure(_with_logs(text, logs), 128 + signum)
+        ended_by = JobFailure(_with_logs(text, logs), 128 + signum, log_dir=logs.root_log_dir)
     finally:
         held = follower.stop()
     if failures:
-        first = first_failure(failures, logs)
-        is_shown = first.local_rank == 0 and not held
-        text = report(first, failures, logs, is_shown=is_shown, num_nodes=plan.max_nodes)
-        raise JobFailure(text, exit_code(first))
+        raise _failure(failures, logs, memory, held, plan)
     if ended_by is not None:
         raise ended_by  # a traceback of rank 0 only says that it was interrupted
-    stderr = _binary(sys.stderr)
-    stderr.write(held)
-    stderr.flush()
+    for data in held.values():
+        follower.show_now(data)
+
+
+def _failure(
+    failures: dict[int, Any],
+    logs: RankLogs,
+    memory: MemoryCounters,
+    held: dict[int, bytes],
+    plan: LaunchPlan,
+) -> JobFailure:
+    found: NodeFailure = node_failure(failures, logs, memory)
+    is_shown = logs.is_shown(found.local_rank, plan.show) and found.local_rank not in held
+    if is_shown:
+        found = dataclasses.replace(found, last_words="")
+    where = " on this node" if plan.max_nodes > 1 else ""
+    return JobFailure(
+        found.report(where), found.shell_exit_code, node_failure=found, log_dir=found.log_dir
+    )
+
+
+def _no_meeting(plan: LaunchPlan, error: Exception) -> str:
+    meeting = plan.rendezvous
+    text = str(error).strip().partition("\n")[0]
+    is_host = meeting.node_rank == 0
+    remedy = (
+        "another job may hold the port: choose another with --rdzv-endpoint HOST:PORT"
+        if is_host
+        else "check that its host name and port can be reached from here, and that the job was "
+        "started on every node"
+    )
+    nodes = f"the {plan.max_nodes} nodes of the job"
+    return f"{nodes} did not meet at {meeting.endpoint}: {text}; {remedy}"
 
 
 def _run_agent(plan: LaunchPlan, logs: RankLogs) -> None:
@@ -112,7 +160,8 @@ def _run_agent(plan: LaunchPlan, logs: RankLogs) -> None:
         "run_id": meeting.run_id,
         "rdzv_backend": meeting.backend,
         "rdzv_endpoint": meeting.endpoint,
-        "rdzv_configs": {} if meeting.node_rank is None else {"rank": meeting.node_rank},
+        "rdzv_configs": dict(meeting.conf)
+        | ({} if meeting.node_rank is None else {"rank": meeting.node_rank}),
         "max_restarts": plan.max_restarts,
         "monitor_interval": 0.1,
         "local_addr": meeting.local_addr,
@@ -137,25 +186,37 @@ def _log_folder(plan: LaunchPlan) -> tuple[Path, bool]:
 
 
 def _with_logs(text: str, logs: RankLogs) -> str:
-    return f"{text}\noutput of every rank: {logs.root_log_dir}"
+    return f"{text}; output of every rank: {logs.root_log_dir}"
 
 
 @contextlib.contextmanager
-def _environ(plan: LaunchPlan) -> Iterator[None]:
+def _environ(plan: LaunchPlan, mark: str) -> Iterator[None]:
     """This process's environment as the job's processes inherit it.
 
     Afterwards it is put back, and so are the handlers of the signals that the agent takes over.
     """
     before = dict(os.environ)
     handlers = {signum: signal.getsignal(signum) for signum in _AGENT_SIGNALS}
-    if plan.omp_num_threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(plan.omp_num_threads)
+    os.environ.update({name: setting.value for name, setting in plan.settings.items()})
+    # A job within a job carries both marks: what ends the outer one ends it, too.
+    os.environ[MARK_VARIABLE] = ",".join(filter(None, [before.get(MARK_VARIABLE), mark]))
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
         for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def _signals_ignored() -> Iterator[None]:
+    """Let nothing interrupt the end of a job's processes, which takes two seconds at most."""
+    before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in _AGENT_SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
             signal.signal(signum, handler)
 
 

@@ -1,16 +1,25 @@
-"""What a person at the terminal wants to know: one line when the run starts, one now and then."""
+"""What a person at the terminal wants to know: what was decided at the start, then a line at times."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import IO, TYPE_CHECKING, Any
 
-from ds_core.observers.throughput import Throughput
+from ds_core.observers.memory import MemoryByPhase
+from ds_core.observers.rank_mean import RankMean
+from ds_core.observers.throughput import PHASES, Throughput
+from ds_core.observers.units import told_bytes, told_count, told_seconds
 from ds_core.seams import Event, EventKind
 
 if TYPE_CHECKING:
     from ds_core.engine import Engine
+
+#: Steps between lines where all ranks must agree on them and no interval is given.
+DEFAULT_STEPS = 10
+#: Seconds between lines where no interval is given.
+SECONDS = 2.0
 
 
 class Progress:
@@ -18,9 +27,12 @@ class Progress:
 
     Args:
         rank: global rank of this process; only 0 writes.
-        every_steps: steps between lines; None: at least two seconds pass between them.
+        every_steps: steps between lines; None: at least two seconds pass between them, or ten steps
+            with `loss_over_ranks`.
         stream: default: standard error.
-        breakdown: also show the milliseconds of each phase of a step.
+        throughput: how time is taken.
+        memory: adds its figures; it must be told of an event before this observer.
+        loss_over_ranks: as `Metrics` has it.
     """
 
     def __init__(
@@ -29,39 +41,51 @@ class Progress:
         rank: int = 0,
         every_steps: int | None = None,
         stream: IO[str] | None = None,
-        breakdown: bool = False,
+        throughput: Throughput | None = None,
+        memory: MemoryByPhase | None = None,
+        loss_over_ranks: bool = False,
     ) -> None:
         self._silent = rank != 0
-        self._every = every_steps
+        self._every = every_steps or (DEFAULT_STEPS if loss_over_ranks else None)
         self._stream = stream
-        self._throughput = Throughput(breakdown=breakdown)
+        self._throughput = throughput or Throughput()
+        self._memory = memory
+        self._mean = RankMean() if loss_over_ranks else None
         self._last = 0.0
 
     def on_event(self, engine: Engine, event: Event) -> None:
         """Write the decisions at the start, and figures of the steps since the last line."""
+        if event.kind is EventKind.STEP_END:
+            self._step(engine, event)
+        elif not self._silent:
+            self._throughput.note(engine, event)
+            if event.kind is EventKind.START and event.values:
+                self._write(_block(event.values))
+            elif event.kind is EventKind.CHECKPOINT:
+                self._write(f"checkpoint {event.values['action']}: {event.values['path']}")
+
+    def _step(self, engine: Engine, event: Event) -> None:
+        is_due = self._due(event.step)
+        loss = event.values.get("loss")
+        if is_due and self._mean is not None:
+            loss = self._mean.of(engine, loss)
         if self._silent:
             return
         self._throughput.note(engine, event)
-        if event.kind is EventKind.START:
-            for name, value in event.values.items():
-                self._write(f"{name}: {value}")
-        if event.kind is EventKind.CHECKPOINT:
-            self._write(f"checkpoint {event.values['action']}: {event.values['path']}")
-        if event.kind is EventKind.STEP_END and self._due(event.step):
-            self._write(self._line(engine, event))
+        if is_due:
+            self._write(self._line(engine, event, loss))
 
     def _due(self, step: int) -> bool:
         if self._every is not None:
             return step % self._every == 0
         now = time.monotonic()
-        if now - self._last < 2.0:
+        if now - self._last < SECONDS:
             return False
         self._last = now
         return True
 
-    def _line(self, engine: Engine, event: Event) -> str:
+    def _line(self, engine: Engine, event: Event, loss: Any) -> str:
         parts = [f"step {event.step}"]
-        loss = event.values.get("loss")
         if loss is not None:
             parts.append(f"loss {float(loss):.4f}")
         if event.values.get("lr") is not None:
@@ -69,22 +93,43 @@ class Progress:
         if event.values.get("skipped"):
             parts.append(f"skipped (loss scale {event.values['loss_scale']:g})")
         figures = self._throughput.read(engine, event.step)
-        if figures:
-            parts.append(f"{figures['step_s'] * 1e3:.0f} ms/step{_phases(figures)}")
-            parts.append(f"{figures['samples_per_s']:.1f} samples/s")
-            parts.append(f"{figures['sent_bytes_per_step'] / 2**20:.1f} MiB sent/step")
-        held = sum(size for kind, size in engine.memory().items() if kind != "padding")
-        parts.append(f"{held / 2**20:.1f} MiB model state/rank")
+        if "step_s" in figures:
+            parts.append(f"{told_seconds(figures['step_s'])}/step")
+            parts.append(f"{told_count(figures['samples_per_s'])} samples/s")
+        parts += _phases(figures)
+        if figures.get("sent_bytes_per_step"):
+            parts.append(f"{told_bytes(figures['sent_bytes_per_step'])} sent/step")
+        parts += _memory(self._memory.read() if self._memory is not None else {})
         return "  ".join(parts)
 
-    def _write(self, line: str) -> None:
+    def _write(self, text: str) -> None:
         stream = self._stream or sys.stderr
-        stream.write(line + "\n")
+        stream.write(text + "\n")
         stream.flush()
 
 
-def _phases(figures: dict[str, Any]) -> str:
-    """The phases that were timed, as " (forward 12 ms, ...)", or nothing."""
-    names = ("data_s", "forward_s", "backward_s", "norm_s", "update_s")
-    timed = [f"{name[:-2]} {figures[name] * 1e3:.0f} ms" for name in names if name in figures]
-    return f" ({', '.join(timed)})" if timed else ""
+def _block(decisions: Mapping[str, Any]) -> str:
+    """The decisions, one a line, their values below one another."""
+    width = max(len(name) for name in decisions)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in decisions.items())
+
+
+def _phases(figures: Mapping[str, Any]) -> list[str]:
+    """The phases that were timed and took any time, as "(forward 12 ms, ...)"."""
+    shown = [name for name in PHASES if figures.get(name, 0.0) >= 1e-4]
+    told = [f"{name[:-2]} {told_seconds(figures[name])}" for name in shown]
+    if "comm_wait_s" in figures:
+        told.append(f"of it waiting for ranks {told_seconds(figures['comm_wait_s'])}")
+    return [f"({', '.join(told)})"] if told else []
+
+
+def _memory(figures: Mapping[str, int]) -> list[str]:
+    """Memory after each phase and the peak."""
+    phases = ("forward", "backward", "update")
+    named = [(name, figures.get(f"memory_{name}_bytes")) for name in phases]
+    told = [f"{name} {told_bytes(size)}" for name, size in named if size is not None]
+    if not told:
+        return []
+    if figures.get("memory_retries"):
+        told.append(f"{figures['memory_retries']} allocation retries")
+    return [f"memory after {', '.join(told)}, peak {told_bytes(figures['memory_peak_bytes'])}"]

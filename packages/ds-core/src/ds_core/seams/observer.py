@@ -16,10 +16,14 @@ class EventKind(enum.Enum):
 
     START = "start"  # the engine is built; values: what was decided
     STEP_BEGIN = "step_begin"  # before the first forward of a step
+    FORWARD_BEGIN = "forward_begin"  # before a micro-batch's forward
     FORWARD = "forward"  # a micro-batch's forward is done
+    BACKWARD_BEGIN = "backward_begin"  # before a micro-batch's backward
     BACKWARD = "backward"  # a micro-batch's backward is done
+    UPDATE_BEGIN = "update_begin"  # the last backward of a step is done, its norm comes next
     REDUCED = "reduced"  # gradients are averaged; values: grad_norm
     STEP_END = "step_end"  # parameters are updated; values: loss, lr, grad_norm, skipped, ...
+    LOG = "log"  # the user's own figures, from `engine.log`; values: the figures
     CHECKPOINT = "checkpoint"  # one was saved or loaded; values: path, action
     CLOSE = "close"  # the engine is closed
 

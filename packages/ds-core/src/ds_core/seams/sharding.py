@@ -32,6 +32,9 @@ class Sharding(Protocol):
     def no_sync(self) -> AbstractContextManager[None]:
         """Backwards inside accumulate locally."""
 
+    def reduce_local(self) -> None:
+        """Average now the gradients that only accumulated locally; nothing if there are none."""
+
     def grad_norm(self) -> torch.Tensor:
         """Global L2 norm of the averaged gradients: float64 on the CPU, equal on all ranks."""
 
@@ -43,6 +46,9 @@ class Sharding(Protocol):
 
     def first_nonfinite(self) -> str | None:
         """Name of the first parameter of which this rank holds a non-finite gradient."""
+
+    def full_parameter(self, which: str) -> torch.Tensor:
+        """The most precise value of one parameter, whole on every rank."""
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """Every parameter by name, whole, on the CPU."""

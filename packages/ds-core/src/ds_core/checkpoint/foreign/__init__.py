@@ -1,0 +1,1 @@
+"""Checkpoints of others, read lazily into the layout of ours: one module per format."""

@@ -1,0 +1,52 @@
+"""torch.compile of a model in training, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_core.blocks import repeated_stacks
+from ds_core.errors import DsError
+
+
+class CompiledBlocks:
+    """Modules whose `forward` is compiled, until `close`.
+
+    Only forwards are: what hooks do around them (a sharding gathers and frees parameters) runs as
+    it is, and blocks of one class share their compiled code.
+
+    Args:
+        model: whose blocks.
+        modules: which ones; None: its repeated blocks, or the model itself if it has none.
+        backend: of torch.compile.
+        options: its further arguments.
+
+    Raises DsError for an unknown backend or argument.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Iterable[nn.Module] | None,
+        backend: str | Any,
+        options: dict[str, Any],
+    ) -> None:
+        blocks = [block for stack in repeated_stacks(model) for block in stack]
+        chosen = (blocks or [model]) if modules is None else list(modules)
+        try:
+            compiled = [
+                torch.compile(module.forward, backend=backend, **options) for module in chosen
+            ]
+        except Exception as error:  # dynamo's errors have no common base but Exception
+            raise DsError(f"compile: torch.compile refuses its arguments: {error}") from error
+        self._modules = chosen
+        for module, forward in zip(chosen, compiled, strict=True):
+            module.forward = forward
+
+    def close(self) -> None:
+        """Give the modules their own forward back."""
+        for module in self._modules:
+            module.__dict__.pop("forward", None)

@@ -1,0 +1,85 @@
+"""torch's fused optimizer kernels: chosen where they run, with the gradient's scale folded in."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+#: How a caller chooses a kernel; whoever does is left alone.
+_CHOICES = ("fused", "foreach", "capturable", "differentiable")
+
+
+def prefer_fused(optimizer: Optimizer) -> None:
+    """Choose torch's fused kernel for an optimizer that has taken no step, if nobody chose.
+
+    One pass over memory in place of ten; the results differ by rounding only. Left as it is where
+    `optimizer` has no such kernel, where the kernel does not run on every device and dtype of its
+    parameters, and where a parameter group names a kernel itself.
+    """
+    cls = type(optimizer)
+    if not cls.__module__.startswith("torch.") or "fused" not in inspect.signature(cls).parameters:
+        return
+    for group in optimizer.param_groups:
+        if any(group.get(choice) not in (None, False) for choice in _CHOICES):
+            return
+        if group.get("fused") is False or isinstance(group["lr"], torch.Tensor):
+            return
+    kinds = {(p.device, p.dtype) for group in optimizer.param_groups for p in group["params"]}
+    if not kinds or not all(_runs(cls, device, dtype) for device, dtype in kinds):
+        return
+    for group in (optimizer.defaults, *optimizer.param_groups):
+        group["fused"] = True
+    optimizer._step_supports_amp_scaling = True
+
+
+def fuses_scale(optimizer: Optimizer) -> bool:
+    """Whether `step_scaled` reads the gradients only once."""
+    supports = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    return supports and all(group.get("fused") for group in optimizer.param_groups)
+
+
+def step_scaled(optimizer: Optimizer, scale: float | torch.Tensor, device: torch.device) -> None:
+    """`optimizer.step()` with gradients multiplied by `scale`, inside the fused kernel.
+
+    Args:
+        optimizer: one of which `fuses_scale` is true; others would ignore the scale.
+        scale: one number.
+        device: of the parameters.
+    """
+    target: Any = optimizer
+    # torch's fused kernels divide by `grad_scale`, as a gradient scaler wants it.
+    if isinstance(scale, torch.Tensor):
+        inverse = scale.to(device=device, dtype=torch.float32).reciprocal()
+    else:
+        value = 1.0 / scale if scale else float("inf")
+        inverse = torch.full((), value, dtype=torch.float32, device=device)
+    target.grad_scale = inverse
+    target.found_inf = torch.zeros((), dtype=torch.float32, device=device)
+    try:
+        target.step()
+    finally:
+        del target.grad_scale, target.found_inf
+
+
+def _runs(cls: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a fused step of one element works: torch has no public table of where it does."""
+    if device.type == "meta":
+        return False
+    probe = torch.nn.Parameter(torch.zeros(1, device=device, dtype=dtype), dtype.is_floating_point)
+    probe.grad = torch.zeros_like(probe)
+    try:
+        cls([probe], fused=True).step()
+    except RuntimeError:
+        return False
+    return True
+
+
+def multiply(gradients: Iterable[torch.Tensor], scale: float | torch.Tensor) -> None:
+    """Multiply gradients in place, in as few kernels as their devices and dtypes allow."""
+    listed = list(gradients)
+    if listed:
+        torch._foreach_mul_(listed, scale)

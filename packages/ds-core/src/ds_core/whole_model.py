@@ -1,0 +1,146 @@
+"""What every rank that holds the whole model has: its parameters, master copies, optimizer state.
+
+The base of the shardings of stage 0; they differ in what becomes of the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_core import comm
+from ds_core.agreement import check_same_model
+from ds_core.optimizer_state import allocate_state, load_groups
+from ds_core.precision import Precision
+
+
+class WholeModel:
+    """Parameters that this rank holds whole, and the optimizer that updates them.
+
+    Args:
+        model: on its device; cast to `precision.compute` if that is set.
+        optimizer: on the model's parameters; with a master copy its groups are switched to it.
+        group: the ranks that hold the same model.
+        precision: number formats.
+        broadcast: start from rank 0's values.
+
+    Raises ModelMismatchError if the ranks' models differ. Collective.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        group: comm.Group,
+        precision: Precision,
+        *,
+        broadcast: bool,
+    ) -> None:
+        self.optimizer = optimizer
+        self._parameters = dict(model.named_parameters())
+        check_same_model(
+            [
+                (name, list(p.shape), str(p.dtype), "trained" if p.requires_grad else "frozen")
+                for name, p in self._parameters.items()
+            ],
+            group,
+        )
+        self._master: dict[str, nn.Parameter] = {}
+        if broadcast:
+            for name, param in self._parameters.items():
+                comm.broadcast(param.data, group, caller=name)
+        self._cast(precision)
+
+    def _cast(self, precision: Precision) -> None:
+        replaced: dict[int, nn.Parameter] = {}
+        for name, param in self._parameters.items():
+            target = precision.compute
+            if target is None or target == param.dtype or not param.dtype.is_floating_point:
+                continue
+            if precision.master is not None and param.requires_grad:
+                master = nn.Parameter(param.data.to(precision.master, copy=True))
+                self._master[name] = replaced[id(param)] = master
+            param.data = param.data.to(target)
+        for group in self.optimizer.param_groups if replaced else ():
+            group["params"] = [replaced.get(id(p), p) for p in group["params"]]
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: param for name, param in self._parameters.items() if param.requires_grad}
+
+    def _target(self, name: str) -> nn.Parameter:
+        """What the optimizer updates for a parameter: its master copy, or itself."""
+        return self._master.get(name, self._parameters[name])
+
+    def _publish(self) -> None:
+        """Give the model the values of the master copies."""
+        with torch.no_grad():
+            for name, master in self._master.items():
+                self._parameters[name].data.copy_(master)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups."""
+        return self.optimizer.param_groups
+
+    def full_parameter(self, which: str) -> torch.Tensor:
+        """The most precise copy of one parameter."""
+        return self._target(which).detach()
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """Every parameter by name, copied to the CPU."""
+        return {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
+
+    def model_state(self) -> dict[str, Any]:
+        """The most precise copy of every parameter."""
+        return {name: self._target(name).detach() for name in self._parameters}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer state by parameter name."""
+        names = {id(self._target(name)): name for name in self._parameters}
+        state: dict[str, dict[str, Any]] = {}
+        for param, values in self.optimizer.state.items():
+            for key, value in values.items():
+                state.setdefault(key, {})[names[id(param)]] = value
+        groups = [
+            {
+                **{key: value for key, value in group.items() if key != "params"},
+                "names": sorted(names[id(param)] for param in group["params"]),
+            }
+            for group in self.param_groups
+        ]
+        return {"state": state, "groups": groups}
+
+    def prepare_load(self) -> None:
+        """Allocate optimizer state by a step that changes nothing."""
+        allocate_state(self.optimizer)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Adopt loaded state."""
+        load_groups(self.param_groups, state_dict["groups"])
+        self._publish()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that this rank holds between steps, by kind."""
+        return {
+            "parameters": num_bytes(self._parameters.values()),
+            "gradients": self._gradient_bytes(),
+            "master": num_bytes(self._master.values()),
+            "optimizer": num_bytes(
+                value
+                for values in self.optimizer.state.values()
+                for value in values.values()
+                if torch.is_tensor(value) and value.dim()
+            ),
+            "padding": 0,
+        }
+
+    def _gradient_bytes(self) -> int:
+        return num_bytes(self._trained().values())
+
+
+def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the elements of some tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
