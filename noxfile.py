@@ -38,6 +38,9 @@ PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.t
 SCRIPTS = "Scripts" if os.name == "nt" else "bin"
 EXAMPLE = ROOT / "examples" / "gpt"
 
+#: Extras that bring the client of an online service, with dozens of packages; tests use stand-ins.
+SERVICES = ("wandb", "comet")
+
 if sys.version_info < (3, 11):  # noqa: UP036 - nox itself may run on an older Python
     raise SystemExit(
         f"Python {sys.version.split()[0]} runs nox here, but the packages need Python >= 3.11: "
@@ -66,7 +69,8 @@ def _all_editable() -> list[str]:
     """Arguments of the one pip call that installs all packages, so that their ranges resolve."""
     arguments: list[str] = []
     for package in PACKAGES:
-        extras = ",".join(_project(package).get("optional-dependencies", {}))
+        known = _project(package).get("optional-dependencies", {})
+        extras = ",".join(name for name in known if name not in SERVICES)
         path = str(ROOT / "packages" / package)
         arguments += ["-e", f"{path}[{extras}]" if extras else path]
     return arguments

@@ -26,11 +26,11 @@ from ranks import Ranks, free_port, join
 from report import Check, Report, main, median
 
 IMPLEMENTATIONS = (
-    *("torch", "ddp", "fsdp2", "engine-0"),
+    *("torch", "ddp", "fsdp2", "engine-0", "deepspeed-0"),
     *(f"{family}-{stage}" for stage in (1, 2, 3) for family in ("shard", "engine", "deepspeed")),
 )
-#: The largest part of DeepSpeed's overhead that ours may be.
-LIMIT = 0.2
+#: The largest part of DeepSpeed's overhead that ours may be: of the engine, and of a sharding.
+LIMITS = {"0": 0.1, "1": 0.2, "2": 0.2, "3": 0.2}
 #: Lengths of the two runs under callgrind.
 FEW, MANY = 20, 60
 TOOLS = ("valgrind", "callgrind_control")
@@ -71,7 +71,11 @@ def run(quick: bool = False) -> Report:
     if missing:
         report.notes.append(f"No instructions: {', '.join(missing)} not found.")
     else:
-        chosen = [n for n in IMPLEMENTATIONS if not quick or n in ("torch", *_of_stage("2"))]
+        chosen = [
+            n
+            for n in IMPLEMENTATIONS
+            if not quick or n in ("torch", *_of_stage("0"), *_of_stage("2"))
+        ]
         measures["instructions, one rank"] = {name: _instructions(name) for name in chosen}
     for name in IMPLEMENTATIONS:
         report.rows.append([name, *(_shown(values, name) for values in measures.values())])
@@ -82,8 +86,12 @@ def run(quick: bool = False) -> Report:
             peer = f"deepspeed-{name[-1]}"
             if measure != TWO_RANKS and is_ours(name) and name in values and peer in values:
                 part = (values[name] - bare) / (values[peer] - bare)
-                report.checks.append(Check(f"{name} / {peer}: overhead, {measure}", part, LIMIT))
-    report.notes.append("Overhead: beyond `torch`, which is one process without communication.")
+                limit = LIMITS[name[-1]]
+                report.checks.append(Check(f"{name} / {peer}: overhead, {measure}", part, limit))
+    report.notes.append(
+        "Overhead: beyond `torch`, which is one process without communication. Below zero where "
+        "clipping inside the optimizer's fused kernel saves more than the engine costs."
+    )
     report.notes.append(
         "With two ranks most of a step is the latency of gloo's messages and its own threads; "
         "these figures are shown, and not held against a target."

@@ -30,7 +30,9 @@ BENCHMARKS = {
     "memory": "bytes that a rank holds between steps, and the peak of stage 3",
     "parity": "losses against one process; bit-identity of stages 1 to 3",
     "host_overhead": "what a step costs where the model costs nothing",
+    "observers": "what observers add to a step",
     "import_time": "what importing a package adds to `import torch`",
+    "autotuning": "`ds tune` against an exhaustive search of the same grid",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 
 import pytest
 import torch
@@ -73,3 +74,92 @@ def test_a_real_accelerator_counts_its_memory():
     device.synchronize()
     assert device.memory_allocated() - before >= held.nbytes
     assert device.supports(torch.float32)
+
+
+def test_a_cpu_answers_for_what_it_has_not():
+    cpu = Accelerator("cpu")
+    cpu.reset_peak_memory()
+    cpu.empty_cache()
+    assert (cpu.free_memory(), cpu.stream(), cpu.event(timed=True)) == (None, None, None)
+    assert (cpu.has_streams, cpu.visible_devices_variable, cpu.backend) == (False, None, "gloo")
+    assert cpu.name() == "cpu:0"
+    tensor = torch.ones(2)
+    assert cpu.pin_memory(tensor) is tensor
+
+
+def test_random_numbers_go_on_from_a_state():
+    cpu = Accelerator("cpu")
+    state = cpu.rng_state()
+    first = torch.rand(3)
+    cpu.set_rng_state(state)
+    assert torch.equal(torch.rand(3), first)
+
+
+class FakeModule:
+    """What torch has for a kind of device, as `torch.cuda`."""
+
+    state = torch.zeros(4, dtype=torch.uint8)
+
+    @staticmethod
+    def get_device_name(index):
+        return f"Fake card {index}"
+
+    @classmethod
+    def get_rng_state(cls):
+        return cls.state
+
+    @classmethod
+    def set_rng_state(cls, state):
+        cls.state = state
+
+
+class Fake(Accelerator):
+    """A device of a package, which keeps its memory itself."""
+
+    def device_count(self):
+        return 2
+
+    def memory_allocated(self):
+        return 7
+
+
+def make_fake():
+    return Fake("fake")
+
+
+def test_a_package_brings_a_device_by_its_entry_point(monkeypatch):
+    made = importlib.metadata.EntryPoint("fake", f"{__name__}:make_fake", "ds_core.accelerators")
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[make_fake.__module__])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [made])
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: FakeModule)
+    found = accelerator.current()
+    assert (found.kind, found.device_count(), found.memory_allocated()) == ("fake", 2, 7)
+    assert (found.name(1), found.has_streams) == ("Fake card 1", True)
+    found.set_rng_state(torch.ones(4, dtype=torch.uint8))
+    assert torch.equal(found.rng_state(), torch.ones(4, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("kind", "variable", "backend"),
+    [("cuda", "CUDA_VISIBLE_DEVICES", "nccl"), ("xpu", "ZE_AFFINITY_MASK", "xccl")],
+)
+def test_each_kind_has_its_variable_and_backend(kind, variable, backend):
+    found = Accelerator(kind)
+    assert (found.visible_devices_variable, found.backend) == (variable, backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
+def test_a_real_accelerator_has_streams_and_a_driver():
+    device = accelerator.current()
+    free, total = device.free_memory()
+    assert 0 < free <= total
+    event = device.event(timed=True)
+    event.record(device.stream())
+    event.synchronize()
+    assert device.pin_memory(torch.ones(2)).is_pinned()
+    state = device.rng_state()
+    first = torch.rand(3, device=device.device())
+    device.set_rng_state(state)
+    assert torch.equal(torch.rand(3, device=device.device()), first)
+    assert device.name()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_core.checkpoint.boxes import Box, cut_range, cut_reads, row_strides
+from ds_core.checkpoint.boxes import Box, cut_range, cut_reads, overlapping, row_strides
 from ds_core.errors import CheckpointError
 
 shapes = st.lists(st.integers(1, 6), min_size=0, max_size=5).map(tuple)
@@ -126,3 +126,26 @@ def test_reads_skip_wide_gaps_and_bridge_narrow_ones():
 def test_row_strides_are_row_major():
     assert row_strides((2, 3, 4)) == (12, 4, 1)
     assert row_strides(()) == ()
+
+
+@given(shapes.filter(lambda shape: shape), st.data())
+def test_overlaps_are_found_exactly_when_an_element_is_covered_twice(shape, data):
+    counts, drawn = np.zeros(shape, dtype=int), []
+    for _ in range(data.draw(st.integers(0, 4))):
+        offsets = tuple(data.draw(st.integers(0, size)) for size in shape)
+        lengths = tuple(
+            data.draw(st.integers(0, s - o)) for s, o in zip(shape, offsets, strict=True)
+        )
+        drawn.append(Box(offsets, lengths))
+        counts[tuple(slice(o, o + n) for o, n in zip(offsets, lengths, strict=True))] += 1
+    found = overlapping(drawn)
+    assert (found is not None) == bool((counts > 1).any())
+
+
+@given(ranges())
+def test_the_pieces_of_a_range_do_not_overlap(drawn):
+    assert overlapping([piece.box for piece in cut_range(*drawn)]) is None
+
+
+def test_a_scalar_that_is_stored_twice_overlaps():
+    assert overlapping([Box((), ()), Box((), ())]) is not None

@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
 
-from ds_core.checkpoint import FlatShard, find, latest, load, read_state, save, verify
+from ds_core.checkpoint import Box, FlatShard, find, latest, load, read_state, save, verify
+from ds_core.checkpoint.index import Index
 from ds_core.errors import CheckpointError
 
 
@@ -252,6 +254,31 @@ def test_verify_compares_headers_and_counts(tmp_path):
     (path / "rank_00000.safetensors").write_bytes(data.replace(b'"w|0"', b'"x|0"'))
     with pytest.raises(CheckpointError, match=r"entry 'w\|0' is None in the file's header"):
         verify(tmp_path)
+
+
+def test_verify_finds_elements_that_are_stored_twice_while_others_are_not(tmp_path):
+    path = save(tmp_path, "a", {"w": torch.zeros(4), "v": torch.zeros(4)})
+    index = Index.read(path)
+    (whole,) = index.tensors["w"].boxes
+    half = whole.crc32[:1]
+    index.tensors["w"].boxes = [
+        replace(whole, box=Box((0,), (2,)), crc32=half),
+        replace(whole, box=Box((1,), (2,)), crc32=half),
+    ]
+    index.check_coverage()  # counts elements only
+    (path / "index.json").write_bytes(index.to_bytes())
+    with pytest.raises(
+        CheckpointError, match=r"- w: its boxes at \[0\]\+\[2\] and \[1\]\+\[2\] ov"
+    ):
+        verify(tmp_path)
+
+
+def test_find_takes_a_checkpoint_itself(tmp_path):
+    path = save(tmp_path, "a", model_state())
+    save(tmp_path, "b", model_state())
+    assert find(path) == path
+    assert load(path, state=model_state())
+    assert verify(path).path == path
 
 
 @pytest.mark.parametrize(

@@ -166,26 +166,6 @@ def test_run_refuses_bad_options(ds: Ds, tmp_path: Path, words: list[str], messa
     assert message in result.err
 
 
-# --- ds report ------------------------------------------------------------------------------------
-
-
-def test_report_shows_versions_devices_and_providers(ds: Ds) -> None:
-    result = ds("report")
-
-    assert result.code == 0
-    for expected in ("python", "torch", "devices", "gloo", f"ds-core  {__version__}"):
-        assert expected in result.out
-
-
-def test_report_as_json_has_the_same_facts(ds: Ds) -> None:
-    found = json.loads(ds("report", "--json").out)
-
-    assert found["installed"]["ds-core"] == __version__
-    assert found["backends"]["gloo"] is True
-    assert set(found["provided"]) >= {"sharding", "runners", "transports", "ops", "observers"}
-    assert not set(found["installed"]) & set(found["available"])
-
-
 # --- ds config ------------------------------------------------------------------------------------
 
 

@@ -287,7 +287,7 @@ def uneven_arguments():
         comm.all_to_all(torch.empty(4), torch.empty(6), group, caller="w")
     with pytest.raises(comm_error(), match=r"all_to_all of w: .* do not fit a group of 2"):
         comm.all_to_all(torch.empty(5), torch.empty(5), group, caller="w")
-    with pytest.raises(comm_error(), match="op: got 'avg', expected one of sum, max, min"):
+    with pytest.raises(comm_error(), match="op: got 'avg', expected one of sum, mean, max"):
         comm.all_reduce(torch.empty(4), group, op="avg", caller="w")
 
 

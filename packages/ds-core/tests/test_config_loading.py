@@ -181,13 +181,13 @@ def test_all_problems_are_listed_at_once():
             "fp17": {},
             "seed": "x",
             "zero_optimization": {"stage": 4, "bucket": "1"},
-            "tensorboard": {"enabled": True},
+            "amp": {"enabled": True},
             "optimizer": {"type": "adamw", "params": {"rate": 1, "eps": "small"}},
         }
     )
 
     assert message.splitlines()[0] == "config: 7 problems"
-    for path in ("fp17", "seed", "tensorboard", "optimizer.params.rate", "optimizer.params.eps"):
+    for path in ("fp17", "seed", "amp", "optimizer.params.rate", "optimizer.params.eps"):
         assert f"\n  {path}: " in message
     assert "\n  zero_optimization.stage: got 4, expected an integer >= 0 and <= 3" in message
     assert "\n  zero_optimization.bucket: got" in message
@@ -214,20 +214,22 @@ def test_auto_clipping_is_the_default():
     [
         pytest.param({"amp": {"enabled": True}}, "amp: apex is not supported", id="amp"),
         pytest.param(
-            {"wandb": {"project": "p"}}, 'wandb: not in ds-core 0.1; "metrics"', id="wandb"
-        ),
-        pytest.param(
             {"activation_checkpointing": {}},
             "torch.utils.checkpoint",
             id="activation-checkpointing",
         ),
         pytest.param({"cpu_offload": True}, "offload_optimizer", id="cpu-offload"),
         pytest.param({"max_grad_norm": 1.0}, "use gradient_clipping", id="renamed"),
+        pytest.param({"gradient_predivide_factor": 2.0}, "no sum overflows", id="predivide"),
+        pytest.param({"compile": {"deepcompile": True}}, "DeepCompile", id="deepcompile"),
         pytest.param(
-            {"gradient_allreduce_op": "sum"}, 'got "sum", expected "mean": not', id="value"
+            {"bf16": {"bf16_optimizer_states": True}}, "ds-ops will bring", id="bf16-states"
         ),
-        pytest.param({"communication_data_type": "fp16"}, "expected null: not in", id="wire-dtype"),
-        pytest.param({"prescale_gradients": True}, "summed in fp32", id="prescale"),
+        pytest.param(
+            {"torch_autocast": {"lower_precision_safe_modules": ["torch.nn.Linear"]}},
+            "set communication_data_type",
+            id="safe-modules",
+        ),
         pytest.param(
             {"zero_optimization": {"old_stage": 1}},
             "zero_optimization.old_stage: renamed; use stage",

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import ds_core
+from ds_core.alone import Alone
+from ds_core.cast_gradients import CastGradients
 from ds_core.errors import DsError
-from ds_core.observers import JsonLines, Progress
+from ds_core.observers import JsonLines, MemoryByPhase, Metrics, Progress, Throughput
 from ds_core.replicated import Replicated
 from ds_core.seams import Dense
 from ds_core.testing import (
@@ -22,6 +24,14 @@ from ds_core.testing import (
 
 def replicated(model, optimizer, *, mesh, precision):
     return Replicated(model, optimizer, mesh=mesh, precision=precision)
+
+
+def alone(model, optimizer, *, mesh, precision):
+    return Alone(model, optimizer, mesh=mesh, precision=precision)
+
+
+def in_bf16():
+    return CastGradients(Dense(), torch.bfloat16)
 
 
 def sequential(model, optimizer, accumulation):
@@ -39,16 +49,26 @@ def dense():
 
 
 def json_lines(folder, rank):
-    return JsonLines(f"{folder}/metrics.jsonl", rank=rank, breakdown=True)
+    sinks = [JsonLines(f"{folder}/metrics.jsonl")] if rank == 0 else []
+    return Metrics(sinks, throughput=Throughput(breakdown=True))
 
 
 def progress(folder, rank):
-    return Progress(rank=rank, every_steps=1, breakdown=True)
+    return Progress(rank=rank, every_steps=1, throughput=Throughput(breakdown=True))
+
+
+def memory_by_phase(folder, rank):
+    return MemoryByPhase()
 
 
 class TestReplicated(ShardingContract):
     factory = staticmethod(replicated)
     world_sizes = (1, 2, 3)
+
+
+class TestAlone(ShardingContract):
+    factory = staticmethod(alone)
+    world_sizes = (1,)
 
 
 class TestSequential(RunnerContract):
@@ -59,16 +79,25 @@ class TestDense(TransportContract):
     factory = staticmethod(dense)
 
 
+class TestCastGradients(TransportContract):
+    factory = staticmethod(in_bf16)
+    error = 2**-5
+
+
 class TestRmsNorm(OpContract):
     op = "rms_norm"
 
 
-class TestJsonLines(ObserverContract):
+class TestMetrics(ObserverContract):
     factory = staticmethod(json_lines)
 
 
 class TestProgress(ObserverContract):
     factory = staticmethod(progress)
+
+
+class TestMemoryByPhase(ObserverContract):
+    factory = staticmethod(memory_by_phase)
 
 
 class UnscaledReplicated(Replicated):

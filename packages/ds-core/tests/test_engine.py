@@ -362,6 +362,7 @@ def test_a_skipped_step_does_not_move_the_schedule():
     before = engine.sharding.param_groups[0]["lr"]
     engine.backward(engine(*data()))
     assert engine.step() is False
+    assert not engine.was_step_applied
     assert engine.sharding.param_groups[0]["lr"] == before
     assert engine.skipped_steps == 1
 
@@ -406,6 +407,30 @@ def test_low_precision_follows_full_precision(changes, parameters, tolerance):
         engine.train_batch(iter([data(step)]))
     assert {p.dtype for p in engine.module.parameters()} == {parameters}
     assert (weights(engine) - plain_training(5)[0]).abs().max() < tolerance
+
+
+class Nested(Net):
+    """Takes its input inside a list and a dict, and does not cast it."""
+
+    def forward(self, pairs, extra):
+        x, count = pairs
+        assert x.dtype == extra["y"].dtype == torch.float16
+        assert count.dtype == torch.int64
+        return F.mse_loss(self.head(torch.tanh(self.hidden(x))), extra["y"])
+
+
+def test_fp16_casts_inputs_if_asked_to():
+    x, y = data()
+    engine = make(model=Nested(), fp16={"enabled": True, "auto_cast": True})
+    loss = engine([x, torch.tensor(1)], extra={"y": y})
+    with torch.no_grad():
+        engine.eval()
+        assert torch.equal(engine([x, torch.tensor(1)], extra={"y": y}), loss)
+
+
+def test_inputs_are_left_alone_without_fp16():
+    engine = make(fp16={"auto_cast": True})
+    assert engine.precision.inputs is None
 
 
 def test_overflow_halves_the_scale_and_skips_until_it_fits():

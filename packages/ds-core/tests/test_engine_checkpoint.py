@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 
 import ds_core
 from ds_core import comm
+from ds_core.checkpoint import full_state_dict, inspect
 from ds_core.errors import CheckpointError
 from ds_core.testing import flip_byte, run_ranks, truncate
 
@@ -267,3 +268,102 @@ def save_with_rank_state(folder):
 
 def test_every_rank_gets_its_own_random_state_back(tmp_path):
     assert run_ranks(2, save_with_rank_state, str(tmp_path)) == [0, 1]
+
+
+# --- What is loaded and saved of it ---------------------------------------------------------------
+
+
+def saved_after(tmp_path, steps, **changes):
+    engine = make()
+    losses_of(engine, steps)
+    engine.save_checkpoint(tmp_path, client_state={"n": steps}, **changes)
+    return engine
+
+
+def test_only_the_weights_are_loaded_when_asked(tmp_path):
+    first = saved_after(tmp_path, 3)
+    second = make(seed=9)
+    losses_of(second, 2)
+    rate = second.sharding.param_groups[0]["lr"]
+    moments = second.sharding.state_dict()["state"]["exp_avg"]["head.weight"].clone()
+    assert second.load_checkpoint(tmp_path, load_module_only=True) == {"n": 3}
+    same(second.state_dict(), first.state_dict())
+    assert (second.global_step, second.sharding.param_groups[0]["lr"]) == (2, rate)
+    assert torch.equal(second.sharding.state_dict()["state"]["exp_avg"]["head.weight"], moments)
+
+
+def test_the_optimizer_may_keep_its_own_state(tmp_path):
+    saved_after(tmp_path, 3)
+    second = make(seed=9)
+    losses_of(second, 1)
+    moments = second.sharding.state_dict()["state"]["exp_avg"]["head.weight"].clone()
+    second.load_checkpoint(tmp_path, load_optimizer_states=False)
+    assert torch.equal(second.sharding.state_dict()["state"]["exp_avg"]["head.weight"], moments)
+    assert (second.global_step, second.lr_scheduler.state_dict()) == (
+        3,
+        saved_after(tmp_path, 3).lr_scheduler.state_dict(),
+    )
+
+
+def test_the_schedule_may_keep_its_place(tmp_path):
+    saved_after(tmp_path, 3)
+    second = make(seed=9)
+    before = second.lr_scheduler.state_dict()
+    second.load_checkpoint(tmp_path, load_lr_scheduler_states=False)
+    assert (second.global_step, second.lr_scheduler.state_dict()) == (3, before)
+
+
+def test_names_may_differ_when_not_strict(tmp_path):
+    saved_after(tmp_path, 3)
+    other = Net()
+    other.extra = nn.Parameter(torch.ones(2))
+    engine = make(model=other)
+    with pytest.raises(CheckpointError, match=r"lacks: .*model\.extra"):
+        engine.load_checkpoint(tmp_path, load_module_only=True)
+    engine.load_checkpoint(tmp_path, load_module_only=True, load_module_strict=False)
+    assert torch.equal(engine.state_dict()["extra"], torch.ones(2))
+
+
+def test_latest_may_stay_where_it_is(tmp_path):
+    engine = saved_after(tmp_path, 1)
+    losses_of(engine, 1)
+    engine.save_checkpoint(tmp_path, save_latest=False)
+    assert (tmp_path / "step2").is_dir()
+    assert (tmp_path / "latest").read_text().strip() == "step1"
+
+
+def frozen_net(fill):
+    model = Net()
+    model.hidden.requires_grad_(False)
+    with torch.no_grad():
+        model.hidden.weight.fill_(fill)
+    return model
+
+
+def test_frozen_parameters_may_be_left_out(tmp_path):
+    first = make(model=frozen_net(1.0))
+    losses_of(first, 2)
+    path = Path(first.save_checkpoint(tmp_path, exclude_frozen_parameters=True))
+    assert "model.hidden.weight" not in inspect(path).tensors
+    assert inspect(path).frozen == ("hidden.weight", "hidden.bias")
+    second = make(seed=9, model=frozen_net(2.0))
+    second.load_checkpoint(tmp_path)
+    assert torch.equal(second.state_dict()["hidden.weight"], torch.full((8, 3), 2.0))
+    assert torch.equal(second.state_dict()["head.weight"], first.state_dict()["head.weight"])
+    trained = make(model=Net())
+    with pytest.raises(CheckpointError, match="this optimizer"):
+        trained.load_checkpoint(tmp_path)
+
+
+def test_what_tools_need_to_know_is_saved(tmp_path):
+    model = Net()
+    model.again = model.head
+    make(model=model, bf16={"enabled": True}).save_checkpoint(tmp_path)
+    found = inspect(tmp_path)
+    assert found.aliases == {"again.weight": "head.weight", "again.bias": "head.bias"}
+    assert found.bytes_by_kind["buffers"] == 2 * 8 * 4 + 8
+    assert "every rank holds everything; parameters bfloat16, master float32" in found.sharding
+    assert (found.step, found.writer["world_size"]) == (0, 1)
+    whole = full_state_dict(tmp_path)
+    assert torch.equal(whole["again.weight"], whole["head.weight"])
+    assert set(whole) == set(model.state_dict())

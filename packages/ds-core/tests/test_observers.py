@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import ds_core
@@ -29,6 +30,11 @@ CONFIG = {
 def own_process_group():
     yield
     comm.shutdown()
+
+
+MICRO_BATCH = ["forward_begin", "forward", "backward_begin", "backward"]
+#: The events of a step of two micro-batches.
+STEP = ["step_begin", *MICRO_BATCH, *MICRO_BATCH, "update_begin", "reduced", "step_end"]
 
 
 class Net(nn.Module):
@@ -65,10 +71,45 @@ def test_events_come_in_order():
     engine = make(log)
     engine.train_batch(batches())
     engine.close()
-    micro_batch = ["forward", "backward"]
-    assert log.kinds() == [
-        "start", "step_begin", *micro_batch, *micro_batch, "reduced", "step_end", "close",
-    ]  # fmt: skip
+    assert log.kinds() == ["start", *STEP, "close"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_plain_backward_is_an_event_too(dtype):
+    log = Log()
+    engine = make(log, fp16={"enabled": dtype == "fp16", "initial_scale_power": 4})
+    for _ in range(2):
+        x = torch.ones(4, 3, dtype=torch.float16 if dtype == "fp16" else torch.float32)
+        engine(x).backward()
+        engine.step()
+    assert log.kinds() == ["start", *STEP]
+
+
+def gradients_at_the_end_of_a_plain_backward():
+    seen = []
+
+    class Look:
+        def on_event(self, engine, event):
+            if event.kind is EventKind.BACKWARD:
+                seen.append(float(engine.sharding.grad_norm()))
+
+    engine = make(Look(), gradient_accumulation_steps=1)
+    engine(torch.full((4, 3), 1.0 + dist.get_rank())).backward()
+    return seen
+
+
+def test_a_plain_backward_has_ended_when_gradients_are_averaged():
+    first, second = run_ranks(2, gradients_at_the_end_of_a_plain_backward)
+    assert first == second
+    assert len(first) == 1
+
+
+def test_figures_of_ones_own_are_an_event():
+    log = Log()
+    engine = make(log)
+    engine.log({"Eval/loss": 0.5, "kind": torch.tensor(2.0)})
+    assert log.events[-1].kind is EventKind.LOG
+    assert dict(log.events[-1].values) == {"Eval/loss": 0.5, "kind": torch.tensor(2.0)}
 
 
 def test_events_carry_the_figures_of_the_step():
@@ -77,12 +118,13 @@ def test_events_carry_the_figures_of_the_step():
     loss = engine.train_batch(batches())
     start, end = log.events[0], log.events[-1]
     assert start.values["batch"] == "8 = 4 per micro-batch x 2 accumulated x 1 ranks"
-    assert {"ranks", "device", "precision", "sharding"} <= set(start.values)
+    assert {"ranks", "device", "precision", "sharding", "optimizer"} <= set(start.values)
+    assert start.values["trained parameters"] == "4"
     assert float(end.values["loss"]) == pytest.approx(float(loss))
     assert end.values["lr"] == 0.1
     assert end.values["grad_norm"] == engine.grad_norm
     assert end.values["skipped"] is False
-    assert [event.step for event in log.events] == [0] * 6 + [0, 1]
+    assert [event.step for event in log.events] == [0] * len(STEP) + [1]
 
 
 def test_checkpoints_are_events(tmp_path):
@@ -188,7 +230,8 @@ def test_phases_are_timed_if_asked(tmp_path, breakdown):
     phases = {"data_s", "forward_s", "backward_s", "norm_s", "update_s"}
     assert (phases <= set(step)) == breakdown
     if breakdown:
-        assert sum(step[phase] for phase in phases) == pytest.approx(step["step_s"], rel=0.5)
+        total = sum(step[phase] for phase in (*phases, "loss_s", "other_s"))
+        assert total == pytest.approx(step["step_s"], rel=0.5)
 
 
 def write_from_every_rank(path):
@@ -215,9 +258,10 @@ def test_progress_tells_decisions_then_steps(tmp_path):
         engine.train_batch(batches())
     engine.save_checkpoint(tmp_path)
     text = stream.getvalue()
-    assert "batch: 8 = 4 per micro-batch x 2 accumulated x 1 ranks" in text
+    assert re.search("^batch +8 = 4 per micro-batch x 2 accumulated x 1 ranks$", text, re.M)
+    assert re.search("^model state per rank +parameters 16 B, gradients 16 B", text, re.M)
     assert re.findall(r"^step (\d+)  loss \d+\.\d{4}  lr 1\.00e-01", text, re.M) == ["2", "4"]
-    assert re.search(r"\d+ ms/step  [\d.]+ samples/s  0\.0 MiB sent/step", text)
+    assert re.search(r"step 4 .*  [\d.]+ (us|ms|s)/step  [\d.,]+ samples/s$", text, re.M)
     assert f"checkpoint saved: {tmp_path / 'step4'}" in text
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ds_core import optimizers
+from ds_core import optim, optimizers
 from ds_core.errors import ConfigError
 
 
@@ -32,6 +32,9 @@ def refusal(name: str, params: dict | None = None) -> str:
         pytest.param("adagrad", {}, torch.optim.Adagrad, id="adagrad"),
         pytest.param("rmsprop", {}, torch.optim.RMSprop, id="any-of-torch"),
         pytest.param("NAdam", {"lr": 1}, torch.optim.NAdam, id="integer-rate"),
+        pytest.param("lion", {"lr": 1e-4}, optim.Lion, id="lion"),
+        pytest.param("Lamb", {"max_coeff": 5}, optim.Lamb, id="lamb"),
+        pytest.param("SparseAdam", {}, torch.optim.SparseAdam, id="sparse"),
     ],
 )
 def test_type_names_a_class_in_any_case(name, params, cls):
@@ -98,8 +101,8 @@ def test_parameter_groups_keep_their_own_options():
     [
         pytest.param("adamm", {}, "did you mean adam?", id="misspelt-type"),
         pytest.param("OneBitAdam", {}, "pip install ds-comm", id="ds-comm"),
-        pytest.param("Lion", {}, "pip install ds-ops", id="ds-ops"),
-        pytest.param("Muon", {}, "pass it to initialize(optimizer=)", id="muon"),
+        pytest.param("FusedLion", {}, 'use "lion"', id="ds-ops"),
+        pytest.param("MuAdam", {}, "pip install mup", id="mup"),
         pytest.param("LBFGS", {}, "needs a closure", id="closure"),
         pytest.param("sgd", {"momentun": 0.9}, "did you mean momentum?", id="misspelt-param"),
         pytest.param("sgd", {"adam_w_mode": True}, "adam_w_mode: unknown key", id="foreign-switch"),
@@ -123,6 +126,23 @@ def test_all_problems_are_listed():
     found = optimizers.problems("adamw", {"a": 1, "lr": "x", "max_grad_norm": 1})
 
     assert [key for key, _ in found] == ["params.max_grad_norm", "params.a", "params.lr"]
+
+
+def test_muon_is_given_the_names_of_parameters():
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    named = [("hidden", weight), ("embed", torch.nn.Parameter(torch.ones(2, 2)))]
+
+    optimizer = build("Muon", {"momentum": 0.9}, named)
+
+    assert [group["params"] for group in optimizer.param_groups] == [[weight], [named[1][1]]]
+
+
+def test_no_kernel_is_fused_where_gradients_may_be_sparse():
+    choice = SimpleNamespace(type="sgd", params={"lr": 0.1})
+
+    optimizer = optimizers.build(choice, [torch.nn.Parameter(torch.ones(2))], fuse=False)
+
+    assert not optimizer.defaults["fused"]
 
 
 def test_model_without_parameters_is_refused():

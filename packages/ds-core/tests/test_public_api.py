@@ -28,7 +28,14 @@ NAMES = {
         "Dense", "Event", "EventKind", "Implementation", "Observer", "Op", "Runner", "Sequential",
         "Sharding", "ShardingFactory", "Transport",
     ],
-    "ds_core.observers": ["JsonLines", "Progress", "Throughput"],
+    "ds_core.observers": [
+        "Comet", "CsvFiles", "JsonLines", "MemoryByPhase", "Metrics", "NvtxRanges", "Progress",
+        "Record", "Sink", "TensorBoard", "Throughput", "Wandb", "standard_observers",
+    ],
+    "ds_core.tracing": [
+        "Overlap", "RankTrace", "Recorder", "Slice", "Trace", "load_folder", "merge", "overlap_of",
+        "record",
+    ],
     "ds_core.ops": ["available", "catalog", "run", "select"],
     "ds_core.testing": [
         "Died", "Hung", "ObserverContract", "OpContract", "Raised", "RankFailure", "RankPool",

@@ -12,7 +12,7 @@ from torch import nn
 import ds_core
 from ds_core import comm, plugins
 from ds_core.errors import ConfigError, DsError
-from ds_core.observers import JsonLines, Progress
+from ds_core.observers import JsonLines, Metrics, Progress
 from ds_core.replicated import Replicated
 from ds_core.seams import Dense, Event, EventKind, Observer, Runner, Sequential, Sharding, Transport
 from ds_core.seams.runner import loss_of
@@ -28,7 +28,7 @@ def test_the_defaults_satisfy_their_protocols(tmp_path):
     assert isinstance(Sequential(), Runner)
     assert isinstance(Dense(), Transport)
     assert isinstance(Progress(), Observer)
-    assert isinstance(JsonLines(tmp_path / "m.jsonl"), Observer)
+    assert isinstance(Metrics([JsonLines(tmp_path / "m.jsonl")]), Observer)
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     assert isinstance(Replicated(model, optimizer, mesh=comm.Mesh.world()), Sharding)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ds_core.tuning.search import Run, Search, best_point
+from ds_core.tuning.search import Search, best_point
 from ds_core.tuning.surrogate import Surrogate, knob_features
 
 SHARE = 32  # samples of one rank per step

@@ -97,7 +97,6 @@ def test_leaf_modules_may_be_one_string():
         ("offload_param", {"device": "nvme", "nvme_path": "/tmp"}),
         ("load_from_fp32_weights", False),
         ("ignore_unused_parameters", False),
-        ("enable_sanity_checks", True),
         ("save_muon_momentum_buffer_in_memory", True),
         ("cpu_offload", True),
         ("cpu_offload_param", True),

@@ -16,6 +16,10 @@ from ds_core.errors import DsError
 class Accelerator:
     """A kind of device and what it can do; no device is touched until it is asked for.
 
+    A thin layer over `torch.accelerator` in which a CPU is a device like any other. A package that
+    brings a kind of device which torch's generic functions do not serve derives from it and
+    overrides what differs.
+
     Attributes:
         kind: torch's device type, such as "cuda", "xpu" or "cpu".
     """
@@ -44,6 +48,76 @@ class Accelerator:
     def peak_memory(self) -> int:
         """Largest `memory_allocated` so far, in bytes; 0 on a CPU."""
         return 0 if self.kind == "cpu" else int(torch.accelerator.max_memory_allocated())
+
+    def reset_peak_memory(self) -> None:
+        """Begin `peak_memory` anew from what is held now."""
+        if self.kind != "cpu":
+            torch.accelerator.reset_peak_memory_stats()
+
+    def free_memory(self) -> tuple[int, int] | None:
+        """Free and total bytes of the device as its driver counts them; None on a CPU."""
+        if self.kind == "cpu":
+            return None
+        free, total = torch.accelerator.get_memory_info()
+        return int(free), int(total)
+
+    def empty_cache(self) -> None:
+        """Give memory that torch's allocator keeps, but nobody uses, back to the device."""
+        if self.kind != "cpu":
+            torch.accelerator.empty_cache()
+
+    def name(self, index: int = 0) -> str:
+        """What the maker calls a device, such as "NVIDIA H100 80GB HBM3"."""
+        named = getattr(self._module(), "get_device_name", None)
+        return str(named(index)) if named is not None else f"{self.kind}:{index}"
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether work is queued on streams and ordered by events, so that it can overlap."""
+        return self.kind != "cpu"
+
+    def stream(self) -> torch.Stream | None:
+        """A new stream of the current device; None on a CPU, where work is done when it is asked
+        for."""
+        return torch.Stream(self.device()) if self.has_streams else None
+
+    def event(self, *, timed: bool = False) -> torch.Event | None:
+        """An event to record on a stream and wait for; None on a CPU. `timed`: it tells times."""
+        return torch.Event(self.kind, enable_timing=timed) if self.has_streams else None
+
+    def rng_state(self) -> torch.Tensor:
+        """State of the generator of random numbers, `[n]` bytes on the CPU."""
+        return torch.get_rng_state() if self.kind == "cpu" else self._module().get_rng_state().cpu()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        """Go on from a state that `rng_state` returned."""
+        if self.kind == "cpu":
+            torch.set_rng_state(state)
+        else:
+            self._module().set_rng_state(state)
+
+    def pin_memory(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in page-locked host memory, which the device copies from without waiting.
+
+        On a CPU the tensor itself. tensor: on the CPU, any shape and dtype.
+        """
+        return tensor if self.kind == "cpu" else tensor.pin_memory()
+
+    @property
+    def backend(self) -> str:
+        """The backend of torch.distributed for tensors on the device: "nccl", "xccl", "gloo"."""
+        return str(torch.distributed.get_default_backend_for_device(self.kind))
+
+    @property
+    def visible_devices_variable(self) -> str | None:
+        """The environment variable that chooses which devices a process sees; None for a CPU."""
+        from ds_core.launcher.devices import VISIBLE_VARIABLES
+
+        return VISIBLE_VARIABLES.get(self.kind)
+
+    def _module(self) -> Any:
+        """torch's module of this kind of device, such as `torch.cuda`."""
+        return torch.get_device_module(self.kind)
 
     def supports(self, dtype: torch.dtype) -> bool:
         """Whether a matrix product in `dtype` runs on the device at all."""

@@ -13,9 +13,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Dataset
 
-from ds_core import accelerator, comm, lr_schedules, optimizers, plugins
+from ds_core import accelerator, comm, logs, lr_schedules, optimizers, plugins
 from ds_core import config as configuration
-from ds_core import logs
 from ds_core.accelerator import Accelerator
 from ds_core.alone import Alone
 from ds_core.cast_gradients import CastGradients

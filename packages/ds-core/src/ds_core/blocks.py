@@ -10,9 +10,7 @@ from torch import nn
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
-def repeated_stacks(
-    module: nn.Module, leaves: Sequence[nn.Module] = ()
-) -> list[list[nn.Module]]:
+def repeated_stacks(module: nn.Module, leaves: Sequence[nn.Module] = ()) -> list[list[nn.Module]]:
     """The outermost repeated stacks below `module`, each as its list of blocks.
 
     A stack is a ModuleList, Sequential or ModuleDict two of whose children are of one class.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib.metadata import distributions
 from typing import TYPE_CHECKING, Any
 
@@ -49,9 +50,7 @@ def decisions(
         "batch": f"{config.train_batch_size} = {config.train_micro_batch_size_per_gpu} per "
         f"micro-batch x {config.gradient_accumulation_steps} accumulated x {data_ranks} ranks",
         "trained parameters": f"{parameters:,}",
-        "model state per rank": ", ".join(
-            f"{kind} {told_bytes(size)}" for kind, size in sharding.memory().items() if size
-        ),
+        "model state per rank": _held(sharding.memory()),
         "optimizer": _optimizer(optimizer),
         "gradient clipping": f"to norm {config.gradient_clipping:g}"
         if config.gradient_clipping
@@ -59,6 +58,13 @@ def decisions(
         "learning rate": _rate(optimizer, scheduler),
         "packages": _packages(),
     }
+
+
+def _held(memory: Mapping[str, int]) -> str:
+    told = [f"{kind} {told_bytes(size)}" for kind, size in memory.items() if size]
+    if memory.get("optimizer") == 0:
+        told.append("optimizer state from the first step on")
+    return ", ".join(told)
 
 
 def _device(device: torch.device) -> str:

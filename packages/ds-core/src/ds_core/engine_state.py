@@ -77,7 +77,8 @@ def load(
         parts = {"model", "client", "engine", "lr_scheduler", "rng", "data"}
     loaded = checkpoint.load(path, state=state, parts=parts, strict=strict)
     # Loading its own state makes a sharding publish what was written into it.
-    published = {"state": loaded["optimizer"], "groups": loaded["groups"]}
+    groups = in_own_order(loaded["groups"], state["groups"])
+    published = {"state": loaded["optimizer"], "groups": groups}
     engine.sharding.load_state_dict(published if with_optimizer else engine.sharding.state_dict())
     if not only_model:
         _restore(engine, loaded, with_scheduler=lr_scheduler)
@@ -177,6 +178,18 @@ def known_to(checkpoint: Path, optimizer_state: _State) -> _State:
         key: {name: value for name, value in values.items() if name in saved}
         for key, values in optimizer_state.items()
     }
+
+
+def in_own_order(
+    saved: list[dict[str, Any]], own: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The saved groups in the order of this optimizer's, by the names of their parameters.
+
+    As they are if the parameters are grouped otherwise.
+    """
+    by_names = {tuple(sorted(group.get("names", ()))): group for group in saved}
+    wanted = [tuple(sorted(group.get("names", ()))) for group in own]
+    return [by_names[names] for names in wanted] if by_names.keys() == set(wanted) else saved
 
 
 def without_excluded(checkpoint: Path, model_state: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,10 @@ class CheckpointError(DsError, RuntimeError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 
 
+class DataError(DsError, RuntimeError):
+    """Training data, or what was measured of them, are missing, damaged, or do not fit a run."""
+
+
 class LaunchError(DsError, RuntimeError):
     """A job could not be started."""
 

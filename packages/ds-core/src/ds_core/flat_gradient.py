@@ -32,9 +32,7 @@ class FlatGradient:
         make = torch.empty if transient else torch.zeros
         self.flat = make(layout.numel, dtype=dtype, device=device)
         # Made once: slicing anew costs more than writing a small gradient.
-        self.views = [
-            self.flat[slot.offset : slot.end].view(slot.shape) for slot in layout.slots
-        ]
+        self.views = [self.flat[slot.offset : slot.end].view(slot.shape) for slot in layout.slots]
         self._gaps = [self.flat[start:stop] for start, stop in layout.gaps()]
         self._bytes = self.flat.untyped_storage().size()
         self.used = [False] * len(self.views)

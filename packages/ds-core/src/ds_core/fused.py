@@ -33,7 +33,8 @@ def prefer_fused(optimizer: Optimizer) -> None:
         return
     for group in (optimizer.defaults, *optimizer.param_groups):
         group["fused"] = True
-    optimizer._step_supports_amp_scaling = True
+    told: Any = optimizer
+    told._step_supports_amp_scaling = True
 
 
 def fuses_scale(optimizer: Optimizer) -> bool:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 
 
-class _ToStandardError(logging.StreamHandler):  # type: ignore[type-arg]
+class _ToStandardError(logging.StreamHandler):
     """One for all engines of a process; follows whatever `sys.stderr` is at the time."""
 
     def __init__(self) -> None:

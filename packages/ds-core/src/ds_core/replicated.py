@@ -72,9 +72,7 @@ class _Bucket:
     def start_reduce(self) -> comm.Pending:
         if self._reduced:
             self._reopen()
-        return self._wire.all_reduce(
-            self._gradient.complete(), self.group, caller=self.names[0]
-        )
+        return self._wire.all_reduce(self._gradient.complete(), self.group, caller=self.names[0])
 
     def finish_reduce(self) -> None:
         self._reduced = True

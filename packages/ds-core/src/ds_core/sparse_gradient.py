@@ -111,9 +111,7 @@ class SparseGradient:
         self._finish = lambda: self._add(rows, most, all_where, all_values)
         return pending
 
-    def _add(
-        self, rows: list[int], most: int, where: torch.Tensor, values: torch.Tensor
-    ) -> None:
+    def _add(self, rows: list[int], most: int, where: torch.Tensor, values: torch.Tensor) -> None:
         kept = [slice(rank * most, rank * most + count) for rank, count in enumerate(rows)]
         total = torch.sparse_coo_tensor(
             torch.cat([where[part] for part in kept]).unsqueeze(0),

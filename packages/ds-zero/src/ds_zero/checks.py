@@ -18,13 +18,13 @@ OWNER = "_ds_zero_owner"
 
 # These compute an update from a whole matrix or from all parameters at once, not element by
 # element, so they would be wrong on a flat shard.
-_NOT_ELEMENTWISE = ("LBFGS", "Adafactor", "Muon", "SparseAdam", "Shampoo", "SOAP", "LAMB", "Lamb")
+NOT_ELEMENTWISE = ("LBFGS", "Adafactor", "Muon", "SparseAdam", "Shampoo", "SOAP", "LAMB", "Lamb")
 
 
 def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
     """Raise ShardError unless `optimizer` can step on flat shards, and has not stepped yet."""
     name = type(optimizer).__name__
-    if name in _NOT_ELEMENTWISE:
+    if name in NOT_ELEMENTWISE:
         raise ShardError(
             f"optimizer: {name} computes its update from whole matrices, and ZeRO hands it flat "
             f"shards; use an elementwise one (Adam, AdamW, SGD, Adagrad, RMSprop, ...)"

@@ -222,7 +222,9 @@ class ZeroSection(Section):
         description="Makes no difference: a unit is gathered in place, without copies.",
     )
     stage3_gather_16bit_weights_on_model_save: Annotated[bool, Auto()] = Field(
-        default=False, description="Makes no difference: state_dict() always holds full weights."
+        default=False,
+        description="Makes no difference: state_dict() and engine.save_model() always give full "
+        "weights.",
     )
     sub_group_size: Annotated[int, Auto()] = Field(
         default=1_000_000_000,
@@ -247,9 +249,9 @@ class ZeroSection(Section):
     pipeline_loading_checkpoint: bool = Field(
         default=False, description="Makes no difference: every rank reads only its own part."
     )
-    enable_sanity_checks: Annotated[
-        bool, Only(False, because=f"{_LATER}; what can go wrong is checked always")
-    ] = Field(default=False, description="Only false: checks are always on.")
+    enable_sanity_checks: bool = Field(
+        default=False, description="Makes no difference: what can go wrong is checked always."
+    )
 
     # Checkpoints
     load_from_fp32_weights: Annotated[

@@ -16,7 +16,7 @@ from ds_core.gradients import GradientReducer, vector_norm
 from ds_core.optimizer_state import allocate_state, load_groups
 from ds_core.precision import Precision
 from ds_core.seams import Transport
-from ds_zero import checks, fused, state
+from ds_zero import checks, inner_step, state
 from ds_zero.checks import OWNER
 from ds_zero.gather import GatherRuntime
 from ds_zero.plan import Selector, UnitSpec, plan_units
@@ -99,7 +99,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for unit in self._trainable:
             for piece in unit.optimizer_pieces:
                 pieces[piece.group_index].append(piece.weights)
-        initial = fused.initial_state(self._inner, self._trainable)
+        initial = inner_step.initial_state(self._inner, self._trainable)
         for group, params in zip(self._inner.param_groups, pieces, strict=True):
             group["params"] = params
         self._inner.state.clear()
@@ -193,7 +193,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         pass that reads the gradients anyway. Collective.
         """
         norm = self.grad_norm()
-        self._pending_scale = float(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        # NaN stays NaN, as torch's own clipping has it.
+        ratio = max_norm / (float(norm) + 1e-6)
+        self._pending_scale = 1.0 if ratio > 1.0 else ratio
         return norm
 
     @torch.no_grad()
@@ -225,7 +227,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self._agreed is None:
             self._agreed = _agree(self._trainable, with_norm=False)
         used = self._agreed.used
-        step = fused.InnerStep(self._inner, grad_scale)
+        step = inner_step.InnerStep(self._inner, grad_scale)
         pending = []
         for unit in self._trainable:
             step.run(unit, used[unit.index])

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from ds_core.config import Section
+from ds_core.errors import PlanError
 from ds_core.flat import FlatLayout
 from ds_core.planning import Costs, Message, SectionChange, Workload
 from ds_core.planning.costs import Kind, Phase
+from ds_zero.checks import NOT_ELEMENTWISE
 from ds_zero.config import ZeroSection
 from ds_zero.plan import ParamSpec, UnitSpec, plan_units
 from ds_zero.sharding import leaf_selectors
@@ -61,6 +63,12 @@ class ZeroPlanner:
         """What one rank holds and sends; None at stage 0."""
         if not isinstance(section, ZeroSection) or section.stage == 0:
             return None
+        if workload.optimizer.class_name in NOT_ELEMENTWISE:
+            raise PlanError(
+                f"optimizer.type: {workload.optimizer.name} computes its update from whole "
+                f"matrices, and ZeRO hands it flat shards; use an elementwise one such as AdamW, "
+                f"or zero_optimization.stage 0"
+            )
         units = _plan(section, workload)
         memory = _memory(units, workload)
         trained = sum(unit.own for unit in units if unit.spec.trainable)
@@ -162,7 +170,8 @@ def _messages(stage: int, units: list[_UnitPlan], work: Workload) -> Iterator[Me
     for unit in trained:
         times = passes if reduces_each else 1
         phase: Phase = "backward" if reduces_each else "last backward"
-        yield _message("reduce_scatter", unit, "gradients", phase, times, ranks)
+        wire = work.wire or unit.dtype
+        yield _message("reduce_scatter", unit, "gradients", phase, times, ranks, wire)
         if unit.stage < 3:
             yield _message("all_gather", unit, "parameters", "update", 1, ranks)
     if stage == 3:
@@ -191,9 +200,15 @@ def _gathers(units: list[_UnitPlan], passes: int, ranks: int) -> Iterator[Messag
 
 
 def _message(
-    op: str, unit: _UnitPlan, kind: Kind, phase: Phase, times: int, ranks: int
+    op: str,
+    unit: _UnitPlan,
+    kind: Kind,
+    phase: Phase,
+    times: int,
+    ranks: int,
+    dtype: torch.dtype | None = None,
 ) -> Message:
-    sent = times * (ranks - 1) * unit.own * unit.dtype.itemsize
+    sent = times * (ranks - 1) * unit.own * (dtype or unit.dtype).itemsize
     return Message(
         op,
         unit.spec.name,

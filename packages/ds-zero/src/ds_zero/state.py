@@ -10,7 +10,7 @@ from torch import nn
 from ds_core import comm
 from ds_core.flat import Piece
 from ds_zero.errors import ShardError
-from ds_zero.fused import split_by_parameter
+from ds_zero.inner_step import split_by_parameter
 from ds_zero.unit import OptimizerPiece, Unit
 
 if TYPE_CHECKING:

@@ -193,9 +193,7 @@ class Unit:
 
     def _allocate_gradients(self) -> None:
         device = self.full.device
-        self.twin = FlatGradient(
-            self.layout, self.dtype, device, transient=not self._grad_in_twin
-        )
+        self.twin = FlatGradient(self.layout, self.dtype, device, transient=not self._grad_in_twin)
         if self._grad_in_twin:
             self.grad = self._own(self.twin.flat)
         else:

@@ -206,8 +206,6 @@ def _compare(found: Foreign, model: torch.nn.Module) -> None:
 
 
 def _check(folder: Path, found: Foreign, *, strict: bool) -> None:
-    if not any(tensor.path[0] == "model" for tensor in found.state.tensors.values()):
-        raise CheckpointError(f"{folder} ({found.kind}) holds no weights")
     problems = [f"missing: {text}" for text in sorted(found.missing)]
     problems += [f"unexpected: {text}" for text in sorted(found.unexpected)]
     if problems and strict:
@@ -218,3 +216,5 @@ def _check(folder: Path, found: Foreign, *, strict: bool) -> None:
             "apart with --alias, leave optimizer states out with --weights-only, or import what "
             "there is with --no-strict"
         )
+    if not any(tensor.path[0] == "model" for tensor in found.state.tensors.values()):
+        raise CheckpointError(f"{folder} ({found.kind}) holds no weights")

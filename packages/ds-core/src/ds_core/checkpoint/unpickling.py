@@ -62,7 +62,7 @@ def load_torch_file(
     Tensors of a file on disk are mapped into memory, not read, until they are used.
 
     Args:
-        file: its path, or an open file.
+        file: its path, or a buffer that is it from its beginning.
         allow: what else may be in it: names such as "package.module.Class" and what stands for
             each, a `Record` or a plain type.
         drop_objects: whether other objects become `Dropped` ones rather than an error.
@@ -105,20 +105,18 @@ def refusal(what: str, names: list[str]) -> CheckpointError:
 def _names_in(file: str | Path | BinaryIO, what: str) -> list[str]:
     """The names that a file asks for and that torch does not know as harmless."""
     if not isinstance(file, str | Path):
-        position = file.tell()
-        is_zip = zipfile.is_zipfile(file)
-        file.seek(position)
-    else:
-        is_zip = zipfile.is_zipfile(file)
-    if not is_zip:
-        return []
+        file.seek(0)
     try:
+        if not zipfile.is_zipfile(file):
+            return []
+        if not isinstance(file, str | Path):
+            file.seek(0)
         return list(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    except (RuntimeError, pickle.UnpicklingError, ValueError) as error:
+    except (RuntimeError, pickle.UnpicklingError, ValueError, OSError) as error:
         raise CheckpointError(f"{what} cannot be read, it is damaged: {error}") from error
     finally:
         if not isinstance(file, str | Path):
-            file.seek(position)
+            file.seek(0)
 
 
 _METADATA_CLASSES = {

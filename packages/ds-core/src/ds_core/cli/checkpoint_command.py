@@ -74,8 +74,8 @@ def checkpoint_verify(path: Source, tag: Tag = None) -> None:
     if all is well, 1 if anything is damaged (all of it is named), 2 if there is no checkpoint.
     """
     from ds_core.checkpoint import find, verify
-    from ds_core.cli.tables import size
     from ds_core.errors import CheckpointError
+    from ds_core.observers.units import told_bytes
 
     folder = find(path, tag)
     try:
@@ -85,7 +85,7 @@ def checkpoint_verify(path: Source, tag: Tag = None) -> None:
         raise typer.Exit(1) from error
     typer.echo(
         f"{found.path} is whole: {found.num_tensors} tensors, each stored once, in "
-        f"{found.num_files} files; {size(found.num_bytes)} match their checksums"
+        f"{found.num_files} files; {told_bytes(found.num_bytes)} match their checksums"
     )
 
 
@@ -133,7 +133,7 @@ def checkpoint_export(
     """
     from ds_core.checkpoint import export_dcp, export_safetensors
     from ds_core.cli.checkpoint_tables import bytes_of, torch_dtype
-    from ds_core.cli.tables import size
+    from ds_core.observers.units import told_bytes
 
     wanted = torch_dtype(dtype) if dtype else None
     if format is ExportFormat.dcp:
@@ -159,7 +159,9 @@ def checkpoint_export(
             overwrite=overwrite,
         )
     files = f"{len(done.files)} files" if len(done.files) != 1 else done.files[0]
-    typer.echo(f"wrote {done.num_tensors} tensors, {size(done.num_bytes)}, to {out} ({files})")
+    typer.echo(
+        f"wrote {done.num_tensors} tensors, {told_bytes(done.num_bytes)}, to {out} ({files})"
+    )
 
 
 def checkpoint_import(

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ds_core.cli.tables import size, table
+from ds_core.cli.tables import table
 from ds_core.errors import CheckpointError
+from ds_core.observers.units import told_bytes
 
 if TYPE_CHECKING:
     from ds_core.checkpoint import ImportReport, Inspection
@@ -36,7 +37,7 @@ def inspection_table(found: Inspection, *, every: bool) -> str:
     """What `ds checkpoint inspect` prints."""
     writer = found.writer
     saved_by = [
-        f"{writer['world_size']} ranks" if "world_size" in writer else "",
+        _counted(writer["world_size"], "rank") if "world_size" in writer else "",
         f"ds-core {writer['ds_core']}" if "ds_core" in writer else "",
         f"torch {writer['torch']}" if "torch" in writer else "",
         str(writer.get("saved_at", "")),
@@ -48,7 +49,7 @@ def inspection_table(found: Inspection, *, every: bool) -> str:
         "step": "not saved by an engine" if found.step is None else found.step,
         "saved by": ", ".join(filter(None, saved_by)) or "not recorded",
         "state": found.sharding or "not recorded",
-        "size": f"{size(total)} in {len(found.tensors)} tensors and {len(found.files)} files",
+        "size": f"{told_bytes(total)} in {len(found.tensors)} tensors and {len(found.files)} files",
     }
     if found.aliases:
         facts["tied"] = ", ".join(f"{alias} = {name}" for alias, name in found.aliases.items())
@@ -71,7 +72,7 @@ def _kinds(found: Inspection) -> Iterable[tuple[object, ...]]:
     for kind, num_bytes in found.bytes_by_kind.items():
         members = [facts for facts in found.tensors.values() if facts.kind == kind]
         dtypes = ", ".join(sorted({facts.dtype for facts in members}))
-        yield kind, size(num_bytes), f"{len(members)} tensors", dtypes
+        yield kind, told_bytes(num_bytes), _counted(len(members), "tensor"), dtypes
 
 
 def _tensors(found: Inspection, *, every: bool) -> str:
@@ -86,7 +87,7 @@ def _tensors(found: Inspection, *, every: bool) -> str:
             facts.name,
             "x".join(map(str, facts.shape)) or "scalar",
             facts.dtype,
-            size(facts.num_bytes),
+            told_bytes(facts.num_bytes),
             facts.num_boxes,
             len(facts.files),
         )
@@ -98,6 +99,10 @@ def _tensors(found: Inspection, *, every: bool) -> str:
     rest = len(found.tensors) - len(rows)
     more = f"and {rest} more: --tensors lists them\n" if rest else ""
     return table("Tensors", rows, header=header) + more
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _settings(group: Any) -> str:
@@ -116,7 +121,7 @@ def import_table(report: ImportReport) -> str:
         "written": f"{report.path}: {report.num_tensors} tensors, each of them once",
     }
     parts = [table("Import", facts.items())]
-    parts.append(table("Sizes", [(kind, size(n)) for kind, n in report.num_bytes.items()]))
+    parts.append(table("Sizes", [(kind, told_bytes(n)) for kind, n in report.num_bytes.items()]))
     for title, rows in (
         ("Tied weights, stored once", list(report.aliases.items())),
         ("Missing", [(text,) for text in report.missing]),

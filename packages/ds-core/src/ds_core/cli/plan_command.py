@@ -98,9 +98,7 @@ def plan(
         loaded = config.load(file, world_size=max(1, cluster.size))
         micro = loaded.train_micro_batch_size_per_gpu
         source = model_from(model or "", micro, precision_on(loaded, device))
-    options = PlanOptions(
-        sequence_length=sequence_length, recompute=recompute, mfu=mfu, rank=rank
-    )
+    options = PlanOptions(sequence_length=sequence_length, recompute=recompute, mfu=mfu, rank=rank)
     made = make_plan(file, source, cluster, options)
     fixes = remedies(file, made)
     typer.echo(as_json(made, fixes) if json else render(made, fixes), nl=json)

@@ -14,7 +14,10 @@ def add_to(app: typer.Typer) -> None:
 def report(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Show this machine, torch, the packages of the suite and what they provide."""
+    """Show this machine, torch, what is installed and works, what is missing, and what hurts.
+
+    Paste it into a bug report: secrets in the environment are left out.
+    """
     from ds_core.cli.reporting import collect, render
 
     findings = collect()

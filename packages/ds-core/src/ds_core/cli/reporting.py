@@ -1,35 +1,42 @@
-"""What `ds report` finds: the machine, torch, the suite's packages, and who provides what."""
+"""What `ds report` finds: versions, devices, packages, ops, and what hurts."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
-from typing import get_args
 
 import torch
 import torch.distributed as dist
 
-from ds_core import plugins
+from ds_core import _env
+from ds_core.cli.installed import (
+    SUITE,
+    Installable,
+    OpRow,
+    Provided,
+    installable,
+    op_rows,
+    provided,
+    version_of,
+)
+from ds_core.cli.machine import Machine, examine
+from ds_core.cli.report_warnings import warnings_of
 from ds_core.cli.tables import table
-from ds_core.launcher.plan import num_cores
+from ds_core.observers.units import told_bytes
 
-#: The packages of the suite and what each is for.
-SUITE: Mapping[str, str] = {
-    "ds-core": "engine, config, collectives, checkpoints, launcher",
-    "ds-zero": "ZeRO 1-3, offload to CPU and NVMe",
-    "ds-ops": "fast kernels and optimizers, asynchronous file I/O",
-    "ds-comm": "compressed optimizers and collectives",
-    "ds-pipe": "pipeline, tensor and sequence parallelism",
-    "ds-moe": "mixture of experts",
-    "ds-inference": "serving and generation",
-    "ds-compress": "quantization, pruning, distillation",
-}
+#: Distributions beside the suite's whose version explains how a job behaves.
+_OTHERS = ("triton", "numpy", "pydantic", "transformers", "flash-attn", "deepspeed")
+#: Beginnings of the environment variables that change what a job does.
+_PREFIXES = (
+    "CUDA_", "NVIDIA_", "HIP_", "ROCR_", "ZE_", "NCCL_", "TORCH_", "PYTORCH_", "GLOO_", "OMP_",
+    "MKL_", "KMP_", "TRITON_", "DS_", "SLURM_JOB", "SLURM_NTASKS", "MASTER_",
+)  # fmt: skip
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LD_PRELOAD", "LD_LIBRARY_PATH")
+_SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
 
 @dataclass(frozen=True)
@@ -37,20 +44,28 @@ class Findings:
     """Everything that the report shows, as plain data.
 
     Attributes:
-        system: facts of the machine and the interpreter by name.
-        device: kind of accelerator ("cpu" without one) and the name of each device.
+        versions: of the interpreter, torch and what it is built with.
+        machine: processor, memory, limits, devices.
         backends: torch.distributed backends and whether this build of torch has them.
         installed: versions of the suite's packages that are installed.
-        available: what the packages that are not installed are for.
-        provided: per seam, the registered names and where each comes from.
+        others: versions of other packages that matter.
+        provided: what packages register on each seam, and what of it is broken.
+        ops: every implementation of every op here.
+        installable: what could be installed.
+        environment: the variables of effect that are set.
+        warnings: what hurts.
     """
 
-    system: dict[str, str]
-    device: dict[str, str | list[str]]
+    versions: dict[str, str]
+    machine: Machine
     backends: dict[str, bool]
     installed: dict[str, str]
-    available: dict[str, str]
-    provided: dict[str, dict[str, str]]
+    others: dict[str, str]
+    provided: list[Provided]
+    ops: list[OpRow]
+    installable: list[Installable]
+    environment: dict[str, str]
+    warnings: list[str]
 
     def as_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -58,67 +73,120 @@ class Findings:
 
 def collect() -> Findings:
     """Look at this process's environment. Starts nothing and allocates on no device."""
-    installed = {name: version for name in SUITE if (version := _version(name)) is not None}
+    machine, rows, ops, environment = examine(), provided(), op_rows(), _environment(_env.whole())
     return Findings(
-        system=_system(),
-        device=_device(),
+        versions=_versions(),
+        machine=machine,
         backends=_backends(),
-        installed=installed,
-        available={name: what for name, what in SUITE.items() if name not in installed},
-        provided={seam: _entries(seam) for seam in get_args(plugins.Seam)},
+        installed=_installed(SUITE),
+        others=_installed(dict.fromkeys(_OTHERS, "")),
+        provided=rows,
+        ops=ops,
+        installable=installable(),
+        environment=environment,
+        warnings=warnings_of(machine, rows, ops, environment),
     )
 
 
 def render(findings: Findings) -> str:
     """The findings as text for a terminal or an issue."""
-    kind, names = findings.device["kind"], findings.device["names"]
-    device = str(kind) if not names else f"{kind}: {', '.join(names)}"
-    backends = ", ".join(name for name, has in findings.backends.items() if has) or "none"
-    machine = {**findings.system, "devices": device, "distributed": backends}
-    provided = [
-        (seam, name, origin)
-        for seam, entries in findings.provided.items()
-        for name, origin in entries.items()
-    ]
-    parts = [table("System", machine.items()), table("Packages", findings.installed.items())]
-    if provided:
-        parts.append(table("Provided by packages", provided))
-    if findings.available:
-        parts.append(table("Not installed", findings.available.items()))
-    return "\n".join(parts)
+    parts = [table("Versions", findings.versions.items())]
+    parts.append(table("Machine", _machine_rows(findings).items()))
+    parts.append(table("Packages", [*findings.installed.items(), *findings.others.items()]))
+    parts.append(
+        table(
+            "Provided by packages",
+            [
+                (f"{row.seam}: {row.name}", row.package, "broken" if row.problem else "")
+                for row in findings.provided
+            ],
+        )
+    )
+    parts.append(table("Ops", _op_rows(findings.ops)))
+    if findings.installable:
+        rows = [(row.name, row.purpose, row.command) for row in findings.installable]
+        parts.append(table("Could be installed", rows))
+    if findings.environment:
+        parts.append(table("Environment", findings.environment.items()))
+    if findings.warnings:
+        parts.append(table("Warnings", [("!", text) for text in findings.warnings]))
+    return "\n".join(part for part in parts if part)
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _system() -> dict[str, str]:
+def _versions() -> dict[str, str]:
     built_for = {
         "CUDA": torch.version.cuda,
         "ROCm": torch.version.hip,
         "XPU": torch.version.xpu,
     }
     toolkit = ", ".join(f"{name} {version}" for name, version in built_for.items() if version)
-    return {
+    versions = {
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": platform.platform(),
-        "cores": f"{num_cores()} usable of {os.cpu_count()}",
         "torch": f"{torch.__version__} (built for {toolkit or 'CPU'})",
     }
+    if dist.is_available() and dist.is_nccl_available():
+        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    if torch.backends.cudnn.is_available():
+        versions["cudnn"] = str(torch.backends.cudnn.version())
+    return versions
 
 
-def _device() -> dict[str, str | list[str]]:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        return {"kind": "cpu", "names": []}
-    module = torch.get_device_module(accelerator)
-    count = torch.accelerator.device_count()
-    named = getattr(module, "get_device_name", None)
-    names = [named(index) if named else f"{accelerator.type}:{index}" for index in range(count)]
-    return {"kind": accelerator.type, "names": names}
+def _machine_rows(findings: Findings) -> dict[str, str]:
+    machine = findings.machine
+    backends = ", ".join(name for name, has in findings.backends.items() if has) or "none"
+    numa = f", {machine.numa_nodes} NUMA nodes" if (machine.numa_nodes or 1) > 1 else ""
+    locked = machine.locked_bytes
+    rows = {
+        "processor": machine.processor,
+        "cores": f"{machine.cores} usable of {machine.all_cores}{numa}",
+        "instructions": f"{' '.join(machine.isa) or 'unknown'}; torch uses {machine.kernels}",
+        "memory": f"{_told(machine.memory_bytes)}, {_told(machine.available_bytes)} available",
+        "/dev/shm": _told(machine.shm_bytes),
+        "limits": (
+            f"lock {'any' if locked == -1 else _told(locked)} memory, "
+            f"open {'any' if machine.open_files == -1 else machine.open_files} files"
+        ),
+        "devices": machine.device_kind if not machine.devices else "",
+        "distributed": backends,
+    }
+    for device in machine.devices:
+        told = [device.name, _told(device.total_bytes), device.architecture or ""]
+        rows[f"{machine.device_kind}:{device.index}"] = ", ".join(filter(None, told))
+    return {name: text for name, text in rows.items() if text}
+
+
+def _told(num_bytes: int | None) -> str:
+    return "unknown" if num_bytes is None else told_bytes(num_bytes)
+
+
+def _op_rows(ops: list[OpRow]) -> list[tuple[str, str, str]]:
+    """One row per op and implementation: for which dtypes it runs, or why it does not."""
+    dtypes: dict[tuple[str, str], list[str]] = {}
+    problems: dict[tuple[str, str], list[str]] = {}
+    for row in ops:
+        key = (row.op, row.implementation)
+        held = problems if row.problem else dtypes
+        held.setdefault(key, []).append(row.problem or row.dtype)
+    rows = []
+    for op, name in dict.fromkeys((row.op, row.implementation) for row in ops):
+        runs = ", ".join(dtypes.get((op, name), []))
+        why = "; ".join(dict.fromkeys(problems.get((op, name), [])))
+        rows.append((op, name, "; ".join(filter(None, (runs, why)))))
+    return rows
+
+
+def _installed(names: Mapping[str, str]) -> dict[str, str]:
+    return {name: version for name in names if (version := version_of(name)) is not None}
+
+
+def _environment(variables: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in sorted(variables.items())
+        if (name.startswith(_PREFIXES) or name in _NAMES)
+        and not any(word in name for word in _SECRET)
+    }
 
 
 def _backends() -> dict[str, bool]:
@@ -130,11 +198,4 @@ def _backends() -> dict[str, bool]:
         "mpi": dist.is_mpi_available(),
         "ucc": dist.is_ucc_available(),
         "xccl": dist.is_xccl_available(),
-    }
-
-
-def _entries(seam: plugins.Seam) -> dict[str, str]:
-    return {
-        name: f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
-        for name, entry in sorted(plugins.registered(seam).items())
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import textwrap
+import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,6 +39,8 @@ class _RunHelp(PanelCommand):
         return "\n\n".join([_EXAMPLES, PRECEDENCE, textwrap.fill(FORWARDING, 96), _ENDINGS])
 
 
+#: How long the agent of a node that has failed stays, so that the others can report as well.
+_LAST_WORDS_S = 1.5
 _EXAMPLES = """\
 Examples:
   ds run --nproc 2 train.py --lr 1e-3
@@ -355,6 +358,8 @@ def _run_here(
 
         sys.stderr.buffer.write(report_line(error, own_node_rank(spec)))
         sys.stderr.flush()
+        # srun and others end all nodes when one ends: let them have their say before.
+        time.sleep(_LAST_WORDS_S)
         raise typer.Exit(error.exit_code if isinstance(error, JobFailure) else 2) from None
 
 

@@ -10,16 +10,6 @@ from collections.abc import Iterable, Sequence
 PIPE_WIDTH = 200
 
 
-def size(num_bytes: int) -> str:
-    """A number of bytes as people read it: "1.50 GB", in powers of 1000 as file sizes are."""
-    value, unit = float(num_bytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{num_bytes} B" if unit == "B" else f"{value:.2f} {unit}"
-
-
 def table(title: str, rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
     """The rows as aligned columns under a title, each line ended by a newline.
 

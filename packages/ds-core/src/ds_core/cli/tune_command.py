@@ -45,8 +45,10 @@ def tune(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Where to write the best config; default: best_config.json in "
-                     "autotuning.results_dir."),
+        typer.Option(
+            help="Where to write the best config; default: best_config.json in "
+            "autotuning.results_dir."
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Take up the results of an interrupted search.")
@@ -63,8 +65,8 @@ def tune(
     """
     from ds_core.config.document import read
     from ds_core.planning import find_device
-    from ds_core.tuning.report import as_json, render
     from ds_core.tuning.records import write_best
+    from ds_core.tuning.report import as_json, render
     from ds_core.tuning.space import parse_knob
     from ds_core.tuning.tuner import tune as search
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ds_core import _env
+from ds_core.comm.discovery import World, find_world
 from ds_core.errors import CommError
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -19,41 +22,50 @@ def is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def init(backend: str | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+def init(backend: str | None = None, *, timeout_s: float | None = None) -> None:
     """Start torch's default process group unless it is running already.
 
-    Reads torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); with none of them
-    set it makes a world of one, without opening a port.
+    Reads what torchrun, MPI or Slurm put into the environment (`ds_core.comm.discovery`); with
+    none of them it makes a world of one, without opening a port.
 
     Args:
         backend: "gloo", "nccl", ...; default: the accelerator's own, gloo on a CPU.
-        timeout_s: seconds after which a collective that cannot complete ends with an error.
+        timeout_s: seconds after which a collective that cannot complete ends with an error;
+            default: DEEPSPEED_TIMEOUT (in minutes) if that is set, else 600.
 
     Raises:
-        CommError: only some of the variables are set, or one has a value that makes no sense.
+        CommError: only some of the variables are set, or one has a value that makes no sense, or
+            the other ranks do not come within the timeout.
     """
     if is_initialized():
         return
-    world = _env.torchrun_world()
+    world = find_world(_env.whole())
     chosen = backend or _default_backend()
-    timeout = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=_timeout_s(timeout_s))
     if world is None:
         dist.init_process_group(
             chosen, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
         return
-    kwargs: dict[str, Any] = {}
+    if world.host is None:
+        world = replace(world, host=_host_by_mpi(world))
     if chosen != "gloo" and torch.accelerator.is_available():
         torch.accelerator.set_device_index(world.local_rank)
     try:
         dist.init_process_group(
-            chosen, rank=world.rank, world_size=world.size, timeout=timeout, **kwargs
+            chosen,
+            # torchrun's agent holds the store, which only env:// knows of.
+            init_method="env://" if world.source == "torchrun" else f"tcp://{world.master}",
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
         )
     except (RuntimeError, ValueError) as error:
         raise CommError(
-            f"process group of {world.size} ranks at {world.master} could not start on rank "
-            f"{world.rank}: {error}; check that MASTER_ADDR and MASTER_PORT are the same on all "
-            f"ranks and reachable"
+            f"process group of {world.size} ranks at {world.master} (from the variables of "
+            f"{world.source}) could not start on rank {world.rank}: {error}; check that "
+            f"MASTER_ADDR and MASTER_PORT are the same on all ranks and reachable, and that all "
+            f"{world.size} ranks were started"
         ) from error
 
 
@@ -61,6 +73,50 @@ def shutdown() -> None:
     """Destroy the default process group if there is one."""
     if is_initialized():
         dist.destroy_process_group()
+
+
+def wants_check() -> bool:
+    """Whether the environment asks for the check of collectives, `DS_COMM_CHECK=1`.
+
+    Raises CommError for a value that is neither 0 nor 1.
+    """
+    text = _env.whole().get("DS_COMM_CHECK", "0")
+    if text not in ("0", "1"):
+        raise CommError(f"DS_COMM_CHECK={text!r} in the environment: expected 0 or 1")
+    return text == "1"
+
+
+def _timeout_s(given: float | None) -> float:
+    if given is None:
+        text = _env.whole().get("DEEPSPEED_TIMEOUT")
+        if text is None:
+            return DEFAULT_TIMEOUT_S
+        try:
+            given = float(text) * 60
+        except ValueError:
+            given = -1.0
+        if not 0 < given < float("inf"):
+            raise CommError(
+                f"DEEPSPEED_TIMEOUT={text!r} in the environment: expected minutes above 0, the "
+                f"time after which a collective that cannot complete is an error"
+            )
+    if not 0 < given < float("inf"):
+        raise CommError(f"comm.init: timeout_s: got {given}, expected seconds above 0")
+    return given
+
+
+def _host_by_mpi(world: World) -> str:
+    """The host of rank 0, asked of MPI itself where mpi4py is installed."""
+    if world.source == "Slurm" or importlib.util.find_spec("mpi4py") is None:
+        raise CommError(
+            f"{world.source} started rank {world.rank} of {world.size}, and nothing says on which "
+            f"host rank 0 runs: set MASTER_ADDR to it on all ranks"
+            + ("" if world.source == "Slurm" else " (mpirun -x MASTER_ADDR=...), or install mpi4py")
+        )
+    import socket
+
+    communicator = importlib.import_module("mpi4py.MPI").COMM_WORLD
+    return str(communicator.bcast(socket.gethostname(), root=0))
 
 
 def _default_backend() -> str:

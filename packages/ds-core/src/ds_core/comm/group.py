@@ -1,22 +1,27 @@
-"""A process group with a name, an account, and knowledge of who stopped answering."""
+"""A process group with a name, an account, and a place in the order of its collectives."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from ds_core.comm.ledger import Ledger
 
-#: How long the ranks that saw a collective fail wait for the others to say that they live.
-ROLL_CALL_S = 3.0
+if TYPE_CHECKING:
+    from ds_core.comm.sequence import SequenceCheck
 
-# Tags from here on are those of collectives, smaller ones the callers' own.
+# Tags from here on are those of collectives, smaller ones those of single messages: 14 bits of
+# both say the size, so that messages of different sizes never meet.
 _FIRST_TAG = 1 << 30
+_SIZE_BITS = 14
+_SEQUENCE_BITS = 30 - _SIZE_BITS
+
+#: Tags of callers are below this.
+MAX_TAG = 1 << 15
 
 
 class Group:
@@ -27,6 +32,12 @@ class Group:
         ranks: global ranks, ascending in the group's own order.
         pg: torch's process group, or None for a group of one that needs no communication.
         ledger: account that every collective of this group writes into.
+
+    Attributes:
+        timeout: after which a collective that cannot complete is an error; None: not known.
+        num_started: collectives of this group that this rank has begun.
+        num_barriers: monitored barriers likewise.
+        check: what compares the ranks' order of collectives, or None (`Mesh.check_collectives`).
     """
 
     def __init__(
@@ -43,6 +54,11 @@ class Group:
         self.size = len(self.ranks)
         self.rank = 0 if pg is None else dist.get_rank(pg)
         self.backend = "none" if pg is None else _backend_of(pg)
+        self.timeout = None if pg is None else timeout_of(pg)
+        self.num_started = 0
+        self.check: SequenceCheck | None = None
+        self.num_barriers = 0
+        self._num_lanes = 0
         self._sequence = 0
 
     def __repr__(self) -> str:
@@ -59,13 +75,28 @@ class Group:
         pg = self.pg
         if pg is not None:
             ranks = list(self.ranks)
-            pg = dist.new_group(ranks, timeout=_timeout_of(pg), use_local_synchronization=True)
-        return Group(name, self.ranks, pg, self.ledger)
+            pg = dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True)
+        lane = Group(name, self.ranks, pg, self.ledger)
+        self._num_lanes += 1
+        if self.check is not None:
+            lane.check = self.check.of_lane(lane, self._num_lanes)
+        return lane
+
+    @property
+    def lane_name(self) -> str:
+        """What tells the order of operations of this group from others, equal on its ranks."""
+        return f"{self.pg.group_name if self.pg is not None else 'none'}/{self.name}"
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Have collectives that cannot complete end after `timeout`, where the backend can."""
+        if self.pg is not None and self.backend != "fake":
+            dist.distributed_c10d._set_pg_timeout(timeout, self.pg)
+            self.timeout = timeout
 
     def next_tag(self) -> int:
         """Tag of the next exchange: equal on all ranks, distinct from recent ones and callers'."""
-        self._sequence = (self._sequence + 1) % (1 << 20)
-        return _FIRST_TAG + self._sequence
+        self._sequence = (self._sequence + 1) % (1 << _SEQUENCE_BITS)
+        return _FIRST_TAG | self._sequence << _SIZE_BITS
 
     def control_device(self) -> torch.device:
         """Device on which small control messages of this group must live."""
@@ -74,39 +105,20 @@ class Group:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return torch.device("cpu") if accelerator is None else accelerator
 
-    def failed_elsewhere(self) -> bool:
-        """Whether another rank of the group has reported that a collective failed there."""
-        mine = dist.get_rank()
-        try:
-            store: Any = dist.distributed_c10d._get_default_store()
-            return any(store.check([_alive(rank)]) for rank in self.ranks if rank != mine)
-        except Exception:
-            return True  # the store is gone, and with it the rank that hosts it
 
-    def silent_ranks(self, failure: str) -> list[int]:
-        """Global ranks that do not report, after a failed collective, that they are alive.
-
-        Every rank that catches the failure leaves a note in the rendezvous store and waits
-        up to `ROLL_CALL_S` seconds for the others' notes. Raises nothing: if the store itself
-        is gone, the rank that hosts it (0) is the silent one.
-        """
-        mine = dist.get_rank()
-        missing = set(self.ranks) - {mine}
-        try:
-            store: Any = dist.distributed_c10d._get_default_store()
-            store.set_timeout(timedelta(seconds=ROLL_CALL_S))
-            store.set(_alive(mine), failure)
-            deadline = time.monotonic() + ROLL_CALL_S
-            while missing and time.monotonic() < deadline:
-                missing = {r for r in missing if not store.check([_alive(r)])}
-                time.sleep(0.05)
-        except Exception:
-            return [0] if mine != 0 else sorted(missing)
-        return sorted(missing)
+def message_tag(tag: int, num_bytes: int) -> int:
+    """The tag of a single message of this size that its caller tags `tag`."""
+    return sized_tag(tag << _SIZE_BITS, num_bytes)
 
 
-def _alive(rank: int) -> str:
-    return f"ds_core/alive/{rank}"
+def sized_tag(tag: int, num_bytes: int) -> int:
+    """The tag of a part of this size in the exchange that `tag` begins.
+
+    Ranks that expect parts of other sizes wait for them in vain; gloo would end the process of a
+    rank that receives more than it asked for.
+    """
+    folded = num_bytes ^ num_bytes >> _SIZE_BITS ^ num_bytes >> 2 * _SIZE_BITS
+    return tag | folded & ((1 << _SIZE_BITS) - 1)
 
 
 def _backend_of(pg: dist.ProcessGroup) -> str:
@@ -114,7 +126,7 @@ def _backend_of(pg: dist.ProcessGroup) -> str:
     return name if ":" not in name else name.split(":")[-1]
 
 
-def _timeout_of(pg: dist.ProcessGroup) -> timedelta | None:
+def timeout_of(pg: dist.ProcessGroup) -> timedelta | None:
     """The timeout of a group's backend; None where it does not tell."""
     device = pg._device_types[0] if pg._device_types else torch.device("cpu")
     options = getattr(pg._get_backend(device), "options", None)

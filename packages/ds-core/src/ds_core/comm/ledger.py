@@ -56,21 +56,36 @@ class Ledger:
     """
 
     _totals: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)
+    _watchers: tuple[tuple[Callable[[Span], None], bool], ...] = ()
     #: Called with each completed collective, in this order; change it by `watch`.
     listeners: tuple[Callable[[Span], None], ...] = ()
 
-    def watch(self, listener: Callable[[Span], None]) -> Callable[[], None]:
+    #: Whether some listener wants the times of the device: every wait then waits for it.
+    synchronizes: bool = False
+
+    def watch(
+        self, listener: Callable[[Span], None], *, synchronize: bool = False
+    ) -> Callable[[], None]:
         """Have every completed collective told to `listener`; returns what stops it.
 
         The listener is called by the thread that waits, after the collective, and must not
-        communicate. Collectives under way when watching begins are not told.
+        communicate. Collectives under way when watching begins are not told. On a GPU a wait
+        returns before the collective is complete; with `synchronize`, it waits for the device,
+        which makes `done_ns` true and ends the overlap with computation.
         """
-        self.listeners = (*self.listeners, listener)
+        entry = (listener, synchronize)
+        self._watchers = (*self._watchers, entry)
+        self._update_listeners()
 
         def stop() -> None:
-            self.listeners = tuple(each for each in self.listeners if each is not listener)
+            self._watchers = tuple(each for each in self._watchers if each is not entry)
+            self._update_listeners()
 
         return stop
+
+    def _update_listeners(self) -> None:
+        self.listeners = tuple(listener for listener, _ in self._watchers)
+        self.synchronizes = any(synchronize for _, synchronize in self._watchers)
 
     def record(self, op: str, group: str, caller: str, sent_bytes: int) -> None:
         """Add one call that sends `sent_bytes` from this rank."""

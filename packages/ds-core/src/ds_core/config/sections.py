@@ -196,8 +196,9 @@ class CheckpointSection(Section):
     }
 
     tag_validation: TagValidation = Field(
-        default="Warn", description="What happens when ranks save under different tags: rank 0's counts, with or "
-        "without a warning, or it is an error. In any case of letters."
+        default="Warn",
+        description="What happens when ranks save under different tags: rank 0's counts, with or "
+        "without a warning, or it is an error. In any case of letters.",
     )
     load_universal: bool = Field(
         default=False,

@@ -32,7 +32,6 @@ class Unsupported:
 
 
 _LATER = "not in ds-core 0.1"
-_DATA = f"{_LATER}; order and size batches in your own sampler or DataLoader"
 
 UNSUPPORTED: Mapping[str, Unsupported] = MappingProxyType(
     {
@@ -69,28 +68,14 @@ UNSUPPORTED: Mapping[str, Unsupported] = MappingProxyType(
             "torch.nn.attention.flex_attention in the model"
         ),
         # Memory and compilation
-        "activation_checkpointing": Unsupported(
-            f"{_LATER}; call torch.utils.checkpoint.checkpoint in the model, it works at every "
-            "ZeRO stage"
-        ),
         "graph_harvesting": Unsupported(f"{_LATER}; use torch.compile", off=(False,)),
         "disable_python_gc": Unsupported("not supported; call gc.disable() yourself", off=(False,)),
         # Checkpoints
         "nebula": Unsupported('an Azure-only service, not supported; use "checkpoint"'),
         "datastates_ckpt": Unsupported(f'{_LATER}; use "checkpoint"'),
-        # Data
-        "curriculum_learning": Unsupported(_DATA),
-        "data_efficiency": Unsupported(_DATA),
-        "progressive_layer_drop": Unsupported(
-            f"{_LATER}; drop layers in the model's own forward, by the step that you count"
-        ),
-        "eigenvalue": Unsupported("not supported: ds-compress will bring its successor"),
         # Observers
         "comms_logger": Unsupported(
             f"{_LATER} as a section; ds_core.comm counts every collective, no switch needed"
-        ),
-        "flops_profiler": Unsupported(
-            f"{_LATER}; use torch.utils.flop_counter.FlopCounterMode around a step"
         ),
         "dump_state": Unsupported(
             "removed; `ds config check FILE` prints every effective value", off=(False,)

@@ -103,7 +103,7 @@ class CurriculumSection(DifficultySection):
 
     enabled: bool = Field(default=False, description="Whether inputs are cut.")
     curriculum_type: Annotated[
-        Literal["seqlen"] | str,
+        str,
         Only("seqlen", because="other difficulties are data_efficiency.data_sampling's business"),
     ] = Field(default="seqlen", description='Only "seqlen": the difficulty is a length in tokens.')
 
@@ -155,8 +155,8 @@ class MetricCurriculumSection(Section):
     enabled: bool = Field(default=False, description="Whether harder samples wait.")
     data_cluster_path: str | None = Field(
         default=None,
-        description="A folder for the lists of samples that become ready together; null: they are "
-        "kept in memory, 8 bytes per sample and rank.",
+        description="Makes no difference: the lists of samples that become ready together are in "
+        "memory, 4 bytes per sample and rank, and found anew when a run resumes.",
     )
     curriculum_metrics: dict[str, MetricSection] = Field(
         default_factory=dict, description="The metrics by name; a sample waits for all of them."
@@ -190,9 +190,10 @@ class DynamicBatchingSection(Section):
         default=None, gt=0, description="Most samples per micro-batch; null: no limit.",
         json_schema_extra={"unit": "samples"},
     )  # fmt: skip
-    sequence_picking_order: Literal["dataloader", "random", "seqlen"] = Field(
+    sequence_picking_order: Literal["dataloader", "random", "seqlen", "bucketed"] = Field(
         default="dataloader",
-        description="Order in which samples are packed: the dataset's, shuffled, or by length.",
+        description="Order in which samples are packed: the dataset's; shuffled in each epoch; by "
+        "length; or shuffled with neighbours of like length, so that little is padding.",
     )
     max_tokens: int | None = Field(
         default=None,

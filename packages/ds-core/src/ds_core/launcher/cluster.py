@@ -171,12 +171,15 @@ class HostCommand:
         argv: the words of the command.
         environment: variables that are set for the command itself, here.
         is_tied: whether the agents it starts end with its stdin, which is then kept open.
+        lost_host: pattern of the line on which it says that it lost a host, with a group `host`;
+            for a command that goes on with the others then. Empty: it has none.
     """
 
     hosts: tuple[str, ...]
     argv: tuple[str, ...]
     environment: Mapping[str, str]
     is_tied: bool
+    lost_host: str = ""
 
     def describe(self) -> str:
         """The command as it can be pasted into a shell."""

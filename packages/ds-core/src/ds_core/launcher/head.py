@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import sys
 import threading
@@ -68,6 +69,7 @@ class _Head:
         self._reports: list[tuple[float, str, int, NodeReport]] = []
         self._released_at: float | None = None
         self._given_up: set[int] = set()
+        self._lost_hosts: list[str] = []
 
     def run(self, timeout_s: float | None) -> None:
         try:
@@ -91,9 +93,11 @@ class _Head:
     def _start(self, number: int, command: HostCommand) -> HostProcess:
         host = ", ".join(command.hosts)
 
-        def take_report(line: bytes) -> None:
+        def take_line(line: bytes) -> None:
             report = parse_report(line)
-            if report is not None:
+            if report is None:
+                self._note_lost_host(command, line)
+            else:
                 self._reports.append(
                     (time.monotonic(), self._host_of(report, host), number, report)
                 )
@@ -103,7 +107,7 @@ class _Head:
             _binary(sys.stdout),
             _binary(sys.stderr),
             prefix=f"[{host}] " if number > 0 else "",
-            take_report=take_report,
+            take_line=take_line,
         )
 
     def _wait(self, deadline: float | None) -> None:
@@ -116,7 +120,11 @@ class _Head:
                 next_beat = now + BEAT_INTERVAL_S
                 self._beat()
             codes = [process.poll() for process in self._processes]
-            failed = [number for number, code in enumerate(codes) if code]
+            # One command may reach many hosts: it runs on when the agent of one has failed.
+            gave_up = {number for _, _, number, report in self._reports if self._is_failure(report)}
+            if self._first_lost_host():
+                gave_up.add(0)
+            failed = [number for number, code in enumerate(codes) if code or number in gave_up]
             if len(codes) - len(failed) < needed:
                 self._fail(failed)
             self._note_lost(failed, needed)
@@ -151,6 +159,10 @@ class _Head:
             lost = self._without_report(failed)
         reports = [entry for entry in self._reports if self._is_failure(entry[3])]
         self._end()
+        host = self._first_lost_host()
+        if host:
+            text = f"{host} was lost: its connection or its `ds run` ended; what was said is above"
+            raise JobFailure(text + self._log_folders(), 255)
         if lost:
             raise self._lost_host(lost[0])
         if not reports:
@@ -170,6 +182,17 @@ class _Head:
             raise JobFailure(f"{', '.join(same)}: {report.error}", 2)
         where = f" on {host}" if self._job.num_nodes > 1 or host else ""
         raise JobFailure(report.failure.report(where), report.failure.shell_exit_code)
+
+    def _note_lost_host(self, command: HostCommand, line: bytes) -> None:
+        if command.lost_host and self._released_at is None:
+            match = re.search(command.lost_host, line.decode(errors="replace"))
+            if match is not None:
+                self._lost_hosts.append(match["host"])
+
+    def _first_lost_host(self) -> str:
+        """The host that a command said it lost, if its agent did not say why; else empty."""
+        explained = {host for _, host, _, _ in self._reports}
+        return next((host for host in self._lost_hosts if host not in explained), "")
 
     def _without_report(self, numbers: list[int]) -> list[int]:
         """Those whose agent did not say why it ended, the first to end first.

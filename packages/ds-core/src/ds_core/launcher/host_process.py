@@ -19,8 +19,8 @@ from ds_core.launcher.node_report import MARKER
 from ds_core.launcher.writers import LineWriter, Writer
 
 CHUNK_BYTES = 65536
-#: Takes the line of an agent's report.
-ReportTaker = Callable[[bytes], None]
+#: Takes each line of output, among them the agents' reports.
+LineTaker = Callable[[bytes], None]
 
 
 class HostProcess:
@@ -33,7 +33,7 @@ class HostProcess:
         command: what to run.
         stdout, stderr: where its output goes.
         prefix: put before each line; with an empty one, output is copied as it comes.
-        take_report: called with the line of each agent's report, which is not shown.
+        take_line: called with each line. An agent's report is not shown.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class HostProcess:
         stderr: BinaryIO,
         *,
         prefix: str = "",
-        take_report: ReportTaker | None = None,
+        take_line: LineTaker | None = None,
     ) -> None:
         self.command = command
         self.ended_at: float | None = None
@@ -66,7 +66,7 @@ class HostProcess:
         assert err is not None
         mark = prefix.encode()
         self._threads = [
-            threading.Thread(target=_copy, args=(*streams, mark, take_report), daemon=True)
+            threading.Thread(target=_copy, args=(*streams, mark, take_line), daemon=True)
             for streams in ((out, stdout), (err, stderr))
         ]
         for thread in self._threads:
@@ -147,7 +147,7 @@ def wait_for_all(processes: list[HostProcess], timeout_s: float) -> bool:
     return True
 
 
-def _copy(source: BinaryIO, target: BinaryIO, prefix: bytes, take: ReportTaker | None) -> None:
+def _copy(source: BinaryIO, target: BinaryIO, prefix: bytes, take: LineTaker | None) -> None:
     writer = LineWriter(target, prefix) if prefix else Writer(target)
     pending = b""
     while chunk := os.read(source.fileno(), CHUNK_BYTES):
@@ -161,11 +161,13 @@ def _copy(source: BinaryIO, target: BinaryIO, prefix: bytes, take: ReportTaker |
     writer.close()
 
 
-def _without_report(line: bytes, take: ReportTaker | None) -> bytes:
-    before, marker, _ = line.partition(MARKER)
-    if not marker or take is None:
+def _without_report(line: bytes, take: LineTaker | None) -> bytes:
+    if take is None:
         return line + b"\n"
     take(line)
+    before, marker, _ = line.partition(MARKER)
+    if not marker:
+        return line + b"\n"
     return before + b"\n" if before else b""
 
 

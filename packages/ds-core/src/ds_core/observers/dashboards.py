@@ -24,11 +24,10 @@ class TensorBoard:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        vendor("tensorboard", "tensorboard", "tensorboard")
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        protocol = vendor("tensorboard", "tensorboard.compat.proto.summary_pb2", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._summary: Any = Summary
+        self._summary: Any = protocol.Summary
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self._writer: Any = SummaryWriter(log_dir=os.fspath(folder))

@@ -65,4 +65,6 @@ class NvtxRanges:
 
 def from_config(config: Config) -> NvtxRanges | None:
     """The observer that the section "nvtx" asks for, if it does."""
-    return NvtxRanges() if config.nvtx.enabled else None
+    from ds_core.observers.sections import NvtxSection, section_of
+
+    return NvtxRanges() if section_of(config, "nvtx", NvtxSection).enabled else None

@@ -1,4 +1,4 @@
-"""What a person at the terminal wants to know: what was decided at the start, then a line at times."""
+"""What a person at the terminal wants to know: decisions, then a line at times."""
 
 from __future__ import annotations
 

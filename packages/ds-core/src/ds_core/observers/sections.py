@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import Field
 
 from ds_core.config import Section
+
+if TYPE_CHECKING:
+    from ds_core.config import Config
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def section_of(config: Config, name: str, kind: type[SectionT]) -> SectionT:
+    """The section of that name, its defaults where the config has none."""
+    found = config.section(name)
+    return found if isinstance(found, kind) else kind()
 
 
 class TensorBoardSection(Section):

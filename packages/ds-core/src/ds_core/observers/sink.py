@@ -97,7 +97,8 @@ def vendor(section: str, module: str, extra: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
+        package = module.partition(".")[0]
         raise DsError(
-            f"{section}.enabled: {module} cannot be imported ({error}); pip install "
+            f"{section}.enabled: {package} cannot be imported ({error}); pip install "
             f"'ds-core[{extra}]', or set {section}.enabled to false"
         ) from error

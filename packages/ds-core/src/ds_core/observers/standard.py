@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,20 +26,20 @@ def standard_observers(config: Config, *, rank: int) -> list[Observer]:
 
     rank: global rank of this process. Raises DsError if a sink cannot be written.
     """
-    is_used = bool(_sink_names(config))
+    makers = _sink_makers(config)
     shows_progress = config.progress
-    if not is_used and config.origin("progress") == "default":
+    if not makers and config.origin("progress") == "default":
         # Somebody who asks for a breakdown, and names no place, wants to see it.
         shows_progress = config.wall_clock_breakdown or config.memory_breakdown
-    if not (is_used or shows_progress):
+    if not (makers or shows_progress):
         return []
     memory = MemoryByPhase() if config.memory_breakdown else None
     found: list[Observer] = [] if memory is None else [memory]
     over_ranks = config.metrics.loss_over_ranks
-    if is_used:
+    if makers:
         found.append(
             Metrics(
-                _sinks(config) if rank == 0 else (),
+                _make(makers) if rank == 0 else (),
                 every_steps=config.metrics.every_steps,
                 throughput=_throughput(config),
                 memory=memory,
@@ -59,7 +60,9 @@ def standard_observers(config: Config, *, rank: int) -> list[Observer]:
 
 
 def _throughput(config: Config) -> Throughput:
-    clock = config.timers.throughput
+    from ds_core.observers.sections import TimersSection, section_of
+
+    clock = section_of(config, "timers", TimersSection).throughput
     return Throughput(
         breakdown=config.wall_clock_breakdown,
         enabled=clock.enabled,
@@ -71,25 +74,31 @@ def _folder(section: CsvSection | TensorBoardSection) -> Path:
     return Path(section.output_path) / section.job_name
 
 
-def _sink_names(config: Config) -> list[str]:
-    dashboards = ("tensorboard", "csv_monitor", "wandb", "comet")
-    found = [name for name in dashboards if getattr(config, name).enabled]
-    return found if config.metrics.jsonl is None else ["jsonl", *found]
+def _sink_makers(config: Config) -> list[Callable[[], Sink]]:
+    """One for each sink that is asked for."""
+    from ds_core.observers import sections
+
+    jsonl = config.metrics.jsonl
+    csv = sections.section_of(config, "csv_monitor", sections.CsvSection)
+    board = sections.section_of(config, "tensorboard", sections.TensorBoardSection)
+    wandb = sections.section_of(config, "wandb", sections.WandbSection)
+    comet = sections.section_of(config, "comet", sections.CometSection)
+    makers: list[tuple[bool, Callable[[], Sink]]] = [
+        (jsonl is not None, lambda: JsonLines(jsonl or "")),
+        (csv.enabled, lambda: CsvFiles(_folder(csv))),
+        (board.enabled, lambda: TensorBoard(_folder(board))),
+        (wandb.enabled, lambda: Wandb(wandb)),
+        (comet.enabled, lambda: Comet(comet)),
+    ]
+    return [make for is_asked_for, make in makers if is_asked_for]
 
 
-def _sinks(config: Config) -> list[Sink]:
-    """One for each section that is enabled; those made before one that fails are closed."""
-    makers = {
-        "jsonl": lambda: JsonLines(config.metrics.jsonl or ""),
-        "tensorboard": lambda: TensorBoard(_folder(config.tensorboard)),
-        "csv_monitor": lambda: CsvFiles(_folder(config.csv_monitor)),
-        "wandb": lambda: Wandb(config.wandb),
-        "comet": lambda: Comet(config.comet),
-    }
+def _make(makers: list[Callable[[], Sink]]) -> list[Sink]:
+    """Make the sinks; those made before one that fails are closed."""
     found: list[Sink] = []
     try:
-        for name in _sink_names(config):
-            found.append(makers[name]())
+        for make in makers:
+            found.append(make())
     except BaseException:
         for sink in found:
             sink.close()

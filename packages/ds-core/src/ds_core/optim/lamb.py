@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from torch.optim.optimizer import ParamsT
 
 
 class Lamb(Optimizer):
-    """Adam's direction `u = m / (sqrt(v) + eps) + wd p`, times a trust ratio `|p| / |u|` per tensor.
+    """Adam's direction, as long as a trust ratio per tensor makes it.
 
-    The ratio of a tensor is kept in `[min_coeff, max_coeff]`, and is 1 where either norm is 0. It
-    needs whole tensors, so it cannot be sharded elementwise.
+    The direction is `u = m / (sqrt(v) + eps) + wd p`, the ratio `|p| / |u|`, so that
+    `p = p - lr |p| / |u| u`. The ratio of a tensor is kept in `[min_coeff, max_coeff]`, and is 1
+    where either norm is 0. It needs whole tensors, so it cannot be sharded elementwise.
 
     Args:
         params: parameters, or groups of them.
@@ -99,9 +100,9 @@ class Lamb(Optimizer):
 
     @staticmethod
     def _trust_ratios(
-        group: dict[str, Any], params: list[torch.Tensor], updates: list[torch.Tensor]
+        group: dict[str, Any], params: Sequence[torch.Tensor], updates: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        weights, steps = torch._foreach_norm(params), torch._foreach_norm(updates)
+        weights, steps = torch._foreach_norm(list(params)), torch._foreach_norm(list(updates))
         low, high = group["min_coeff"], group["max_coeff"]
         return [
             torch.where((w > 0) & (s > 0), (w / s).clamp(low, high), torch.ones_like(w))

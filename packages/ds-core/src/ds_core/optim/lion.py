@@ -11,10 +11,10 @@ from torch.optim.optimizer import ParamsT
 
 
 class Lion(Optimizer):
-    """Updates with `sign(b1 m + (1 - b1) g)`, then lets the momentum follow: `m = b2 m + (1 - b2) g`.
+    """Steps by the sign of an average: `p = p (1 - lr wd) - lr sign(b1 m + (1 - b1) g)`.
 
-    Elementwise, so it can be sharded. Weight decay is decoupled: `p = p (1 - lr wd) - lr sign(...)`.
-    A good learning rate is 3 to 10 times smaller than AdamW's, and weight decay as much larger.
+    Then the momentum follows: `m = b2 m + (1 - b2) g`. Elementwise, so it can be sharded. A good
+    learning rate is 3 to 10 times smaller than AdamW's, and weight decay as much larger.
 
     Args:
         params: parameters, or groups of them.

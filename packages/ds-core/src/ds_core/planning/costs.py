@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import nn
 
 from ds_core.config.section import Section
@@ -33,6 +34,7 @@ class Workload:
         accumulation: micro-batches per optimizer step.
         data_ranks: data-parallel ranks.
         rank: which of them is asked about.
+        wire: number format in which gradients travel; None: that of their buffers.
     """
 
     model: nn.Module
@@ -41,6 +43,7 @@ class Workload:
     accumulation: int
     data_ranks: int
     rank: int = 0
+    wire: torch.dtype | None = None
 
 
 @dataclass(frozen=True)

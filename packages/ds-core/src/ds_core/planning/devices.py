@@ -56,7 +56,12 @@ class DeviceSpec:
 
 
 def _gpu(
-    name: str, gib: int, tflops: tuple[float, float], hbm_tb: float, intra_gb: float, inter_gb: float
+    name: str,
+    gib: int,
+    tflops: tuple[float, float],
+    hbm_tb: float,
+    intra_gb: float,
+    inter_gb: float,
 ) -> DeviceSpec:
     return DeviceSpec(
         name,
@@ -107,6 +112,7 @@ def find_device(name: str) -> DeviceSpec:
     hint = _values.nearest(key, DEVICES)
     guess = f"; did you mean {hint}?" if hint else ""
     raise PlanError(
-        f"--gpu: got {name!r}{guess} known are {', '.join(DEVICES)}; for another one, take the most "
-        f"similar and override its figures (--memory-gib, --tflops, --intra-gbps, --inter-gbps)"
+        f"--gpu: got {name!r}{guess} known are {', '.join(DEVICES)}; for another one, take the "
+        f"most similar and override its figures (--memory-gib, --tflops, --intra-gbps, "
+        f"--inter-gbps)"
     )

@@ -41,23 +41,25 @@ class _Change:
 def remedies(document: Any, plan: Plan) -> list[Remedy]:
     """The smallest change of each kind with which `plan` fits, the fastest step first.
 
-    Pairs of changes are tried where none suffices alone. Empty if nothing helps, or if the plan
-    fits already.
+    Where none suffices alone pairs are tried, then all together. Empty if nothing helps, or if the
+    plan fits already.
     """
     if plan.fits:
         return []
     changes = list(_changes(plan))
     found = _first_of_each_kind(document, plan, [(change,) for change in changes])
     if not found:
-        pairs = [
+        pairs: list[tuple[_Change, ...]] = [
             pair for pair in itertools.combinations(changes, 2) if pair[0].kind != pair[1].kind
         ]
         found = _first_of_each_kind(document, plan, pairs)
+    here = [change for change in changes if change.kind != "nodes"]
+    if not found and here:
+        found = _first_of_each_kind(document, plan, [_strongest(here, here[-1])])
     if not found:
         bigger = [change for change in changes if change.kind == "nodes"]
         found = _first_of_each_kind(document, plan, [_strongest(changes, c) for c in bigger])
-    per_rank = _seconds_per_sample
-    return sorted(found, key=lambda remedy: per_rank(remedy.plan))
+    return sorted(found, key=lambda remedy: _seconds_per_sample(remedy.plan))
 
 
 def _seconds_per_sample(plan: Plan) -> float:
@@ -89,7 +91,7 @@ def _changes(plan: Plan) -> Iterator[_Change]:
 
 
 def _strongest(changes: list[_Change], last: _Change) -> tuple[_Change, ...]:
-    """`last` with the most saving change of every other kind."""
+    """`last` together with the most saving change of every other kind."""
     others = {change.kind: change for change in changes if change.kind != last.kind}
     return (*others.values(), last)
 

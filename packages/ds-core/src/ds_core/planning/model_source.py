@@ -80,12 +80,12 @@ def model_of_size(text: str) -> ModelSource:
         f"only the number of parameters is known: taken for {shape.layers} equal layers of width "
         f"{shape.hidden} with a vocabulary of {shape.vocab}; give --model for exact figures"
     )
-    return ModelSource(f"{numel:,} parameters", _even_layers(numel, shape.layers), shape, None, (note,))
+    return ModelSource(
+        f"{numel:,} parameters", _even_layers(numel, shape.layers), shape, None, (note,)
+    )
 
 
-def model_from(
-    text: str, micro_batch: int = 1, precision: Precision | None = None
-) -> ModelSource:
+def model_from(text: str, micro_batch: int = 1, precision: Precision | None = None) -> ModelSource:
     """The model that `--model` names.
 
     Args:
@@ -105,7 +105,10 @@ def model_from(
 
 
 def load_function(text: str) -> Callable[..., Any]:
-    """The function named by FILE.py:FUNCTION or MODULE:FUNCTION. Raises PlanError if there is none."""
+    """The function that FILE.py:FUNCTION or MODULE:FUNCTION names.
+
+    Raises PlanError if there is none.
+    """
     place, _, name = text.rpartition(":")
     if not place or not name:
         raise PlanError(
@@ -119,7 +122,8 @@ def load_function(text: str) -> Callable[..., Any]:
         hint = _values.nearest(name, callables)
         guess = f"; did you mean {hint}?" if hint else ""
         raise PlanError(f"{text}: {place} has no function {name!r}{guess}")
-    return found  # type: ignore[no-any-return]
+    function: Callable[..., Any] = found
+    return function
 
 
 def call_function(function: Callable[..., Any], micro_batch: int) -> tuple[Any, Any]:
@@ -194,14 +198,16 @@ def _from_function(
 def measure(model: nn.Module, batch: Any, precision: Precision | None = None) -> Measured:
     """What a forward of `model` on `batch` saves and computes; the tensors may be fake.
 
-    The model is cast to the dtype of `precision`, floating-point inputs too. Backward counts as twice the operations of forward. What `torch.utils.checkpoint` recomputes
-    is counted once and not as saved.
+    The model is cast to the dtype of `precision`, floating-point inputs too. Backward counts as
+    twice the operations of forward. What `torch.utils.checkpoint` recomputes is counted once, and
+    not as saved.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     precision = precision or Precision()
     if precision.compute is not None:
-        model, batch = model.to(precision.compute), _cast(batch, precision.compute)
+        _cast_parameters(model, precision.compute)
+        batch = _cast(batch, precision.compute)
     device = next(model.parameters()).device.type
     autocast = torch.autocast(
         device, precision.autocast or torch.bfloat16, enabled=precision.autocast is not None
@@ -221,6 +227,18 @@ def measure(model: nn.Module, batch: Any, precision: Precision | None = None) ->
     del output
     size = sum(storage.nbytes() for storage in saved.values())
     return Measured(_num_samples(batch), size, 3.0 * counter.get_total_flops())
+
+
+def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """As `model.to(dtype)`, which does not work on fake tensors."""
+    cast: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if param is None or not param.is_floating_point():
+                continue
+            if id(param) not in cast:
+                cast[id(param)] = nn.Parameter(param.detach().to(dtype), param.requires_grad)
+            module._parameters[name] = cast[id(param)]
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:

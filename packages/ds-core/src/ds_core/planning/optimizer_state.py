@@ -1,14 +1,21 @@
-"""What an optimizer keeps beside each parameter, found by letting it take one step."""
+"""What an optimizer keeps beside each parameter, found by letting it step on tiny ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
 from ds_core import optimizers
 from ds_core.errors import PlanError
+
+#: Sizes of a tiny tensor's dimensions, all different, so that a state's dimensions tell whose.
+_TINY = (3, 5, 7, 11, 13, 17)
+
+#: A tensor: its name, shape and dtype.
+Described = tuple[str, Sequence[int], torch.dtype]
 
 
 class OptimizerState:
@@ -21,17 +28,11 @@ class OptimizerState:
     def __init__(self, choice: optimizers.Choice | None) -> None:
         self._choice = choice
         self.name = "AdamW" if choice is None else choice.type
-        self._known: dict[tuple[tuple[int, ...], torch.dtype], int] = {}
-        small = self.tensor_bytes((2, 3), torch.float32), self.tensor_bytes((5, 7), torch.float32)
-        #: Whether it treats every element alike, so that a flat shard costs its share.
-        self.is_elementwise = small[0] * 35 == small[1] * 6
-
-    def tensor_bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        """Bytes of state of one tensor; numbers kept once per tensor, as its step, left out."""
-        key = (shape, dtype)
-        if key not in self._known:
-            self._known[key] = self._probe(shape, dtype)
-        return self._known[key]
+        self.class_name, flat = self._probe([("flat", (3,), torch.float32)])
+        _, matrix = self._probe([("layer.weight", (3, 5), torch.float32)])
+        #: Whether every element has the same state, so that a flat shard holds its share.
+        self.is_elementwise = 5 * sum(flat) == sum(matrix)
+        self._per_element: dict[torch.dtype, int] = {torch.float32: sum(flat) // 3}
 
     def flat_bytes(self, numel: int, dtype: torch.dtype) -> int:
         """Bytes of state of `numel` elements of a flat buffer."""
@@ -41,30 +42,48 @@ class OptimizerState:
                 f"so it cannot step on flat shards; use zero_optimization.stage 0, or an "
                 f"elementwise optimizer such as AdamW"
             )
-        return numel * self.tensor_bytes((2, 3), dtype) // 6
+        if dtype not in self._per_element:
+            self._per_element[dtype] = sum(self._probe([("flat", (3,), dtype)])[1]) // 3
+        return numel * self._per_element[dtype]
 
-    def total_bytes(self, tensors: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> int:
-        """Bytes of state of whole tensors, given by shape and dtype."""
+    def total_bytes(self, tensors: Iterable[Described]) -> int:
+        """Bytes of state of whole tensors; numbers kept once per tensor, as its step, left out."""
+        described = list(tensors)
         if self.is_elementwise:
-            return sum(self.flat_bytes(_numel(shape), dtype) for shape, dtype in tensors)
-        return sum(self.tensor_bytes(shape, dtype) for shape, dtype in tensors)
+            return sum(self.flat_bytes(math.prod(shape), dtype) for _, shape, dtype in described)
+        return sum(self._probe(described)[1])
 
-    def _probe(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    def _probe(self, tensors: Sequence[Described]) -> tuple[str, list[int]]:
+        """The optimizer's class, and bytes of state per tensor.
+
+        Steps on tensors of the same number of dimensions but tiny ones, and scales what it finds.
+        """
         with torch.device("cpu"):
-            param = nn.Parameter(torch.zeros(shape, dtype=dtype))
+            named = [
+                (name, nn.Parameter(torch.zeros(_tiny(shape), dtype=dtype)))
+                for name, shape, dtype in tensors
+            ]
             built: torch.optim.Optimizer
             if self._choice is None:
-                built = torch.optim.AdamW([param])
+                built = torch.optim.AdamW([param for _, param in named])
             else:
-                built = optimizers.build(self._choice, [param])
-            param.grad = torch.zeros_like(param)
+                built = optimizers.build(self._choice, named)
+            for _, param in named:
+                param.grad = torch.zeros_like(param)
             built.step()
-        return sum(
-            value.numel() * value.element_size()
-            for value in built.state.get(param, {}).values()
-            if isinstance(value, torch.Tensor) and value.dim()
-        )
+        sizes = []
+        for (_, param), (_, shape, _) in zip(named, tensors, strict=True):
+            values = built.state.get(param, {}).values()
+            states = [v for v in values if isinstance(v, torch.Tensor) and v.dim()]
+            sizes.append(sum(_full_bytes(state, param.shape, shape) for state in states))
+        return type(built).__name__, sizes
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
+def _tiny(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(tiny if size > 1 else size for size, tiny in zip(shape, _TINY, strict=False))
+
+
+def _full_bytes(state: torch.Tensor, tiny: Sequence[int], shape: Sequence[int]) -> int:
+    """Bytes of a state whose dimensions grow with those of its parameter."""
+    full = dict(zip(tiny, shape, strict=True))
+    return math.prod(full.get(size, size) for size in state.shape) * state.element_size()

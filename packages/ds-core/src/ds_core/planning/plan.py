@@ -136,6 +136,7 @@ def make_plan(
         loaded.gradient_accumulation_steps,
         cluster.size,
         options.rank,
+        wire_format(loaded),
     )
     costs = costs_of(loaded, work)
     itemsize = compute_itemsize(source, precision)
@@ -186,13 +187,21 @@ def costs_of(loaded: Config, work: Workload) -> Costs:
 
 def planners() -> dict[str, Planner]:
     """The planners of installed packages, by the config section they answer for."""
-    return {name: plugins.load("planners", name)() for name in sorted(plugins.registered("planners"))}
+    return {
+        name: plugins.load("planners", name)() for name in sorted(plugins.registered("planners"))
+    }
 
 
 def precision_on(loaded: Config, device: DeviceSpec) -> Precision:
     """The number formats of a run on such a device."""
     precision, _ = assembly._precision(loaded, _PlannedAccelerator(device))
     return precision
+
+
+def wire_format(loaded: Config) -> torch.dtype | None:
+    """The number format in which gradients travel; None: that of their buffers."""
+    name = loaded.communication_data_type
+    return None if name is None else assembly._DTYPES[name]
 
 
 class _PlannedAccelerator(assembly.Accelerator):

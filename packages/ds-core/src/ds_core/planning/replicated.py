@@ -37,7 +37,9 @@ def replicated_costs(work: Workload) -> Costs:
         "parameters": sum(t.numel * t.dtype.itemsize for t in tensors),
         "gradients": sum(n * d.itemsize for n, d in zip(sizes, grads, strict=True)),
         "master": sum(t.numel * t.master.itemsize for t in tensors if t.master is not None),
-        "optimizer": work.optimizer.total_bytes((t.shape, t.master or t.dtype) for t in trained),
+        "optimizer": work.optimizer.total_bytes(
+            (t.name, t.shape, t.master or t.dtype) for t in trained
+        ),
         "padding": 0,
     }
     # The update hands every gradient to the optimizer in the dtype of what it steps on.
@@ -54,7 +56,9 @@ def replicated_costs(work: Workload) -> Costs:
         computing_bytes=max((t.numel * t.dtype.itemsize for t in trained), default=0),
         updating_bytes=recast,
         update_traffic_bytes=updated + memory["parameters"] * (1 if memory["master"] else 2),
-        messages=tuple(_messages(work.data_ranks, buckets, sizes, grads)),
+        messages=tuple(
+            _messages(work.data_ranks, buckets, sizes, [work.wire or grad for grad in grads])
+        ),
     )
 
 
@@ -79,11 +83,11 @@ def _buckets(trained: list[_Tensor]) -> Iterator[list[_Tensor]]:
 
 
 def _messages(
-    ranks: int, buckets: list[list[_Tensor]], sizes: list[int], grads: list[torch.dtype]
+    ranks: int, buckets: list[list[_Tensor]], sizes: list[int], wires: list[torch.dtype]
 ) -> Iterator[Message]:
     if ranks == 1:
         return
-    for bucket, numel, dtype in zip(buckets, sizes, grads, strict=True):
+    for bucket, numel, dtype in zip(buckets, sizes, wires, strict=True):
         if numel:
             sent = _all_reduced(numel * dtype.itemsize, ranks)
             caller = bucket[0].name

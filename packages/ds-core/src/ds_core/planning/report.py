@@ -105,16 +105,22 @@ def _sums(plan: Plan, attribute: str) -> dict[str, int]:
 def _run_rows(plan: Plan) -> list[tuple[str, str]]:
     loaded = plan.config
     return [
-        ("model", f"{plan.source.description} ({plan.source.numel:,} parameters)"),
+        ("model", _model(plan)),
         ("cluster", str(plan.cluster)),
         (
             "batch",
-            f"{loaded.train_batch_size} = {loaded.train_micro_batch_size_per_gpu} per micro-batch x "
-            f"{loaded.gradient_accumulation_steps} accumulated x {plan.cluster.size} ranks",
+            f"{loaded.train_batch_size} = {loaded.train_micro_batch_size_per_gpu} per micro-batch "
+            f"x {loaded.gradient_accumulation_steps} accumulated x {plan.cluster.size} ranks",
         ),
         ("precision", str(plan.precision)),
         ("sharding", plan.costs.sharding),
     ]
+
+
+def _model(plan: Plan) -> str:
+    count = f"{plan.source.numel:,} parameters"
+    told = plan.source.description
+    return count if told == count else f"{told} ({count})"
 
 
 def _memory_rows(plan: Plan) -> list[tuple[str, str, str]]:
@@ -131,7 +137,11 @@ def _memory_rows(plan: Plan) -> list[tuple[str, str, str]]:
         persistent,
         padding,
         ("activations", told, _activation_note(plan)),
-        ("while computing", shown_bytes(plan.costs.computing_bytes), "estimate: gathers, gradients"),
+        (
+            "while computing",
+            shown_bytes(plan.costs.computing_bytes),
+            "estimate: gathers, gradients",
+        ),
         ("while updating", shown_bytes(plan.costs.updating_bytes), "estimate"),
         ("= peak", shown_bytes(plan.peak_bytes), "estimate"),
         ("usable", shown_bytes(plan.usable_bytes), _usable_note(plan)),
@@ -233,7 +243,9 @@ def shown_seconds(seconds: float) -> str:
         return "0"
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= scale:
-            return f"{seconds / scale:,.3g} {unit}" if seconds < 100 * scale else (
-                f"{seconds / scale:,.0f} {unit}"
+            return (
+                f"{seconds / scale:,.3g} {unit}"
+                if seconds < 100 * scale
+                else (f"{seconds / scale:,.0f} {unit}")
             )
     return f"{seconds:.1e} s"

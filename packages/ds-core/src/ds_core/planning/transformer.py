@@ -180,6 +180,7 @@ def _add_head(model: nn.Module, shape: TransformerShape) -> None:
     if shape.head_kind == "mlm":
         model.transform = nn.Linear(shape.hidden, shape.hidden)
         model.transform_norm = _norm(shape)
-    model.output = nn.Linear(shape.hidden, shape.vocab, bias=shape.head_kind == "mlm")
+    output = nn.Linear(shape.hidden, shape.vocab, bias=shape.head_kind == "mlm")
     if shape.is_tied:
-        model.output.weight = model.embed.weight
+        output.weight = model.get_submodule("embed").get_parameter("weight")
+    model.output = output

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
+from ds_core.comm import WeightedBatch
 from ds_core.errors import DsError
 
 if TYPE_CHECKING:
@@ -25,7 +26,10 @@ class Runner(Protocol):
 
 
 class Sequential:
-    """Each micro-batch forward, then backward, one after the other."""
+    """Each micro-batch forward, then backward, one after the other.
+
+    A batch of `comm.UnevenBatches` brings the weight of its loss.
+    """
 
     def run(self, engine: Engine, batches: Iterator[Any]) -> torch.Tensor:
         total: torch.Tensor | None = None
@@ -37,7 +41,12 @@ class Sequential:
                     f"train_batch: the data ended after {number} of {engine.accumulation} "
                     f"micro-batches of the step; give whole steps, or a repeating iterator"
                 ) from None
+            weight = 1.0
+            if isinstance(batch, WeightedBatch):
+                batch, weight = batch
             loss = loss_of(engine.run_batch(batch))
+            if weight != 1.0:
+                loss = loss * weight
             engine.backward(loss)
             engine.step()
             total = loss.detach() if total is None else total + loss.detach()

@@ -5,8 +5,8 @@
             with recorder.step(number):
                 train_one_step()
 
-or `"trace": {"enabled": true}` in a config. Then `ds trace summary trace`, `ds trace plot trace`, or
-open `trace/trace.json` in ui.perfetto.dev.
+or `"trace": {"enabled": true}` in a config. Then `ds trace summary trace`, `ds trace plot
+trace`, or open `trace/trace.json` in ui.perfetto.dev.
 """
 
 from __future__ import annotations

@@ -86,7 +86,10 @@ class Trace:
 
 def from_config(config: Config) -> Trace | None:
     """The observer that the section "trace" asks for, if it does."""
-    section = config.trace
+    from ds_core.observers.sections import section_of
+    from ds_core.tracing.section import TraceSection
+
+    section = section_of(config, "trace", TraceSection)
     if not section.enabled:
         return None
     return Trace(

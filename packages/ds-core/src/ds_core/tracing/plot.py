@@ -8,13 +8,13 @@ from typing import Any
 
 from ds_core.errors import DsError
 from ds_core.tracing.intervals import Interval, intersection
-from ds_core.tracing.lanes import RankTrace
+from ds_core.tracing.lanes import COMMUNICATION, RankTrace
 from ds_core.tracing.overlap import Overlap, computing, covered, overlap_of, steps_of
 
 _COLORS: Mapping[str, str] = {
     "compute": "#4477aa",
     "gather": "#228833",
-    "reduce": "#ccbb44",
+    "reduce": "#aa7722",
     "other": "#66ccee",
     "wait": "#ee6677",
 }
@@ -34,6 +34,8 @@ _PHASE_COLORS: Mapping[str, str] = {
 }
 #: Parts of the picture's width: gaps below the first are closed, names below the second left out.
 _GAP, _NAMED = 1 / 4000, 1 / 18
+#: Width of a letter of a message's name.
+_LETTER = 1 / 180
 #: More would not be readable.
 MAX_RANKS = 32
 
@@ -52,6 +54,7 @@ def draw(ranks: Sequence[RankTrace], path: Path, *, step: int | None = None) -> 
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
     except ImportError as error:
         raise DsError(
             f"ds trace plot: matplotlib cannot be imported ({error}); pip install 'ds-core[plot]'"
@@ -71,6 +74,13 @@ def draw(ranks: Sequence[RankTrace], path: Path, *, step: int | None = None) -> 
         _draw_rank(each, rank, overlap, lanes, begin, end)
     axes[-1].set_xlabel("milliseconds")
     figure.suptitle(f"{windows[0].name}: {len(ranks)} of {ranks[0].world_size} ranks", fontsize=11)
+    figure.legend(
+        handles=[Patch(color=color, label=name) for name, color in _PHASE_COLORS.items()],
+        title="phases",
+        fontsize=8,
+        title_fontsize=8,
+        loc="outside right upper",
+    )
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
@@ -115,6 +125,8 @@ def _draw_rank(
     for row, lane in enumerate(lanes, start=1):
         times = _times(rank, lane, begin, end)
         axes.broken_barh(bars(times), (row - 0.4, 0.8), facecolors=_COLORS[lane])
+        if lane in COMMUNICATION:
+            _name_messages(axes, rank, lane, row, (begin, end))
     axes.set_xlim(0, (end - begin) / 1e3)
     axes.set_ylim(len(lanes) + 0.6, -0.6)
     axes.set_yticks(range(len(lanes) + 1), ["phase", *(_LABELS[lane] for lane in lanes)])
@@ -123,8 +135,25 @@ def _draw_rank(
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
+    _title(axes, overlap)
+
+
+def _name_messages(axes: Any, rank: RankTrace, lane: str, row: int, window: Interval) -> None:
+    """What each message was for, on those that are long enough to read it."""
+    begin, end = window
+    for each in rank.on(lane):
+        low, high = max(begin, each.begin_us), min(end, each.end_us)
+        name = str(each.details.get("for", ""))
+        if name and high - low >= (end - begin) * len(name) * _LETTER:
+            middle = ((low + high) / 2 - begin) / 1e3
+            axes.text(
+                middle, row, name, ha="center", va="center", fontsize=7, clip_on=True, color="white"
+            )
+
+
+def _title(axes: Any, overlap: Overlap) -> None:
     axes.set_title(
-        f"rank {rank.rank}: step {overlap.step_us / 1e3:.1f} ms, "
+        f"rank {overlap.rank}: step {overlap.step_us / 1e3:.1f} ms, "
         f"{overlap.compute_us / overlap.step_us:.0%} computing, "
         f"{overlap.hidden_share:.0%} of communication hidden, "
         f"{overlap.wait_us / overlap.step_us:.0%} waiting",

@@ -60,9 +60,9 @@ class Search:
     patience: int = 5
     seed: int = 0
 
-    def run(self, surrogate: Surrogate, count: int, measure: Callable[[int, int], float | None]) -> (
-        list[Run]
-    ):
+    def run(
+        self, surrogate: Surrogate, count: int, measure: Callable[[int, int], float | None]
+    ) -> list[Run]:
         """Measure until the budget is spent; returns every run, in order.
 
         Args:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
+from pydantic.config import JsonDict
 
 from ds_core.config.section import Only, Section, refusal
 
-_SAMPLES = {"unit": "samples"}
-_STEPS = {"unit": "steps"}
+_SAMPLES: JsonDict = {"unit": "samples"}
+_STEPS: JsonDict = {"unit": "steps"}
 
 
 class AutotuningSection(Section):

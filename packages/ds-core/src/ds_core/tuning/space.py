@@ -100,9 +100,7 @@ def default_space(document: Mapping[str, Any], ranks: int, micros: Sequence[int]
     return Space(knobs)
 
 
-def micro_batches(
-    document: Mapping[str, Any], ranks: int, *, least: int, most: int
-) -> list[int]:
+def micro_batches(document: Mapping[str, Any], ranks: int, *, least: int, most: int) -> list[int]:
     """Micro-batches worth trying, ascending: they divide a rank's share of the global batch.
 
     Powers of two up to `most`, and where the global batch is fixed, its share itself.
@@ -112,9 +110,9 @@ def micro_batches(
     total = document.get(TOTAL)
     sizes = [2**power for power in range(most.bit_length()) if least <= 2**power <= most]
     if isinstance(total, int):
-        share = total // ranks
-        sizes = [size for size in sizes if share % size == 0]
-        if least <= share <= most and share not in sizes and total % ranks == 0:
+        share, rest = divmod(total, ranks)
+        sizes = [size for size in sizes if share % size == 0 and not rest]
+        if least <= share <= most and share not in sizes and not rest:
             sizes.append(share)
     if not sizes:
         raise TuningError(

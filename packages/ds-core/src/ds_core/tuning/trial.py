@@ -79,9 +79,9 @@ def _loss(output: Any) -> torch.Tensor:
     if isinstance(output, torch.Tensor):
         return output
     if isinstance(output, Mapping) and "loss" in output:
-        return output["loss"]  # type: ignore[no-any-return]
+        return _loss(output["loss"])
     if hasattr(output, "loss"):
-        return output.loss  # type: ignore[no-any-return]
+        return _loss(output.loss)
     if isinstance(output, tuple | list) and output:
         return _loss(output[0])
     raise TuningError(

@@ -1,4 +1,4 @@
-"""Trials in processes of their own: one that runs out of memory or hangs ends nothing but itself."""
+"""Trials in processes of their own: one that runs out of memory or hangs ends only itself."""
 
 from __future__ import annotations
 

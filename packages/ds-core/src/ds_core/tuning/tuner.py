@@ -29,8 +29,16 @@ from ds_core.planning.plan import precision_on
 from ds_core.tuning.records import BEST, Record, Records, write_best
 from ds_core.tuning.search import Run, Search, best_point
 from ds_core.tuning.section import AutotuningSection
-from ds_core.tuning.space import ACCUMULATION, MICRO, STAGE, TOTAL, Point, Space
-from ds_core.tuning.space import default_space, micro_batches
+from ds_core.tuning.space import (
+    ACCUMULATION,
+    MICRO,
+    STAGE,
+    TOTAL,
+    Point,
+    Space,
+    default_space,
+    micro_batches,
+)
 from ds_core.tuning.surrogate import Surrogate, knob_features
 from ds_core.tuning.trial_runner import Outcome, TrialRunner
 
@@ -132,9 +140,12 @@ def tune(
     folder = Path(section.results_dir)
     identity = {"target": target, "config": data, "nproc": nproc, "metric": section.metric}
     records = Records(folder, identity, keep=not section.overwrite)
-    start = runner or TrialRunner(
-        target, nproc, section.start_profile_step, Path(section.exps_dir), timeout_s
-    ).run
+    start = (
+        runner
+        or TrialRunner(
+            target, nproc, section.start_profile_step, Path(section.exps_dir), timeout_s
+        ).run
+    )
     measure = _Measure(found, section.metric, records, start, say)
     runs = Search(
         budget,
@@ -194,7 +205,7 @@ def _space(
     if not chosen:
         return default
     # What the user names replaces that knob; the micro-batch stays a knob unless it is named.
-    return Space({**{MICRO: default.knobs[MICRO]}, **chosen})
+    return Space({MICRO: default.knobs[MICRO], **chosen})
 
 
 def _candidates(

@@ -170,7 +170,7 @@ def _add_untrained(found: Foreign, models: Sequence[Mapping[str, Any]], *, shard
     found.buffers = [name for name in model.get("buffer_names", ()) if name in module]
     found.frozen = list(frozen)
     trained = {name for group in model.get("param_shapes") or () for name in group}
-    for name in module.keys() | frozen.keys():
+    for name in dict.fromkeys([*module, *frozen]):
         if name in trained:
             continue
         if name in frozen:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 
+from ds_core import _env
 from ds_core.errors import LaunchError
 from ds_core.launcher.cluster import ClusterJob, HostCommand
 from ds_core.launcher.launchers.shell import shell_line
@@ -12,6 +13,10 @@ from ds_core.launcher.launchers.ssh import ssh_words
 
 #: pdsh replaces this by the number of the host in its list.
 _HOST_NUMBER = "%n"
+#: The variable by which pdsh hands words on to ssh; the user's own are kept.
+_SSH_ARGUMENTS = "PDSH_SSH_ARGS_APPEND"
+#: What pdsh says when a connection ends badly; it goes on with the others.
+_LOST_HOST = r"^pdsh@\S+: (?P<host>\S+): ssh exited with exit code \d+"
 _STAND_IN = "DS-RUN-HOST-NUMBER"
 
 
@@ -36,14 +41,16 @@ class PdshLauncher:
         # A percent sign is pdsh's own: doubled, it is one.
         line = shell_line(job, words).replace("%", "%%").replace(_STAND_IN, _HOST_NUMBER)
         _, *ssh_options = ssh_words(job.options, ())
+        own = _env.whole().get(_SSH_ARGUMENTS, "")
         hosts = tuple(node.host for node in job.nodes)
-        # -S: the agents' exit code; -b: one Ctrl-C ends it; -N: lines as they are.
+        # -S: the agents' exit code; -b: no questions after Ctrl-C; -N: lines as they are.
         start = ("pdsh", "-S", "-b", "-N", "-R", "ssh", "-f", str(len(hosts)))
         return (
             HostCommand(
                 hosts=hosts,
                 argv=(*start, *job.arguments, "-w", ",".join(hosts), line),
-                environment={"PDSH_SSH_ARGS_APPEND": shlex.join(ssh_options)},
-                is_tied=True,
+                environment={_SSH_ARGUMENTS: f"{shlex.join(ssh_options)} {own}".strip()},
+                is_tied=False,  # its own stdin goes nowhere; the agents' ends with it
+                lost_host=_LOST_HOST,
             ),
         )

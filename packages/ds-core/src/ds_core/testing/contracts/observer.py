@@ -89,6 +89,7 @@ def _takes_every_event(factory: Factory, folder: str) -> None:
     for part in range(2):
         engine(*batch(part, dist.get_rank())).backward()
         engine.step()
+    engine.log({"mine": 1.0})
     engine.save_checkpoint(f"{folder}/checkpoints")
     engine.load_checkpoint(f"{folder}/checkpoints")
     engine.close()

@@ -11,6 +11,7 @@ from torch import nn
 from ds_core import fused
 from ds_zero.unit import OptimizerPiece, Unit
 
+
 def initial_state(
     optimizer: torch.optim.Optimizer, units: list[Unit]
 ) -> dict[torch.Tensor, dict[str, Any]]:

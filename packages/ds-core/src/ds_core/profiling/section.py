@@ -1,0 +1,55 @@
+"""The config section `flops_profiler`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from ds_core.config import Section
+
+if TYPE_CHECKING:
+    from ds_core.config import Config
+    from ds_core.profiling.observer import FlopsObserver
+
+
+class FlopsProfilerSection(Section):
+    """Counts the operations of one training step, module by module."""
+
+    enabled: bool = Field(default=False, description="Whether a step is profiled.")
+    recompute_fwd_factor: float = Field(
+        default=0.0,
+        ge=0,
+        description="Makes no difference: recomputed forwards are counted as they happen.",
+    )
+    profile_step: int = Field(
+        default=1,
+        ge=0,
+        description="Optimizer steps before the one that is profiled. The one after it is timed "
+        "without the profiler, for the operations per second.",
+        json_schema_extra={"unit": "steps"},
+    )
+    module_depth: int = Field(
+        default=-1, ge=-1, description="Deepest level of modules that is shown; -1 shows all."
+    )
+    top_modules: int = Field(
+        default=1, ge=0, description="How many of the largest modules of each level are named."
+    )
+    detailed: bool = Field(default=True, description="Whether the tree of all modules is shown.")
+    output_file: str | None = Field(
+        default=None,
+        description="File that gets the report; null: rank 0 writes it to standard error.",
+    )
+
+
+def from_config(config: Config) -> FlopsObserver | None:
+    """The observer that the section asks for, on rank 0; None on the other ranks."""
+    section = config.section("flops_profiler")
+    if not isinstance(section, FlopsProfilerSection) or not section.enabled:
+        return None
+    import torch.distributed as dist
+
+    from ds_core.profiling.observer import FlopsObserver
+
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    return FlopsObserver(section) if is_first else None
