@@ -39,7 +39,9 @@ PAD, IGNORED = 256, -100
 PEAK_LR, WARMUP, FLOOR = 3e-3, 0.05, 0.1
 SEEDS = (1, 2, 3)
 CORPUS_BYTES = 4_000_000
-EVALUATIONS = 40
+#: Shares of the budget at which a run is evaluated.
+EVALUATED_AT = (0.0, 0.3, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+HELD_OUT_SAMPLES = 256
 
 
 class GPT(nn.Module):
@@ -289,10 +291,8 @@ class Bench:
         windows, paragraphs = self.data["windows"][0], self.data["paragraphs"][0]
         analyze(windows, {"rarity": WordRarity(windows.data)}, folder, overwrite=True)
         analyze(paragraphs, {"seqlen": sequence_length}, folder, overwrite=True)
-        one_step = _FlopCount(GPT().blocks)
         model = GPT()
         model.train()(*map(torch.stack, zip(*[windows[i] for i in range(BATCH)], strict=True)))
-        del one_step
         self.budget = model.flops.total * steps
 
     def run(self, name: str, seed: int, peak_lr: float = PEAK_LR) -> Curve:
@@ -319,28 +319,23 @@ class Bench:
             lr_scheduler=lambda optimizer: DecayByFlops(optimizer, model.flops, self.budget),
         )  # fmt: skip
         batches = list(_heldout_batches(heldout))
-        curve, next_share, began = Curve(), 0.0, time.process_time()
-        spent_evaluating = 0.0
-        while True:
-            if model.flops.total >= next_share * self.budget:
-                mark = time.process_time()
-                curve.losses.append(_evaluate(model, batches))
-                spent_evaluating += time.process_time() - mark
-                curve.flops.append(model.flops.total)
-                curve.tokens.append(model.flops.tokens)
-                next_share += 1 / EVALUATIONS
-                if model.flops.total >= self.budget:
-                    break
-            engine.train_batch()
+        curve = Curve()
+        for share in EVALUATED_AT:
+            began = time.process_time()
+            while model.flops.total < share * self.budget:
+                engine.train_batch()
+            curve.processor_s += time.process_time() - began
+            curve.losses.append(_evaluate(model, batches))
+            curve.flops.append(model.flops.total)
+            curve.tokens.append(model.flops.tokens)
         curve.steps = engine.global_step
-        curve.processor_s = time.process_time() - began - spent_evaluating
         engine.close()
         return curve
 
 
 def _heldout_batches(dataset: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """512 samples, spread evenly, the same ones every time."""
-    chosen = np.linspace(0, len(dataset) - 1, 512).astype(int)
+    """Samples spread evenly, the same ones every time."""
+    chosen = np.linspace(0, len(dataset) - 1, HELD_OUT_SAMPLES).astype(int)
     collate = pad_collate(PAD, IGNORED)
     for start in range(0, len(chosen), 64):
         yield collate([dataset[int(index)] for index in chosen[start : start + 64]])

@@ -128,8 +128,8 @@ def make_fake():
 
 
 def test_a_package_brings_a_device_by_its_entry_point(monkeypatch):
-    made = importlib.metadata.EntryPoint("fake", f"{__name__}:make_fake", "ds_core.accelerators")
-    monkeypatch.setitem(sys.modules, __name__, sys.modules[make_fake.__module__])
+    monkeypatch.setitem(sys.modules, "a_vendor", sys.modules[__name__])
+    made = importlib.metadata.EntryPoint("fake", "a_vendor:make_fake", "ds_core.accelerators")
     monkeypatch.setattr(plugins, "entry_points", lambda group: [made])
     monkeypatch.setattr(torch, "get_device_module", lambda kind: FakeModule)
     found = accelerator.current()

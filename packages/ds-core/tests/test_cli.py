@@ -13,6 +13,7 @@ import typer
 
 from ds_core import __version__
 from ds_core.cli import main
+from ds_core.cli.app import OWN_COMMANDS
 from ds_core.errors import DsError, PluginError
 
 Ds = Callable[..., "Result"]
@@ -69,11 +70,8 @@ def test_help_lists_the_commands(ds: Ds) -> None:
     result = ds("--help")
 
     assert result.code == 0
-    assert [line.split()[0] for line in result.out.split("Commands:")[1].split("\n") if line] == [
-        "run",
-        "report",
-        "config",
-    ]
+    listed = [line.split()[0] for line in result.out.split("Commands:")[1].split("\n") if line]
+    assert {"run", "report", "config", "checkpoint", *OWN_COMMANDS} <= set(listed)
 
 
 def test_version_is_shown(ds: Ds) -> None:

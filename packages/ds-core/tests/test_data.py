@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from ds_core.data import ResumableLoader
+from ds_core.data import RepeatingLoader, ResumableLoader
 from ds_core.errors import DsError
 
 
@@ -87,6 +87,89 @@ def test_it_resumes_at_another_world_size():
     resumed.skip_to(first[0].samples_seen)
     started = [sample for loader in loaders(16, 2) for sample in next(iter(loader)).tolist()]
     assert sorted(started + epoch(resumed)) == list(range(16))
+
+
+@pytest.mark.parametrize("drop_last", [False, True], ids=["kept", "dropped"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((1, 4), (1, 3)), ((2, 2), (1, 5)), ((1, 3), (2, 2)), ((4, 1), (3, 2))],
+    ids=["batch", "fewer-ranks", "more-ranks", "both"],
+)
+def test_no_sample_is_lost_or_repeated_when_batch_or_ranks_change(before, after, drop_last):
+    first = loaders(36, *before)
+    seen = [next(loader.forever()).tolist() for loader in first]
+    states = [loader.state_dict() for loader in first]
+    resumed = loaders(36, *after, drop_last=drop_last)
+    for loader in resumed:
+        loader.load_state_dict(states[0])
+    rest = [epoch(loader) for loader in resumed]
+    counts = collections.Counter(itertools.chain(*seen, *rest))
+    left_out = 36 - len(counts)
+    assert left_out < (after[0] * after[1] if drop_last else 1)
+    assert sum(counts.values()) - len(counts) < after[0], "but for what evens out the ranks"
+    assert all(loader.epochs_done == 1 for loader in resumed)
+    assert [sorted(set(epoch(loader))) for loader in loaders(36, 1, 36)] == [list(range(36))]
+
+
+def test_a_rest_that_fills_no_batch_begins_the_next_epoch():
+    loader = loaders(10, 1, 2)[0]
+    for _ in range(4):
+        next(iter(loader))
+    larger = loaders(10, 1, 4, drop_last=True)[0]
+    larger.load_state_dict(loader.state_dict())
+    next(larger.forever())
+    assert larger.samples_seen == 14
+
+
+def test_worker_processes_give_the_same_batches_and_resume_at_the_same_one():
+    plain, parallel = loaders(13, 1)[0], loaders(13, 1, num_workers=2)[0]
+    assert [b.tolist() for b in parallel] == [b.tolist() for b in plain]
+    batches = parallel.forever()
+    expected = [next(batches).tolist() for _ in range(3)]
+    plain.load_state_dict(parallel.state_dict())
+    assert plain.samples_seen == 13 + 6, "what workers read ahead is not seen"
+    assert next(plain.forever()).tolist() == next(batches).tolist()
+    assert len(expected[0]) == 2
+
+
+def test_an_order_of_the_dataset_s_own_and_an_end_after_some_epochs():
+    loader = loaders(5, 1, shuffles=False, num_epochs=2)[0]
+    assert [b.tolist() for b in loader.forever()] == [[0, 1], [2, 3], [4]] * 2
+
+
+def test_a_dataset_of_another_size_begins_a_new_epoch_and_says_so(caplog):
+    loader = loaders(16, 1)[0]
+    next(iter(loader))
+    grown = loaders(20, 1)[0]
+    grown.load_state_dict(loader.state_dict())
+    assert grown.samples_seen == 20
+    assert "had 16 samples when this was saved and has 20: epoch 1 begins anew" in caplog.text
+
+
+def test_the_state_of_another_kind_of_loader_is_refused():
+    with pytest.raises(DsError, match=r"lacks num_samples, samples_seen, seed \(it has step\)"):
+        loaders(4)[0].load_state_dict({"step": 3})
+
+
+def test_post_processing_changes_each_batch():
+    loader = loaders(4, 1)[0]
+    loader.post_process = lambda batch, difficulties: (batch * 0, difficulties)
+    assert [(b.tolist(), d) for b, d in loader] == [([0, 0], {})] * 2
+
+
+def test_a_repeating_loader_goes_round_and_tells_the_sampler():
+    sampler = torch.utils.data.DistributedSampler(range(4), num_replicas=1, rank=0)
+    batches = RepeatingLoader(torch.utils.data.DataLoader(range(4), 2, sampler=sampler))
+    seen = [next(batches).tolist() for _ in range(5)]
+    assert sorted(seen[0] + seen[1]) == sorted(seen[2] + seen[3]) == [0, 1, 2, 3]
+    assert (batches.epoch, sampler.epoch, len(batches)) == (2, 2, 2)
+
+
+def test_a_repeating_loader_over_an_iterator_says_what_is_wrong():
+    batches = RepeatingLoader(iter([1]))
+    assert next(batches) == 1
+    with pytest.raises(DsError, match="pass 2 over a list_iterator gave no batch"):
+        next(batches)
 
 
 def test_it_leaves_the_random_numbers_of_the_model_alone():

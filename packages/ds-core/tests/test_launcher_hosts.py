@@ -239,7 +239,7 @@ if rank == 2:
     raise ValueError("the cause")
 while not Path("failing.pid").exists():
     time.sleep(0.01)
-time.sleep(0.3)
+time.sleep(1)
 raise RuntimeError("connection closed by peer")
 """
     )

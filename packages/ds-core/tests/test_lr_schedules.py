@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+import ds_core
 from ds_core import lr_schedules
-from ds_core.errors import ConfigError
+from ds_core.errors import ConfigError, DsError
+from ds_core.seams import Event, EventKind
 
 # Rates before the first step and after steps 1 to 10, of AdamW built with lr 0.5. Made once with
 # deepspeed 0.19.8 (DS_ACCELERATOR=cpu): deepspeed.runtime.lr_schedules.<type>(optimizer, **params),
@@ -185,15 +189,100 @@ def test_one_cycle_moves_momentum_the_other_way_and_keeps_beta2():
     assert {second for _, second in momenta} == {0.999}
 
 
-def test_one_cycle_without_betas_says_that_it_leaves_momentum(caplog):
-    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
+def cycle(optimizer, **params):
+    shape = {"cycle_min_lr": 0.1, "cycle_max_lr": 0.5, "cycle_first_step_size": 4}
+    return build("OneCycle", {**shape, "cycle_second_step_size": 2, **params}, optimizer)
+
+
+def two_groups(cls, **settings):
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": 0.1 * i} for i in (1, 2)]
+    return cls(groups, **settings)
+
+
+def test_one_cycle_cycles_the_momentum_of_sgd():
+    sgd = two_groups(torch.optim.SGD, lr=0.1, momentum=0.9)
+    schedule = cycle(sgd, cycle_min_mom=[0.5, 0.8], cycle_max_mom=0.9)
+
+    momenta = [[group["momentum"] for group in sgd.param_groups]]
+    for _ in range(7):
+        sgd.step()
+        schedule.step()
+        momenta.append([group["momentum"] for group in sgd.param_groups])
+
+    first = [0.5, 0.8, 0.7, 0.6, 0.5, 0.7, 0.9, 0.9]
+    assert [pair[0] for pair in momenta] == pytest.approx(first)
+    assert [pair[1] for pair in momenta[1:5]] == pytest.approx([0.875, 0.85, 0.825, 0.8])
+
+
+def test_one_cycle_without_momentum_says_that_there_is_none(caplog):
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
 
     with caplog.at_level(logging.WARNING):
         schedule = build("OneCycle", {"cycle_min_lr": 0.1, "cycle_max_lr": 0.2}, sgd)
 
-    assert "SGD has no betas" in caplog.text
+    assert "SGD has neither betas nor momentum" in caplog.text
     trace(schedule, 2)
-    assert sgd.param_groups[0]["momentum"] == 0.9
+    assert sgd.param_groups[0]["momentum"] == 0
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD], ids=["adamw", "sgd"])
+@pytest.mark.parametrize("done", [0, 1, 3, 5, 8], ids="after-{}".format)
+def test_one_cycle_resumes_rates_momenta_and_weights_exactly(cls, done):
+    def start():
+        settings = {"momentum": 0.9} if cls is torch.optim.SGD else {}
+        optimizer = two_groups(cls, lr=0.1, **settings)
+        return optimizer, cycle(optimizer, decay_step_size=1, decay_mom_rate=0.01)
+
+    def run(optimizer, schedule, steps):
+        for _ in range(steps):
+            for group in optimizer.param_groups:
+                group["params"][0].grad = group["params"][0].detach() * 0.1
+            optimizer.step()
+            schedule.step()
+
+    whole, cut, resumed = start(), start(), start()
+    run(*whole, 10)
+    run(*cut, done)
+    with torch.no_grad():
+        for ours, theirs in zip(resumed[0].param_groups, cut[0].param_groups, strict=True):
+            ours["params"][0].copy_(theirs["params"][0])
+    resumed[0].load_state_dict(cut[0].state_dict())
+    resumed[1].load_state_dict(json.loads(json.dumps(cut[1].state_dict())))
+    run(*resumed, 10 - done)
+
+    for ours, theirs in zip(resumed[0].param_groups, whole[0].param_groups, strict=True):
+        assert torch.equal(ours["params"][0], theirs["params"][0])
+        assert ours["lr"] == theirs["lr"]
+        assert (ours.get("betas"), ours.get("momentum")) == (
+            theirs.get("betas"),
+            theirs.get("momentum"),
+        )
+
+
+def test_the_cosine_multiplies_each_groups_own_rate():
+    params = {"total_num_steps": 6, "warmup_num_steps": 2, "warmup_min_ratio": 0.5}
+    optimizer = two_groups(torch.optim.SGD, lr=1.0)
+    schedule = build("WarmupCosineLR", {**params, "cos_min_ratio": 0.1}, optimizer)
+
+    rates = []
+    for _ in range(7):
+        optimizer.step()
+        schedule.step()
+        rates.append(schedule.get_last_lr())
+
+    assert [second / first for first, second in rates] == pytest.approx([2.0] * 7)
+    assert [first / 0.1 for first, _ in rates[:2]] == [0.5, 1.0]  # log: a rise from the min ratio
+    assert rates[-1] == pytest.approx([0.01, 0.02])
+
+
+def test_a_warmup_without_a_maximum_keeps_each_groups_own_rate():
+    schedule = build("WarmupLR", {"warmup_num_steps": 2}, two_groups(torch.optim.SGD, lr=1.0))
+
+    for _ in range(3):
+        schedule.optimizer.step()
+        schedule.step()
+
+    assert schedule.get_last_lr() == pytest.approx([0.1, 0.2])
 
 
 def test_lists_give_each_group_its_own_rate():
@@ -270,9 +359,7 @@ def test_schedules_of_torch_are_built_by_name(name, params, cls):
             "cycle_second_step_size: got -1",
             id="negative",
         ),
-        pytest.param(
-            "WarmupCosineLR", {"total_num_steps": "auto"}, "Trainer fills in", id="auto"
-        ),
+        pytest.param("WarmupCosineLR", {"total_num_steps": "auto"}, "Trainer fills in", id="auto"),
     ],
 )
 def test_what_cannot_be_built_says_why(name, params, message):
@@ -287,3 +374,117 @@ def test_warmup_longer_than_the_run_is_logged(caplog):
         build("WarmupDecayLR", {"total_num_steps": 10, "warmup_num_steps": 20})
 
     assert "total_num_steps 10 is less than warmup_num_steps 20" in caplog.text
+
+
+def valley(rate):
+    """A loss that falls fastest at 1e-3, is lowest at 1e-2, and blows up from there on."""
+    place = math.log10(rate)
+    return 2.0 - math.tanh(place + 3) + 40 * max(0.0, place + 2)
+
+
+def test_a_range_test_suggests_where_the_loss_falls_fastest():
+    rates = [10 ** (-6 + place / 20) for place in range(100)]
+
+    found = lr_schedules.suggest_lr(rates, [valley(rate) for rate in rates], smoothing=0.0)
+
+    assert found.steepest == pytest.approx(1e-3, rel=0.01)
+    assert found.lowest == pytest.approx(10**-2, rel=0.01)
+    assert found.diverged_at == pytest.approx(10**-1.9, rel=0.1)
+    assert found.lrs[-1] < found.diverged_at
+    assert "fastest at 0.001" in str(found)
+
+
+def test_a_loss_that_becomes_nan_has_diverged():
+    found = lr_schedules.suggest_lr([1, 2, 3, 4], [3.0, 2.0, 1.5, float("nan")])
+
+    assert found.diverged_at == 4
+    assert len(found.losses) == 3
+
+
+@pytest.mark.parametrize(
+    ("rates", "losses", "message"),
+    [
+        pytest.param([1, 2], [1, 2], "at least 3", id="short"),
+        pytest.param([1, 2, 3], [1, 2], "3 learning rates and 2 losses", id="uneven"),
+        pytest.param([1, 3, 2], [1, 1, 1], "grow from step to step", id="falling"),
+        pytest.param([0, 1, 2], [1, 1, 1], "must be positive", id="zero"),
+        pytest.param([1, 2, 3], [1, 90, 99], "diverged at step 2", id="at-once"),
+    ],
+)
+def test_losses_that_tell_nothing_say_why(rates, losses, message):
+    with pytest.raises(DsError, match=message):
+        lr_schedules.suggest_lr(rates, losses, smoothing=0.0)
+
+
+def test_find_lr_ends_when_a_real_loss_diverges_and_puts_the_rates_back():
+    torch.manual_seed(0)
+    # Gradient descent on x' diag(1..10) x / 2 diverges above a rate of 2 / 10.
+    weight = torch.nn.Parameter(torch.ones(10))
+    optimizer = torch.optim.SGD([weight], lr=0.123)
+
+    def step():
+        optimizer.zero_grad()
+        loss = (weight.square() * torch.arange(1.0, 11.0)).sum() / 2
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    found = lr_schedules.find_lr(step, optimizer, min_lr=1e-4, max_lr=10, num_steps=120)
+
+    assert 0.2 < found.diverged_at < 2.0
+    assert found.steepest < found.lowest <= found.diverged_at
+    assert found.steepest < 0.2
+    assert optimizer.param_groups[0]["lr"] == 0.123
+
+
+def test_find_lr_refuses_an_empty_range():
+    optimizer = adamw()
+
+    with pytest.raises(DsError, match="expected 0 < min_lr < max_lr"):
+        lr_schedules.find_lr(lambda: 1.0, optimizer, min_lr=1, max_lr=1)
+    with pytest.raises(DsError, match="num_steps: got 2"):
+        lr_schedules.find_lr(lambda: 1.0, optimizer, num_steps=2)
+
+
+def test_a_config_with_a_range_test_tells_its_finding(capsys):
+    torch.manual_seed(0)
+    params = {"lr_range_test_min_lr": 0.001, "lr_range_test_step_size": 2}
+    engine = ds_core.initialize(
+        torch.nn.Linear(4, 1),
+        {
+            "train_micro_batch_size_per_gpu": 8,
+            "optimizer": {"type": "SGD", "params": {"lr": 0.001}},
+            "scheduler": {"type": "LRRangeTest", "params": params},
+        },
+    )
+    for _ in range(12):
+        engine.backward(engine(torch.randn(8, 4)).square().mean())
+        engine.step()
+    engine.close()
+
+    assert "range test: the loss fell fastest at 0.00" in capsys.readouterr().err
+
+
+def test_a_recorder_has_the_rate_and_the_loss_of_each_step():
+    stream = io.StringIO()
+    recorder = lr_schedules.RangeTestRecorder(stream=stream)
+
+    for step in range(1, 5):
+        values = {"lr": 0.1 * step, "loss": torch.tensor(4.0 - step)}
+        recorder.on_event(None, Event(EventKind.STEP_END, step, values))
+    recorder.on_event(None, Event(EventKind.CLOSE, 4))
+
+    assert recorder.lrs == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert recorder.losses == [3.0, 2.0, 1.0, 0.0]
+    assert recorder.finding(smoothing=0.0).lowest == pytest.approx(0.4)
+    assert "was lowest at 0.4, never diverged" in stream.getvalue()
+
+
+def test_a_range_test_that_was_too_short_says_so():
+    stream = io.StringIO()
+
+    lr_schedules.RangeTestRecorder(stream=stream).on_event(None, Event(EventKind.CLOSE, 0))
+
+    assert "tells nothing: suggest_lr: got 0 learning rates" in stream.getvalue()
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = lr_schedules.nonsense

@@ -344,7 +344,7 @@ def test_the_command_prints_json(config_file):
 
 
 def test_the_command_exits_with_1_if_it_does_not_fit(config_file):
-    shown = invoke("plan", config_file, "--params", "70B", "--gpu", "4090")
+    shown = invoke("plan", config_file, "--params", "8B", "--gpu", "a100")
     assert shown.exit_code == 1
     assert "It does not fit" in shown.output
 

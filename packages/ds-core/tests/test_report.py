@@ -34,14 +34,15 @@ def report(capsys):
         with pytest.raises(SystemExit) as ended:
             main(["report", *words])
         assert not ended.value.code
-        return capsys.readouterr().out
+        # How wide a column is depends on what is installed.
+        return re.sub(" +", " ", capsys.readouterr().out)
 
     return run
 
 
 def test_the_report_shows_versions_devices_and_providers(report):
     shown = report()
-    for words in ("python", "torch", "devices", "gloo", f"ds-core  {__version__}", "/dev/shm"):
+    for words in ("python", "torch", "devices", "gloo", f"ds-core {__version__}", "/dev/shm"):
         assert words in shown
     for title in ("Versions", "Machine", "Packages", "Provided by packages", "Ops"):
         assert f"{title}\n" in shown
@@ -67,8 +68,8 @@ def entries(monkeypatch, seam, **targets):
 def test_a_broken_entry_point_is_reported(report, monkeypatch):
     entries(monkeypatch, "transports", torn="no_such_module:Transport", good="json:dumps")
     shown = report()
-    assert "transports: good  json:dumps" in shown
-    assert "transports: torn  no_such_module:Transport  broken" in shown
+    assert "transports: good json:dumps" in shown
+    assert "transports: torn no_such_module:Transport broken" in shown
     assert "does not load: No module named 'no_such_module'" in shown.split("Warnings")[1]
 
 
@@ -102,8 +103,8 @@ def test_ops_say_who_computes_them_and_why_not(report, monkeypatch):
         shown = report()
     finally:
         registry._implementations.cache_clear()
-    assert "rms_norm  fused      float32; no 16-bit kernel was built" in shown
-    assert "rms_norm  reference  float32, bfloat16, float16" in shown
+    assert "rms_norm fused float32; no 16-bit kernel was built" in shown
+    assert "rms_norm reference float32, bfloat16, float16" in shown
 
 
 def test_a_broken_op_package_is_reported(monkeypatch):
@@ -217,7 +218,7 @@ def test_devices_have_a_row_each(monkeypatch):
     card = Device(0, "NVIDIA H100", 80 << 30, "sm_90")
     found = dataclasses.replace(examine(), device_kind="cuda", devices=(card,))
     monkeypatch.setattr("ds_core.cli.reporting.examine", lambda: found)
-    assert "cuda:0        NVIDIA H100, 80.0 GiB, sm_90" in render(collect())
+    assert re.search(r"cuda:0 +NVIDIA H100, 80\.0 GiB, sm_90", render(collect()))
 
 
 def test_a_machine_without_linux_files_is_examined(monkeypatch):

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from ds_core.cli.tune_report import as_json, render
 from ds_core.config import load
 from ds_core.errors import ConfigError, PlanError, TuningError
 from ds_core.planning import find_device
 from ds_core.testing import run_ranks
 from ds_core.tuning import Outcome, tune
-from ds_core.tuning.report import as_json, render
 from ds_core.tuning.space import Point, Space, default_space, micro_batches, parse_knob
 from ds_core.tuning.trial import run as run_trial
 from ds_core.tuning.trial_runner import TrialRunner, _outcome

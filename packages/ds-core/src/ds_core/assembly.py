@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Dataset
 
-from ds_core import accelerator, comm, logs, lr_schedules, optimizers, plugins
+from ds_core import accelerator, comm, communication, logs, lr_schedules, optimizers, plugins
 from ds_core import config as configuration
 from ds_core.accelerator import Accelerator
 from ds_core.alone import Alone
@@ -67,6 +67,7 @@ def initialize(
     data_ranks = mesh.size("dp")
     if not isinstance(config, configuration.Config):
         config = configuration.load(config, world_size=data_ranks)
+    communication.apply(config.section("comm"), mesh)
     device_kind = accelerator.current()
     if config.seed is not None:
         random.seed(config.seed)

@@ -83,7 +83,8 @@ def export_dcp(
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.save(
             state,
-            storage_writer=dcp.FileSystemWriter(out),
+            # A file per tensor: torch's writer keeps all tensors of a file until the file is done.
+            storage_writer=dcp.FileSystemWriter(out, single_file_per_rank=False),
             planner=_ReadingPlanner(by_name),
             no_dist=True,
         )

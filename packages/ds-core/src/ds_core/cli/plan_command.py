@@ -70,6 +70,7 @@ def plan(
     with which it would are listed. Exits with 1 then.
     """
     from ds_core import config
+    from ds_core.cli.plan_report import as_json, render
     from ds_core.planning import (
         Cluster,
         PlanOptions,
@@ -81,7 +82,6 @@ def plan(
     )
     from ds_core.planning.devices import GIB
     from ds_core.planning.plan import precision_on
-    from ds_core.planning.report import as_json, render
 
     if (params is None) == (model is None):
         raise PlanError("ds plan: give the model: either --params N or --model FILE")

@@ -358,8 +358,9 @@ def _run_here(
 
         sys.stderr.buffer.write(report_line(error, own_node_rank(spec)))
         sys.stderr.flush()
-        # srun and others end all nodes when one ends: let them have their say before.
-        time.sleep(_LAST_WORDS_S)
+        if not isinstance(error, JobFailure) or error.node_failure is not None:
+            # srun and others end all nodes when one ends: let them have their say before.
+            time.sleep(_LAST_WORDS_S)
         raise typer.Exit(error.exit_code if isinstance(error, JobFailure) else 2) from None
 
 

@@ -63,10 +63,10 @@ def tune(
     "autotuning" section says what is best (metric), how long to search and where results go; all
     runs are in results.json, their output in autotuning.exps_dir.
     """
+    from ds_core.cli.tune_report import as_json, render
     from ds_core.config.document import read
     from ds_core.planning import find_device
     from ds_core.tuning.records import write_best
-    from ds_core.tuning.report import as_json, render
     from ds_core.tuning.space import parse_knob
     from ds_core.tuning.tuner import tune as search
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -48,8 +50,7 @@ def monitored_barrier(group: Group, *, timeout_s: float = 30.0, caller: str = ""
             left = deadline - time.monotonic()
             if left <= 0:
                 break
-            key = next(iter(missing.values()))
-            missing = board.ask(lambda store, key=key: _absent(store, key, missing, left), left + 1)
+            missing = board.ask(functools.partial(_absent, missing, left), left + 1)
     except Exception as error:
         raise CommError(_told(group, caller, f"the rendezvous store fails: {error}")) from error
     if missing:
@@ -63,12 +64,10 @@ def monitored_barrier(group: Group, *, timeout_s: float = 30.0, caller: str = ""
         )
 
 
-def _absent(store: Any, key: str, missing: dict[int, str], within_s: float) -> dict[int, str]:
-    """Those of `missing` that are not there, once `key` is, or the time is over."""
-    try:
-        store.wait([key], timedelta(seconds=within_s))
-    except RuntimeError:
-        pass
+def _absent(missing: dict[int, str], within_s: float, store: Any) -> dict[int, str]:
+    """Those of `missing` that are not there, once the first is, or the time is over."""
+    with suppress(RuntimeError):
+        store.wait([next(iter(missing.values()))], timedelta(seconds=within_s))
     return {rank: key for rank, key in missing.items() if not store.check([key])}
 
 

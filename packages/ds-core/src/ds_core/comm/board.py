@@ -21,7 +21,7 @@ ANSWER_S = 3.0
 T = TypeVar("T")
 
 
-class StoreHangs(Exception):
+class StoreHangsError(Exception):
     """The rendezvous store has not answered within its deadline."""
 
 
@@ -45,7 +45,7 @@ class Note:
 def ask(question: Callable[[Any], T], within_s: float = ANSWER_S) -> T:
     """What `question` returns for the default store.
 
-    Raises StoreHangs after `within_s` seconds, and whatever the store raises if it is gone.
+    Raises StoreHangsError after `within_s` seconds, and whatever the store raises if it is gone.
     """
     store: Any = dist.distributed_c10d._get_default_store()
     answers: list[T] = []
@@ -63,7 +63,7 @@ def ask(question: Callable[[Any], T], within_s: float = ANSWER_S) -> T:
     if errors:
         raise errors[0]
     if not answers:
-        raise StoreHangs(f"the rendezvous store has not answered for {within_s:g} s")
+        raise StoreHangsError(f"the rendezvous store has not answered for {within_s:g} s")
     return answers[0]
 
 
@@ -71,7 +71,7 @@ def someone_gave_up(ranks: Collection[int]) -> bool:
     """Whether one of these global ranks has left a note, or the store itself is gone."""
     try:
         return ask(lambda store: any(store.check([_key(rank)]) for rank in ranks))
-    except StoreHangs:
+    except StoreHangsError:
         return False  # slow or stopped: the backend's own timeout will tell
     except Exception:
         return True  # gone, and with it the rank that holds it

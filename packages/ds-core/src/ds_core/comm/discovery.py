@@ -180,9 +180,7 @@ def _known_host(environment: Mapping[str, str]) -> str | None:
     """The host of rank 0, as the user or a cloud's platform says."""
     if environment.get("MASTER_ADDR"):
         return environment["MASTER_ADDR"]
-    azure = environment.get("AZ_BATCH_MASTER_NODE") or environment.get(
-        "AZ_BATCHAI_MPI_MASTER_NODE"
-    )
+    azure = environment.get("AZ_BATCH_MASTER_NODE") or environment.get("AZ_BATCHAI_MPI_MASTER_NODE")
     if azure:
         return azure.partition(":")[0]
     if environment.get("SM_HOSTS"):

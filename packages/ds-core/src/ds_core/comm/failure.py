@@ -1,9 +1,9 @@
-"""What is said about a collective that cannot complete: which one, on which rank, because of whom."""
+"""What is said of a collective that cannot complete: which one, where, because of whom."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -62,15 +62,18 @@ def call_of(
     return Call(op, caller, tensors.shape, tensors.dtype, detail)
 
 
-def collective_failed(call: Call, position: int, group: Group, error: Exception) -> CommError:
+def collective_failed(
+    call: Call, position: int, group: Group, error: Exception, peers: Sequence[int] = ()
+) -> CommError:
     """The error to raise after the backend's; asks who else lives, and what they were doing.
 
     Every rank that sees the failure leaves a note, closes its connections of this group so that
-    nobody waits for it in vain, and waits up to `ROLL_CALL_S` for the notes of the others.
+    nobody waits for it in vain, and waits up to `ROLL_CALL_S` for the notes of the others; of
+    `peers` alone, if only these ranks of the group took part.
     """
     cause = _plain(str(error)) or type(error).__name__
     mine = Note(group.lane_name, position, call.told(), cause)
-    who = _roll_call(group, mine)
+    who = _roll_call(group, mine, [group.ranks[peer] for peer in peers] or group.ranks)
     return _error(call, group, f"{who} ({cause})")
 
 
@@ -105,8 +108,8 @@ def _error(call: Call, group: Group, what: str) -> CommError:
     )
 
 
-def _roll_call(group: Group, mine: Note) -> str:
-    others = [rank for rank in group.ranks if rank != dist.get_rank()]
+def _roll_call(group: Group, mine: Note, ranks: Sequence[int]) -> str:
+    others = [rank for rank in ranks if rank != dist.get_rank()]
     try:
         board.leave_note(dist.get_rank(), mine)
         _hang_up(group)
@@ -140,7 +143,10 @@ def _compared(mine: Note, notes: Mapping[int, Note]) -> str:
         told = {rank: note.call for rank, note in here.items()}
     if len(set(told.values())) > 1:
         return differences(min(positions), told)
-    return "every rank is alive and in the same call"
+    saw = "; ".join(
+        f"rank {rank} saw: {note.cause}" for rank, note in sorted(here.items()) if note is not mine
+    )
+    return f"every rank is alive and in the same call; {saw}"
 
 
 def _hang_up(group: Group) -> None:

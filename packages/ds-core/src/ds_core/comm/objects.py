@@ -62,9 +62,7 @@ def broadcast_object(value: Any, group: Group, *, source: int = 0, caller: str =
     return value if is_source else _unpickled(received[0])
 
 
-def gather_object(
-    value: Any, group: Group, *, to: int = 0, caller: str = ""
-) -> list[Any] | None:
+def gather_object(value: Any, group: Group, *, to: int = 0, caller: str = "") -> list[Any] | None:
     """Every rank's `value`, in rank order, on rank `to` of the group; None elsewhere."""
     if group.size == 1:
         return [value]
@@ -111,9 +109,7 @@ def scatter_object(
     received: list[torch.Tensor] = []
 
     def scatter(pg: dist.ProcessGroup) -> None:
-        sizes = torch.tensor(
-            [part.numel() for part in data] or [0] * group.size, device=device
-        )
+        sizes = torch.tensor([part.numel() for part in data] or [0] * group.size, device=device)
         share = dist.BroadcastOptions()
         share.rootRank = source
         wait_for_collective(pg.broadcast([sizes], share), group)

@@ -31,6 +31,7 @@ class Pending:
         "_finish",
         "_group",
         "_op",
+        "_peers",
         "_position",
         "_tensors",
         "_works",
@@ -46,11 +47,12 @@ class Pending:
         tensors: Tensors = None,
         detail: str = "",
         direct: bool = False,
+        peers: Sequence[int] = (),
     ) -> None:
         self._op, self._group, self._caller = op, group, caller
         self._works: Sequence[Any] = works
         self._finish = finish
-        self._tensors, self._detail, self._direct = tensors, detail, direct
+        self._tensors, self._detail, self._direct, self._peers = tensors, detail, direct, peers
         self._position = group.num_started
 
     def is_complete(self) -> bool:
@@ -77,7 +79,9 @@ class Pending:
             raise
         except RuntimeError as error:
             call = call_of(self._op, self._caller, self._tensors, self._detail)
-            raise collective_failed(call, self._position, self._group, error) from error
+            raise collective_failed(
+                call, self._position, self._group, error, self._peers
+            ) from error
         self._tensors = None
         finish, self._finish = self._finish, None
         if finish is not None:
@@ -136,7 +140,7 @@ def run(
     message_bytes: int = 0,
     direct: bool = False,
     empty: bool = False,
-    pairwise: bool = False,
+    peers: Sequence[int] = (),
 ) -> Pending | None:
     """Start a collective, and complete it unless `async_op`.
 
@@ -148,12 +152,12 @@ def run(
         message_bytes: size of the message as benchmarks count it.
         direct: made of direct messages.
         empty: nothing is to be sent.
-        pairwise: between two ranks, and not a matter of the whole group.
+        peers: ranks of the group that take part beside this one, if not all do.
     """
     if group.size == 1:
         return Pending(op, group, caller, ()) if async_op else None
     group.num_started += 1
-    if group.check is not None and not pairwise:
+    if group.check is not None and not peers:
         group.check.admit(call_of(op, caller, tensors, detail))
     if empty:
         return Pending(op, group, caller, ()) if async_op else None
@@ -165,14 +169,14 @@ def run(
         raise
     except RuntimeError as error:
         call = call_of(op, caller, tensors, detail)
-        raise collective_failed(call, group.num_started, group, error) from error
+        raise collective_failed(call, group.num_started, group, error, peers) from error
     ledger.record(op, group.name, caller, sent_bytes)
     if issued_ns:
-        watched = WatchedPending(op, group, caller, works, finish, tensors, detail, direct)
+        watched = WatchedPending(op, group, caller, works, finish, tensors, detail, direct, peers)
         watched.note_start(sent_bytes, message_bytes, issued_ns)
         pending: Pending = watched
     else:
-        pending = Pending(op, group, caller, works, finish, tensors, detail, direct)
+        pending = Pending(op, group, caller, works, finish, tensors, detail, direct, peers)
     if async_op:
         return pending
     pending.wait()

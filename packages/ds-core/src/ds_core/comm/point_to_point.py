@@ -51,7 +51,7 @@ def send(
         sent_bytes=tensor.numel() * tensor.element_size(),
         message_bytes=tensor.numel() * tensor.element_size(),
         direct=True,
-        pairwise=True,
+        peers=(to,),
     )
 
 
@@ -80,7 +80,7 @@ def recv(
         detail=f"from {source}",
         message_bytes=tensor.numel() * tensor.element_size(),
         direct=True,
-        pairwise=True,
+        peers=(source,),
     )
 
 
@@ -128,7 +128,7 @@ def exchange(
         sent_bytes=sent,
         message_bytes=max(sent, sum(tensor.nbytes for tensor, _ in recvs)),
         direct=True,
-        pairwise=True,
+        peers=sorted({peer for _, peer in (*sends, *recvs)}),
         empty=not sends and not recvs,
     )
 

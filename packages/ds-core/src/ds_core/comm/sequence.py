@@ -137,8 +137,8 @@ class SequenceCheck:
             if board.someone_gave_up(self._others()):
                 self._explain(call)
             if timeout is not None and waited_s >= timeout.total_seconds():
-                error = RuntimeError(f"waited {waited_s:g} s for all ranks to announce this call")
-                raise collective_failed(call, self.position, self._group, error)
+                late = TimeoutError(f"waited {waited_s:g} s for all ranks to announce this call")
+                raise collective_failed(call, self.position, self._group, late)
         if waited_s:
             self._store.delete_key(stuck)
 

@@ -2,7 +2,7 @@
 
     traffic = comm.Traffic(mesh.ledger)      # collects from now on
     ...
-    print(traffic.summary(mesh.group("dp")).table())      # collective; or traffic.rows() for one rank
+    print(traffic.summary(mesh.group("dp")).table())      # collective; traffic.rows() is not
     traffic.stop()
 
 Bandwidths are those of NCCL's own benchmarks (nccl-tests, doc/PERFORMANCE.md): the algorithm

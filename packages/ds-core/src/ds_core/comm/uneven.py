@@ -213,9 +213,7 @@ def _compare_sizes(
             raise sequence_differs(call, group.num_started, group, calls)
 
 
-def _check_count(
-    op: str, tensors: Sequence[torch.Tensor], group: Group, caller: str
-) -> None:
+def _check_count(op: str, tensors: Sequence[torch.Tensor], group: Group, caller: str) -> None:
     if len(tensors) != group.size:
         raise CommError(
             f"{op} of {caller or 'the caller'}: got {len(tensors)} tensors, expected one for each "

@@ -74,9 +74,6 @@ UNSUPPORTED: Mapping[str, Unsupported] = MappingProxyType(
         "nebula": Unsupported('an Azure-only service, not supported; use "checkpoint"'),
         "datastates_ckpt": Unsupported(f'{_LATER}; use "checkpoint"'),
         # Observers
-        "comms_logger": Unsupported(
-            f"{_LATER} as a section; ds_core.comm counts every collective, no switch needed"
-        ),
         "dump_state": Unsupported(
             "removed; `ds config check FILE` prints every effective value", off=(False,)
         ),

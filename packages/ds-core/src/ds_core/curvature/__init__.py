@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ds_core.curvature.hessian import Hessian, twice_differentiable
+    from ds_core.curvature.lanczos import Spectrum, spectrum
     from ds_core.curvature.power_iteration import Eigenpair, top_eigenvalue
     from ds_core.curvature.sampling import Estimate, diagonal, trace
-    from ds_core.curvature.spectrum import Spectrum, spectrum
 
 __all__ = [
     "Eigenpair",
@@ -36,9 +36,9 @@ _LAZY = {
     "Eigenpair": "ds_core.curvature.power_iteration",
     "Estimate": "ds_core.curvature.sampling",
     "Hessian": "ds_core.curvature.hessian",
-    "Spectrum": "ds_core.curvature.spectrum",
+    "Spectrum": "ds_core.curvature.lanczos",
     "diagonal": "ds_core.curvature.sampling",
-    "spectrum": "ds_core.curvature.spectrum",
+    "spectrum": "ds_core.curvature.lanczos",
     "top_eigenvalue": "ds_core.curvature.power_iteration",
     "trace": "ds_core.curvature.sampling",
     "twice_differentiable": "ds_core.curvature.hessian",

@@ -15,7 +15,8 @@ from ds_core.errors import DsError
 def twice_differentiable() -> AbstractContextManager[Any]:
     """A context for the forward: attention computed from products, whose backward has one too.
 
-    The fused kernels of scaled_dot_product_attention can be differentiated once only.
+    The fused kernels of scaled_dot_product_attention can be differentiated once only. `Hessian`
+    enters it by itself for what activation checkpointing computes again.
     """
     return sdpa_kernel(SDPBackend.MATH)
 
@@ -54,9 +55,10 @@ class Hessian:
                 f"requires_grad={loss.requires_grad}"
             )
         self._average = average
-        self._gradients = torch.autograd.grad(
-            loss, self._parameters, create_graph=True, materialize_grads=True
-        )
+        with twice_differentiable():
+            self._gradients = torch.autograd.grad(
+                loss, self._parameters, create_graph=True, materialize_grads=True
+            )
         first = self._parameters[0]
         self.dtype = torch.float64 if first.dtype is torch.float64 else torch.float32
         self.device = first.device
@@ -95,13 +97,14 @@ class Hessian:
         self, gradients: list[torch.Tensor], directions: list[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
         try:
-            return torch.autograd.grad(
-                gradients,
-                self._parameters,
-                grad_outputs=directions,
-                retain_graph=True,
-                materialize_grads=True,
-            )
+            with twice_differentiable():
+                return torch.autograd.grad(
+                    gradients,
+                    self._parameters,
+                    grad_outputs=directions,
+                    retain_graph=True,
+                    materialize_grads=True,
+                )
         except RuntimeError as error:
             if "derivative" not in str(error):
                 raise

@@ -1,8 +1,11 @@
-"""Start a script in several processes, over the elastic agent of torchrun.
+"""Start a script in several processes, here or on many hosts, over torchrun's elastic agent.
 
     ds run --nproc 2 train.py --lr 1e-3
+    ds run --hostfile hosts train.py
 
-`launch` runs a `LaunchSpec`; a job that fails raises `JobFailure`, whose text is the report.
+`launch` runs a `LaunchSpec` on this node; a job that fails raises `JobFailure`, whose text is the
+report. For several hosts, `cluster.make_cluster_job` checks a job, a `cluster.Launcher` (entry
+point group `ds_core.launchers`) turns it into commands, and `head.launch_on_hosts` runs them.
 """
 
 from __future__ import annotations

@@ -211,8 +211,8 @@ def _managers(job: Mapping[str, str], plan: LaunchPlan) -> list[str]:
             problems.append(
                 f"{manager} started {size} tasks ({size_variable}), but the job has "
                 f"{plan.max_nodes} node{'s' if plan.max_nodes > 1 else ''}: each task would run "
-                f"a job of its own. Start one task per node, and give --nnodes {size} --node-rank auto "
-                "--rdzv-endpoint auto"
+                f"a job of its own. Start one task per node, and give --nnodes {size} "
+                "--node-rank auto --rdzv-endpoint auto"
             )
     return problems
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +52,7 @@ class NodeFailure:
     Attributes:
         exit_code: negative for a signal.
         cause: the way it ended, in words.
-        age_s: seconds from its last words to this finding; comparable between hosts.
+        spoke_ns: when it had its last words, by this node's clock.
         others: ranks of this node that ended with it.
         log_dir: folder with the output of every rank of this node.
         last_words: its traceback, or the end of its stderr; empty if the terminal has it.
@@ -64,7 +63,7 @@ class NodeFailure:
     pid: int
     exit_code: int
     cause: str
-    age_s: float
+    spoke_ns: int
     others: tuple[int, ...]
     log_dir: str
     last_words: str
@@ -102,14 +101,13 @@ def node_failure(
     rank, failure = min(
         (own or failures).items(), key=lambda item: (_last_words_ns(item[1].local_rank, logs), item)
     )
-    spoken_ns = _last_words_ns(failure.local_rank, logs)
     return NodeFailure(
         rank=rank,
         local_rank=failure.local_rank,
         pid=failure.pid,
         exit_code=failure.exitcode,
         cause=cause_in_words(failure.exitcode, memory),
-        age_s=max(0.0, (time.time_ns() - spoken_ns) / 1e9),
+        spoke_ns=_last_words_ns(failure.local_rank, logs),
         others=tuple(sorted(other for other in failures if other != rank)),
         log_dir=logs.root_log_dir,
         last_words=_last_words(failure.local_rank, logs),

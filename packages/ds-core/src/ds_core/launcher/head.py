@@ -21,6 +21,8 @@ from ds_core.launcher.node_report import NodeReport, parse_report
 
 #: After a first failure, how long the other nodes may take to find out by themselves.
 GRACE_S = 5.0
+#: The same where a cluster manager ends the other nodes itself.
+MANAGED_GRACE_S = 12.0
 #: How long agents may take to end their processes after they were asked to.
 PATIENCE_S = 20.0
 POLL_S = 0.05
@@ -153,7 +155,9 @@ class _Head:
         """Find the first failure, end the job, and raise JobFailure."""
         lost = self._without_report(failed)
         if not lost:
-            wait_for_all(self._processes, GRACE_S)
+            # pdsh is no manager: it only tells which host it lost.
+            is_managed = not any(each.is_tied or each.lost_host for each in self._commands)
+            wait_for_all(self._processes, MANAGED_GRACE_S if is_managed else GRACE_S)
             # Who ends badly before being asked to does so by itself.
             failed = [number for number, p in enumerate(self._processes) if p.poll()]
             lost = self._without_report(failed)
@@ -166,17 +170,13 @@ class _Head:
         if lost:
             raise self._lost_host(lost[0])
         if not reports:
-            number = failed[0]
+            number = failed[0] if failed else 0
             code = self._processes[number].poll() or 1
             raise JobFailure(
                 f"{self._name(number)} ended before the job did{self._log_folders()}",
                 code if code > 0 else 128 - code,
             )
-        # Ages are taken on the hosts themselves, so that their clocks need not agree.
-        _, host, _, report = min(
-            reports,
-            key=lambda entry: entry[0] - (entry[3].failure.age_s if entry[3].failure else 0),
-        )
+        _, host, _, report = min(reports, key=lambda entry: entry[0] - entry[3].age_s)
         if report.failure is None:
             same = sorted({name for _, name, _, other in reports if other.error == report.error})
             raise JobFailure(f"{', '.join(same)}: {report.error}", 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import socket
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ class NodeReport:
         failure: the process that failed first there, if one did.
         error: why the part could not be started, if it could not.
         log_dir: folder with the output of its ranks; empty if there is none.
+        sent_ns: when this was sent, by the node's clock.
     """
 
     host: str
@@ -39,6 +41,15 @@ class NodeReport:
     failure: NodeFailure | None
     error: str
     log_dir: str
+    sent_ns: int
+
+    @property
+    def age_s(self) -> float:
+        """Seconds from the last words of what failed to the sending of this.
+
+        Both are taken on the node, so that the clocks of different nodes need not agree.
+        """
+        return 0.0 if self.failure is None else (self.sent_ns - self.failure.spoke_ns) / 1e9
 
 
 def report_line(error: DsError, node_rank: int | None) -> bytes:
@@ -52,6 +63,7 @@ def report_line(error: DsError, node_rank: int | None) -> bytes:
         "failure": None if failure is None else dataclasses.asdict(failure),
         "error": "" if isinstance(error, JobFailure) else str(error)[-MAX_WORDS:],
         "log_dir": error.log_dir if isinstance(error, JobFailure) else "",
+        "sent_ns": time.time_ns(),
     }
     return MARKER + json.dumps(content).encode() + b"\n"
 

@@ -128,7 +128,8 @@ def find_lr(
         for place in range(num_steps):
             rate = min_lr * (max_lr / min_lr) ** (place / (num_steps - 1))
             _set_rates(optimizer, [rate] * len(before))
-            loss = float(step())
+            result = step()
+            loss = float(result.detach() if isinstance(result, torch.Tensor) else result)
             rates.append(rate)
             losses.append(loss)
             if not math.isfinite(loss) or _has_diverged(loss, losses):

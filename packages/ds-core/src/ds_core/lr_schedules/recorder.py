@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-from typing import TYPE_CHECKING
+import sys
+from typing import IO, TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from ds_core.errors import DsError
 from ds_core.lr_schedules.finding import LRFinding, suggest_lr
@@ -15,24 +16,24 @@ if TYPE_CHECKING:
     from ds_core.config import Config
     from ds_core.engine import Engine
 
-logger = logging.getLogger(__name__)
-
 
 class RangeTestRecorder:
-    """An observer that records a range test and logs what it tells when the engine closes.
+    """An observer that records a range test and says what it tells when the engine closes.
 
-    A config whose scheduler is LRRangeTest has one by itself. The figures are the engine's own of
-    this rank; `engine.log` also hands "lr_range_test/steepest", "/lowest" and, if it has,
-    "/diverged_at" to every metrics sink.
+    A config whose scheduler is LRRangeTest has one by itself, which writes a line on rank 0.
+
+    Args:
+        stream: where the line goes; default: standard error.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, stream: IO[str] | None = None) -> None:
+        self._stream = stream
         self.lrs: list[float] = []
         self._losses: list[torch.Tensor | float] = []
 
     @property
     def losses(self) -> list[float]:
-        """Of each step."""
+        """Of each step, this rank's mean over its micro-batches."""
         return [float(loss) for loss in self._losses]
 
     def finding(self, *, smoothing: float = 0.9) -> LRFinding:
@@ -48,23 +49,21 @@ class RangeTestRecorder:
                 # Read at the end: reading now would wait for the device.
                 self._losses.append(loss)
         elif event.kind is EventKind.CLOSE:
-            self._tell(engine)
+            self._tell()
 
-    def _tell(self, engine: Engine) -> None:
+    def _tell(self) -> None:
         try:
-            finding = self.finding()
+            told = str(self.finding())
         except DsError as error:
-            logger.warning("the learning-rate range test tells nothing: %s", error)
-            return
-        logger.info("%s", finding)
-        figures = {"steepest": finding.steepest, "lowest": finding.lowest}
-        if finding.diverged_at is not None:
-            figures["diverged_at"] = finding.diverged_at
-        engine.log({f"lr_range_test/{name}": value for name, value in figures.items()})
+            told = f"the learning-rate range test tells nothing: {error}"
+        stream = self._stream or sys.stderr
+        stream.write(told + "\n")
+        stream.flush()
 
 
 def from_config(config: Config) -> RangeTestRecorder | None:
-    """The recorder of a config whose schedule is a range test."""
+    """The recorder of a config whose schedule is a range test, on rank 0."""
     section = config.scheduler
     is_test = section is not None and section.type.lower() == "lrrangetest"
-    return RangeTestRecorder() if is_test else None
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    return RangeTestRecorder() if is_test and is_first else None

@@ -24,6 +24,7 @@ class TensorBoard:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
+        vendor("tensorboard", "tensorboard", "tensorboard")
         protocol = vendor("tensorboard", "tensorboard.compat.proto.summary_pb2", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 

@@ -96,7 +96,7 @@ class Calls:
             phase = Phase.RECOMPUTE if _in_backward() else Phase.FORWARD
             thread = self._thread()
             thread.stack.append(_Call(index, phase, time.perf_counter()))
-            self._mark(thread)
+            self._mark_innermost(thread)
 
         return torch._disable_dynamo(enter)
 
@@ -115,7 +115,7 @@ class Calls:
             is_outermost = all(outer.index != index for outer in thread.stack)
             if is_outermost:
                 self.seconds[call.phase][index] += now - call.began_s
-            self._mark(thread)
+            self._mark_innermost(thread)
 
         return torch._disable_dynamo(leave)
 
@@ -123,10 +123,14 @@ class Calls:
         return self._threads.setdefault(threading.get_ident(), _Thread())
 
     @staticmethod
-    def _mark(thread: _Thread) -> None:
-        """Autograd nodes made from here on belong to the innermost module."""
-        thread.first_numbers.append(torch._C._autograd._get_sequence_nr())
-        thread.owners.append(thread.stack[-1].index if thread.stack else OUTSIDE)
+    def _mark(thread: _Thread, owner: int, number: int) -> None:
+        """Autograd nodes of this thread from that number on belong to a module."""
+        thread.first_numbers.append(number)
+        thread.owners.append(owner)
+
+    def _mark_innermost(self, thread: _Thread) -> None:
+        owner = thread.stack[-1].index if thread.stack else OUTSIDE
+        self._mark(thread, owner, torch._C._autograd._get_sequence_nr())
 
     def current(self) -> tuple[Phase, int]:
         """The phase and the module (or `OUTSIDE`) of an operation that is dispatched now."""
@@ -140,8 +144,14 @@ class Calls:
         # A backward that is itself differentiated records from its first operation on; another
         # records only where it runs a piece of forward again.
         with_graph = self._with_graph.setdefault(task, records)
-        phase = Phase.RECOMPUTE if records and not with_graph else Phase.BACKWARD
-        return phase, self._owner(torch._C._current_autograd_node())
+        owner = self._owner(torch._C._current_autograd_node())
+        if not records or with_graph:
+            return Phase.BACKWARD, owner
+        if owner != thread.owners[-1]:
+            # A checkpointed function that is no module. Reentrant checkpointing runs a backward of
+            # its own through the nodes made now; that of this operation is there already.
+            self._mark(thread, owner, torch._C._autograd._get_sequence_nr() - 1)
+        return Phase.RECOMPUTE, owner
 
     def _owner(self, node: Any) -> int:
         """The module in whose forward an autograd node was made."""

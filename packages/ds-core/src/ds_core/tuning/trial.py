@@ -5,6 +5,7 @@ Started by `ds_core.tuning.trial_runner` as `ds run --module ds_core.tuning.tria
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -20,6 +21,9 @@ from ds_core.engine import Engine
 from ds_core.errors import TuningError
 from ds_core.planning.model_source import call_function, load_function
 
+#: The file beside a trial's own in which its result is.
+RESULT = "result.json"
+
 
 def main(file: str) -> None:
     """Run the trial that `file` describes, and leave its result beside it. Collective."""
@@ -27,16 +31,25 @@ def main(file: str) -> None:
     task = json.loads(path.read_text(encoding="utf-8"))
     try:
         result = run(task["target"], task["config"], task["warmup"], task["steps"])
-    except torch.OutOfMemoryError as error:
-        result = {"failed": f"out of memory: {str(error).splitlines()[0]}"}
-        path.with_name("result.json").write_text(json.dumps(result), encoding="utf-8")
+    except Exception as error:
+        # The first rank that fails says why: those that it leaves behind fail for its absence.
+        with contextlib.suppress(FileExistsError), open(path.with_name(RESULT), "x") as out:
+            json.dump({"failed": _reason(error)}, out)
         raise
     if result["rank"] == 0:
-        path.with_name("result.json").write_text(json.dumps(result), encoding="utf-8")
+        path.with_name(RESULT).write_text(json.dumps(result), encoding="utf-8")
+
+
+def _reason(error: Exception) -> str:
+    first = (str(error).splitlines() or [""])[0]
+    kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
+    return f"{kind}: {first}"
 
 
 def run(target: str, config: Mapping[str, Any], warmup: int, steps: int) -> dict[str, Any]:
     """Seconds of each of `steps` optimizer steps after `warmup` others, and the memory held.
+
+    "processor_seconds" are those of this rank's host alone.
 
     Every step trains on the same micro-batch, which the target returns. Collective.
     """
@@ -53,16 +66,19 @@ def run(target: str, config: Mapping[str, Any], warmup: int, steps: int) -> dict
     engine = ds_core.initialize(model, loaded)
     device = accelerator.current()
     seconds: list[float] = []
+    processor_seconds: list[float] = []
     for step in range(warmup + steps):
         comm.barrier(engine.mesh.group("dp"), caller="trial")
-        begin = time.perf_counter()
+        begin, processor_begin = time.perf_counter(), time.process_time()
         _step(engine, batch)
         device.synchronize()
         if step >= warmup:
             seconds.append(time.perf_counter() - begin)
+            processor_seconds.append(time.process_time() - processor_begin)
     return {
         "rank": engine.mesh.group("dp").rank,
         "seconds": seconds,
+        "processor_seconds": processor_seconds,
         "memory": engine.memory(),
         "peak_bytes": device.peak_memory(),
     }

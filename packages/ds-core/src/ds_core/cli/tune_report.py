@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+from ds_core.cli.plan_report import shown_seconds
 from ds_core.cli.tables import table
-from ds_core.planning.report import shown_seconds
 from ds_core.tuning.records import BEST, RESULTS
 from ds_core.tuning.tuner import TuningResult
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from pydantic import Field, field_validator
 
-from ds_core.comm import board
+from ds_core.comm import Mesh, board
 from ds_core.comm.traffic import Traffic, TrafficRow, TrafficSummary
 from ds_core.config import Section
 from ds_core.config.section import refusal
@@ -67,8 +66,6 @@ class CommSection(Section):
 class CommsLoggerSection(Section):
     """`comms_logger`: a table of collectives by operation and size, logged at the end."""
 
-    removed: ClassVar[Mapping[str, str]] = {}
-
     enabled: bool = Field(False, description="Collect, and log the table when the engine closes")
     verbose: bool = Field(False, description="Also log each collective as it completes")
     prof_all: bool = Field(True, description="Every operation; false: only those of prof_ops")
@@ -90,6 +87,16 @@ class CommsLoggerSection(Section):
         if self.prof_all:
             return None
         return frozenset(_OTHER_NAMES.get(name, name) for name in self.prof_ops)
+
+
+def apply(section: Section | None, mesh: Mesh) -> None:
+    """Set up a mesh as section `comm` says. Collective."""
+    if not isinstance(section, CommSection):
+        return
+    if section.timeout_s is not None:
+        mesh.set_timeout(section.timeout_s)
+    if section.check:
+        mesh.check_collectives()
 
 
 class CommsLogger:
@@ -122,7 +129,9 @@ class CommsLogger:
 def comms_logger(config: Config) -> CommsLogger | None:
     """The observer that section `comms_logger` asks for."""
     section = config.section("comms_logger")
-    return CommsLogger(section) if section is not None and section.enabled else None
+    if not isinstance(section, CommsLoggerSection) or not section.enabled:
+        return None
+    return CommsLogger(section)
 
 
 def _summary_on_first(rows: list[TrafficRow]) -> TrafficSummary | None:

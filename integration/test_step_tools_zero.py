@@ -1,0 +1,150 @@
+"""Profiler, activation checkpointing and curvature at every ZeRO stage: the same figures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import ds_core
+from ds_core.activation_checkpointing import checkpoint
+from ds_core.curvature.observer import EigenvalueObserver
+from ds_core.curvature.section import EigenvalueSection
+from ds_core.profiling.observer import FlopsObserver
+from ds_core.profiling.section import FlopsProfilerSection
+from ds_core.testing import Raised, RankFailure, run_ranks
+
+STAGES = (0, 1, 2, 3)
+
+
+#: So wide that each block is a unit of its own, as in a model of real size.
+WIDTH = 512
+
+
+class Block(nn.Module):
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.dropout = nn.Dropout(0.1)
+
+    def inner(self, x):
+        return self.dropout(torch.tanh(self.linear(self.norm(x))))
+
+    def forward(self, x):
+        return x + (checkpoint(self.inner, x) if self.calls else self.inner(x))
+
+
+class Net(nn.Module):
+    def __init__(self, calls=False):
+        super().__init__()
+        self.embedding = nn.Embedding(11, WIDTH)
+        self.blocks = nn.ModuleList(Block(calls) for _ in range(3))
+        self.head = nn.Linear(WIDTH, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return nn.functional.cross_entropy(self.head(x).float(), tokens)
+
+
+def train(stage, observers=(), calls=False, **changes):
+    torch.manual_seed(0)
+    engine = ds_core.initialize(
+        Net(calls),
+        {
+            "train_micro_batch_size_per_gpu": 4,
+            "gradient_accumulation_steps": 2,
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
+            "zero_optimization": {"stage": stage},
+            **changes,
+        },
+        observers=observers,
+    )
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    losses = []
+    for number in range(6):
+        generator = torch.Generator().manual_seed(10 * number + rank)
+        tokens = torch.randint(11, (4,), generator=generator)
+        engine.backward(loss := engine(tokens))
+        engine.step()
+        losses.append(loss.item())
+    engine.close()
+    return losses
+
+
+def checkpointed(stage, autocast):
+    changes = {"torch_autocast": {"enabled": True}} if autocast else {}
+    section = {"blocks": "repeated"}
+    return (
+        train(stage, **changes),
+        train(stage, activation_checkpointing=section, **changes),
+        train(stage, calls=True, **changes),
+        train(stage, calls=True, activation_checkpointing=section, **changes),
+    )
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_checkpointing_changes_no_loss_at_any_stage(stage, autocast):
+    for plain, by_config, by_call, nested in run_ranks(2, checkpointed, stage, autocast):
+        assert by_config == plain
+        assert by_call == plain
+        assert nested == plain
+
+
+def profiled(stage):
+    observer = FlopsObserver(FlopsProfilerSection(profile_step=1, output_file="/dev/null"))
+    observers = (observer,) if dist.get_rank() == 0 else ()
+    section = {"number_checkpoints": 2}
+    losses = train(stage, observers, activation_checkpointing=section)
+    same = losses == train(stage, activation_checkpointing=section)
+    profile = observer.profile
+    if profile is None:
+        return same, None
+    return same, {
+        "parameters": profile.parameters,
+        "flops": (profile.forward_flops, profile.backward_flops, profile.recompute_flops),
+        "blocks": [(m.name, m.parameters, m.calls, m.flops) for _, m in profile.model.walk()],
+    }
+
+
+def test_the_profile_is_the_same_at_every_stage():
+    found = {stage: run_ranks(2, profiled, stage) for stage in STAGES}
+
+    assert all(same for ranks in found.values() for same, _ in ranks)
+    profiles = [ranks[0][1] for ranks in found.values()]
+    assert all(profile == profiles[0] for profile in profiles)
+    # Two micro-batches of four tokens; per token, three blocks' layers and the tied head.
+    forward = 2 * 4 * 2 * (3 * WIDTH * WIDTH + WIDTH * 11)
+    assert profiles[0]["flops"][:2] == (forward, 2 * forward)
+    assert profiles[0]["parameters"] == 11 * WIDTH + 3 * (WIDTH * WIDTH + 3 * WIDTH)
+
+
+def curved(stage):
+    observer = EigenvalueObserver(EigenvalueSection(enabled=True, max_iter=200, tol=1e-6))
+    return train(stage, (observer,)) == train(stage), observer.values
+
+
+def test_eigenvalues_are_the_same_up_to_stage_2():
+    found = [run_ranks(2, curved, stage) for stage in (0, 1, 2)]
+
+    assert all(same for ranks in found for same, _ in ranks)
+    expected = found[0][0][1]
+    for ranks in found:
+        for _, values in ranks:
+            assert values == pytest.approx(expected, rel=1e-3)
+
+
+def test_eigenvalues_at_stage_3_are_refused():
+    with pytest.raises(RankFailure) as caught:
+        run_ranks(2, curved, 3)
+
+    for outcome in caught.value.outcomes:
+        assert isinstance(outcome, Raised)
+        assert outcome.type.endswith("ConfigError")
+        assert "use stage 2 or below" in outcome.message
