@@ -34,13 +34,13 @@ from report import Report, main
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "gpt"))
 import corpus  # noqa: E402 - the example's text, read without its dependencies
 
-VOCAB, WIDTH, DEPTH, HEADS, CONTEXT, BATCH = 257, 96, 6, 4, 128, 16
+VOCAB, WIDTH, DEPTH, HEADS, CONTEXT, BATCH = 257, 96, 6, 4, 128, 8
 PAD, IGNORED = 256, -100
 PEAK_LR, WARMUP, FLOOR = 3e-3, 0.05, 0.1
 SEEDS = (1, 2, 3)
 CORPUS_BYTES = 4_000_000
 #: Shares of the budget at which a run is evaluated.
-EVALUATED_AT = (0.0, 0.3, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+EVALUATED_AT = (0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 HELD_OUT_SAMPLES = 256
 
 
@@ -249,7 +249,7 @@ def _by_tokens(order: str, scaling: str) -> Any:
     return section
 
 
-_PARAGRAPH_TOKENS = 1300
+_PARAGRAPH_TOKENS = 700
 METHODS = {
     "baseline": Method("baseline", _nothing),
     "seqlen": Method("sequence-length warm-up (32 to 128)", _short_first),

@@ -1,12 +1,14 @@
 """What the documentation shows is run: Python blocks, JSON configurations, `ds` commands, links.
 
 A Python block runs in one process, or in N with the info string ```python ranks=N. A block that
-is not meant to run carries `no-run` and a reason, as in ```python no-run: needs a GPU.
+is not meant to run carries `no-run` and a reason, as in ```python no-run: needs a GPU. Tests that a
+block defines are called.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -86,6 +88,7 @@ def ds_commands(block: Block) -> list[list[str]]:
 ALL = [block for page in PAGES for block in blocks(page)]
 PYTHON = [b for b in ALL if b.language == "python" and not b.options.startswith("no-run:")]
 SHELL = [b for b in ALL if b.language in {"bash", "sh", "shell"} and ds_commands(b)]
+TESTS = [b for b in PYTHON if re.search(r"^def test_", b.text, re.MULTILINE)]
 CONFIGS = [b for b in ALL if b.language == "json"]
 
 
@@ -99,6 +102,21 @@ def execute(text: str, where: str, folder: str) -> None:
 def test_python_block_runs(block: Block, tmp_path: Path) -> None:
     # Without a process group of the test kit: a block starts its own, as its reader's script does.
     run_ranks(num_ranks(block), execute, block.text, block.where, str(tmp_path), initialized=False)
+
+
+@pytest.mark.parametrize("block", TESTS, ids=str)
+def test_shown_tests_pass(block: Block, tmp_path: Path) -> None:
+    # From a file, because worker processes load functions from files.
+    path = tmp_path / f"shown_{re.sub(r'[^a-z0-9]', '_', block.where.lower())}.py"
+    path.write_text(block.text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    for name in [name for name in vars(module) if name.startswith("test_")]:
+        getattr(module, name)()
 
 
 @pytest.mark.parametrize("block", SHELL, ids=str)

@@ -15,9 +15,6 @@ from ds_core.profiling.observer import FlopsObserver
 from ds_core.profiling.section import FlopsProfilerSection
 from ds_core.testing import Raised, RankFailure, run_ranks
 
-STAGES = (0, 1, 2, 3)
-
-
 #: So wide that each block is a unit of its own, as in a model of real size.
 WIDTH = 512
 
@@ -67,7 +64,7 @@ def train(stage, observers=(), calls=False, **changes):
     rank = dist.get_rank()
     torch.manual_seed(rank)
     losses = []
-    for number in range(6):
+    for number in range(4):
         generator = torch.Generator().manual_seed(10 * number + rank)
         tokens = torch.randint(11, (4,), generator=generator)
         engine.backward(loss := engine(tokens))
@@ -88,8 +85,15 @@ def checkpointed(stage, autocast):
     )
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "autocast"),
+    [
+        pytest.param(0, False, id="stage-0"),
+        pytest.param(2, False, id="stage-2"),
+        pytest.param(3, False, id="stage-3"),
+        pytest.param(3, True, id="stage-3-autocast"),
+    ],
+)
 def test_checkpointing_changes_no_loss_at_any_stage(stage, autocast):
     for plain, by_config, by_call, nested in run_ranks(2, checkpointed, stage, autocast):
         assert by_config == plain
@@ -113,8 +117,8 @@ def profiled(stage):
     }
 
 
-def test_the_profile_is_the_same_at_every_stage():
-    found = {stage: run_ranks(2, profiled, stage) for stage in STAGES}
+def test_the_profile_of_sharded_parameters_is_that_of_whole_ones():
+    found = {stage: run_ranks(2, profiled, stage) for stage in (0, 3)}
 
     assert all(same for ranks in found.values() for same, _ in ranks)
     profiles = [ranks[0][1] for ranks in found.values()]
@@ -131,7 +135,7 @@ def curved(stage):
 
 
 def test_eigenvalues_are_the_same_up_to_stage_2():
-    found = [run_ranks(2, curved, stage) for stage in (0, 1, 2)]
+    found = [run_ranks(2, curved, stage) for stage in (0, 2)]
 
     assert all(same for ranks in found for same, _ in ranks)
     expected = found[0][0][1]

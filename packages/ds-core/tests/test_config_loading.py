@@ -104,7 +104,9 @@ def test_misspelt_key_names_the_nearest_one(extra, path, suggestion):
 
 
 def test_unknown_key_far_from_all_lists_the_valid_ones():
-    assert refusal({"metrics": {"qqq": 1}}) == "metrics.qqq: unknown key; valid here: jsonl"
+    assert refusal({"metrics": {"qqq": 1}}) == (
+        "metrics.qqq: unknown key; valid here: every_steps, jsonl, loss_over_ranks"
+    )
 
 
 @pytest.mark.parametrize(
@@ -249,8 +251,8 @@ def test_unsupported_key_says_what_to_do_instead(extra, fragment):
 @pytest.mark.parametrize(
     "extra",
     [
-        pytest.param({"tensorboard": {"enabled": False, "job_name": "x"}}, id="disabled-section"),
-        pytest.param({"memory_breakdown": False}, id="false-switch"),
+        pytest.param({"nebula": {"enabled": False, "job_name": "x"}}, id="disabled-section"),
+        pytest.param({"disable_allgather": False}, id="false-switch"),
         pytest.param({"sequence_parallel_size": 1}, id="size-one"),
     ],
 )

@@ -193,9 +193,7 @@ def write_deepspeed_index(prefix, rows, code, dtype):
     sizes = np.array([len(a) for a in arrays], np.int32)
     pointers = np.cumsum([0, *[a.nbytes for a in arrays[:-1]]]).astype(np.int64)
     head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(rows), 0)
-    prefix.with_name(prefix.name + ".idx").write_bytes(
-        head + sizes.tobytes() + pointers.tobytes()
-    )
+    prefix.with_name(prefix.name + ".idx").write_bytes(head + sizes.tobytes() + pointers.tobytes())
 
 
 def test_indices_of_deepspeed_s_analyzer_are_read(tmp_path):

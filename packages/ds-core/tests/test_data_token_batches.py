@@ -31,7 +31,9 @@ def batches_of(plan, state=None):
 @pytest.mark.parametrize("order", ["dataloader", "random", "seqlen", "bucketed"])
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("num_ranks", [1, 4])
-def test_samples_come_once_within_the_budget_but_for_a_tail_too_small_to_share(order, accumulation, num_ranks):
+def test_samples_come_once_within_the_budget_but_for_a_tail_too_small_to_share(
+    order, accumulation, num_ranks
+):
     taken = [batches_of(p) for p in plans(num_ranks, order=order, accumulation=accumulation)]
     assert len({len(batches) for batches in taken}) == 1, "ranks must not run out of step"
     assert len(taken[0]) % accumulation == 0

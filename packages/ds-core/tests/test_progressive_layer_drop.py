@@ -44,12 +44,12 @@ class Net(nn.Module):
     def __init__(self, depth=4, recomputes=False):
         super().__init__()
         self.blocks = nn.ModuleList(Block() for _ in range(depth))
-        self.recomputes = recomputes
+        self.head, self.recomputes = nn.Linear(6, 1), recomputes
 
     def forward(self, x):
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.recomputes else block(x)
-        return x.square().mean()
+        return self.head(x).square().mean()
 
 
 def batches(count, seed=0):
@@ -57,9 +57,9 @@ def batches(count, seed=0):
     return [torch.rand(4, 6, generator=generator) for _ in range(count)]
 
 
-def train(steps, model=None, seed=0, config=None, **changes):
+def train(steps, make=Net, seed=0, config=None, **changes):
     torch.manual_seed(0)
-    engine = ds_core.initialize(Net() if model is None else model, {**CONFIG, **(config or DROPS)}, **changes)
+    engine = ds_core.initialize(make(), {**CONFIG, **(config or DROPS)}, **changes)
     losses = [float(engine.train_batch(iter([batch]))) for batch in batches(steps, seed)]
     return engine, losses
 
@@ -108,15 +108,14 @@ class Linear(nn.Module):
 def test_a_kept_block_adds_more_so_that_the_average_is_right():
     model = nn.Sequential(Linear(), Linear())
     drop = ProgressiveLayerDrop(0.5, 100.0)
-    engine = ds_core.initialize(model, {**CONFIG, "optimizer": {"type": "SGD", "params": {"lr": 0.0}}},
-                                observers=(drop,))  # fmt: skip
+    engine = ds_core.initialize(model, CONFIG, observers=(drop,))
     engine.global_step = 50
     drawn = [float(engine(torch.ones(1)).detach()) for _ in range(2000)]
     assert sum(drawn) / 2000 == pytest.approx(1.3**2, abs=0.05)
 
 
 def test_activation_checkpointing_drops_the_same_again():
-    assert train(12)[1] == train(12, Net(recomputes=True))[1]
+    assert train(12)[1] == train(12, lambda: Net(recomputes=True))[1]
 
 
 def test_accumulated_micro_batches_draw_anew():
@@ -164,39 +163,37 @@ class SelfDropping(nn.Module):
 
 
 def test_a_model_that_drops_for_itself_is_told_theta():
-    engine, _ = train(2, SelfDropping())
+    engine, _ = train(2, SelfDropping)
     engine.eval()
     engine(batches(1)[0])
     expected = round(0.6 * math.exp(-2) + 0.4, 3)
     assert engine.module.told == [(True, 1.0), (True, expected), (False, 1.0)]
 
 
+class Tuples(Net):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(returns_tuple=True) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            (x,) = block(x)
+        return self.head(x).mean()
+
+
 def test_blocks_that_return_tuples_have_to_be_told():
-    blocks = [Block(returns_tuple=True) for _ in range(2)]
-
-    class Tuples(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList(blocks)
-
-        def forward(self, x):
-            for block in self.blocks:
-                (x,) = block(x)
-            return x.mean()
-
     with pytest.raises(DsError, match=r"returned tuple .*returns_tuple=True"):
-        train(1, Tuples())
+        train(1, Tuples)
     comm.shutdown()
-    drop = ProgressiveLayerDrop(0.4, 2.0, blocks=blocks, returns_tuple=True)
-    for block in blocks:
-        block.calls = 0
-    train(30, Tuples(), config={"steps_per_print": 1}, observers=(drop,))
-    assert blocks[1].calls < 30
+    model = Tuples()
+    drop = ProgressiveLayerDrop(0.4, 2.0, blocks=list(model.blocks), returns_tuple=True)
+    train(30, lambda: model, config={"steps_per_print": 1}, observers=(drop,))
+    assert model.blocks[1].calls < 30
 
 
 def test_a_model_without_a_stack_is_an_error():
     with pytest.raises(ConfigError, match="progressive_layer_drop: Linear: expected one repeated"):
-        train(1, nn.Linear(2, 2))
+        train(1, lambda: nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("values", [(0.0, 1.0), (1.1, 1.0), (0.5, -1.0)])

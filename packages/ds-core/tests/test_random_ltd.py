@@ -264,14 +264,18 @@ def test_a_checkpoint_goes_on_with_the_same_draws(tmp_path):
 
 
 def test_a_model_of_other_depth_is_an_error():
-    with pytest.raises(ConfigError, match=r"total_layer_num: Net: expected one repeated stack of 6"):
+    with pytest.raises(
+        ConfigError, match=r"total_layer_num: Net: expected one repeated stack of 6"
+    ):
         train(1, total_layer_num=6)
 
 
 def test_layers_may_be_chosen_in_python():
     torch.manual_seed(0)
     plain = {key: value for key, value in config().items() if key != "data_efficiency"}
-    observer = RandomLTDObserver(lambda step: 3, lambda model: convert_to_random_ltd(model, Attention))
+    observer = RandomLTDObserver(
+        lambda step: 3, lambda model: convert_to_random_ltd(model, Attention)
+    )
     engine = ds_core.initialize(Net(), plain, observers=(observer,))
     engine.train_batch(iter(batches(1)))
     assert engine.module.blocks[1].seen[0][0].shape[1] == 3

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ds_core.comm.direct import exchange_parts
 from ds_core.comm.group import Group
 from ds_core.comm.pending import Finish, Pending, run
-from ds_core.comm.reduction import backend_op, reduce_in_rank_order
+from ds_core.comm.reduction import all_reduce_options, backend_op, reduce_in_rank_order
 from ds_core.errors import CommError
 
 # On gloo, below this one collective costs less than the handshakes of N-1 direct messages; above,
@@ -175,14 +175,13 @@ def all_reduce(
     "bitwise_xor" where the backend has them (gloo does, NCCL does not). Sends 2 (N-1)/N of the
     tensor.
     """
-    backend = backend_op(op, "all_reduce", caller, tensor.dtype)
+    backend_op(op, "all_reduce", caller, tensor.dtype)
+    options = all_reduce_options(op)
     numel = tensor.numel()
     whole = numel * tensor.element_size()
 
     def start() -> tuple[Sequence[Any], Finish]:
         assert group.pg is not None
-        options = dist.AllreduceOptions()
-        options.reduceOp = backend
         work = group.pg.allreduce([tensor], options)
         return [work], (lambda: _divide(tensor, group.size)) if op == "mean" else None
 

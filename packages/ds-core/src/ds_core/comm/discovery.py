@@ -92,12 +92,15 @@ def find_world(environment: Mapping[str, str]) -> World | None:
     """
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return _checked(_torchrun(environment), ("RANK", "WORLD_SIZE"))
-    for starter in _MPIS:
-        if starter.rank in environment or starter.size in environment:
-            return _checked(_mpi(environment, starter), (starter.rank, starter.size))
     # A batch script that runs without srun has SLURM_PROCID too, but is no task of a step.
-    if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
-        return _checked(_slurm(environment), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
+    is_step = "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment
+    for starter in _MPIS:
+        # srun may offer PMI to programs that are no MPI's; mpirun says the local rank as well.
+        by_mpirun = not is_step or any(name in environment for name in starter.local_rank)
+        if by_mpirun and (starter.rank in environment or starter.size in environment):
+            return _checked(_mpi(environment, starter), (starter.rank, starter.size))
+    if is_step:
+        return _checked(_slurm(environment), ("SLURM_PROCID", "SLURM_NTASKS"))
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,16 +14,17 @@ _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 # How the backend reduces, and how two tensors combine here. A mean is a sum that is divided at the
 # end, because not every backend has one.
-_BACKEND = {
-    "sum": dist.ReduceOp.SUM,
-    "mean": dist.ReduceOp.SUM,
-    "max": dist.ReduceOp.MAX,
-    "min": dist.ReduceOp.MIN,
-    "product": dist.ReduceOp.PRODUCT,
-    "bitwise_and": dist.ReduceOp.BAND,
-    "bitwise_or": dist.ReduceOp.BOR,
-    "bitwise_xor": dist.ReduceOp.BXOR,
+_BACKEND: dict[str, dist.ReduceOp] = {
+    "sum": dist.ReduceOp(dist.ReduceOp.SUM),
+    "mean": dist.ReduceOp(dist.ReduceOp.SUM),
+    "max": dist.ReduceOp(dist.ReduceOp.MAX),
+    "min": dist.ReduceOp(dist.ReduceOp.MIN),
+    "product": dist.ReduceOp(dist.ReduceOp.PRODUCT),
+    "bitwise_and": dist.ReduceOp(dist.ReduceOp.BAND),
+    "bitwise_or": dist.ReduceOp(dist.ReduceOp.BOR),
+    "bitwise_xor": dist.ReduceOp(dist.ReduceOp.BXOR),
 }
+_OF_ALL_DTYPES = frozenset({"sum", "max", "min", "product"})
 _COMBINE: dict[str, Callable[..., torch.Tensor]] = {
     "sum": torch.add,
     "mean": torch.add,
@@ -41,15 +43,29 @@ def backend_op(op: str, function: str, caller: str, dtype: torch.dtype) -> dist.
     Raises CommError for an operation that does not exist, or not for this dtype.
     """
     found = _BACKEND.get(op)
+    if found is None or op not in _OF_ALL_DTYPES:
+        _check(op, function, caller, dtype)
+    assert found is not None
+    return found
+
+
+@functools.cache
+def all_reduce_options(op: str) -> dist.AllreduceOptions:
+    """What a backend's all-reduce takes; made once, because making it costs as much as the call."""
+    options = dist.AllreduceOptions()
+    options.reduceOp = _BACKEND[op]
+    return options
+
+
+def _check(op: str, function: str, caller: str, dtype: torch.dtype) -> None:
     where = f"{function} of {caller or 'the caller'}: op"
-    if found is None:
+    if op not in _BACKEND:
         raise CommError(f"{where}: got {op!r}, expected one of {', '.join(_BACKEND)}")
     real = dtype.is_floating_point or dtype.is_complex
     if op == "mean" and not real:
         raise CommError(f"{where}: a mean of {dtype} is not an integer; use 'sum' and divide")
     if op.startswith("bitwise") and real:
         raise CommError(f"{where}: got {op!r} for {dtype}; bitwise operations need integers")
-    return dist.ReduceOp(found)
 
 
 def reduce_in_rank_order(

@@ -1,8 +1,8 @@
 """The data of a run: loaders that resume exactly, curricula, analysis, token files, batch sizes.
 
-    loader = ds_core.data.ResumableLoader(dataset, micro_batch_size=8, num_workers=2)
-    for batch in loader.forever(): ...
-    state = loader.state_dict()        # JSON-able; goes on under any number of ranks
+loader = ds_core.data.ResumableLoader(dataset, micro_batch_size=8, num_workers=2)
+for batch in loader.forever(): ...
+state = loader.state_dict()        # JSON-able; goes on under any number of ranks
 """
 
 from ds_core.data.analyzer import analyze

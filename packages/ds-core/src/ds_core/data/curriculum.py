@@ -126,7 +126,9 @@ def sequence_length_observer(config: Config) -> SequenceLengthCurriculum | None:
         by_metric = section.data_sampling.curriculum_learning
         for name, metric in by_metric.curriculum_metrics.items() if by_metric.enabled else ():
             if cuts_sequences(name, metric.clustering_type):
-                where = f"data_efficiency.data_sampling.curriculum_learning.curriculum_metrics.{name}"
+                where = (
+                    f"data_efficiency.data_sampling.curriculum_learning.curriculum_metrics.{name}"
+                )
                 found[where] = metric.schedule(where)
     if len(found) > 1:
         raise ConfigError(f"{' and '.join(found)}: both cut sequences; keep one of them")

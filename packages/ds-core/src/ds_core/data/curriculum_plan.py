@@ -157,7 +157,9 @@ class CurriculumPlan:
         self, clusters: Sequence[dict[str, Any]], difficulties: Mapping[str, int]
     ) -> list[dict[str, Any]]:
         """The clusters, with one more if difficulties admit more samples than they hold."""
-        ready = {name: self.metrics[name].num_ready(difficulties[name]) for name in self._waited_for}
+        ready = {
+            name: self.metrics[name].num_ready(difficulties[name]) for name in self._waited_for
+        }
         counts = tuple(ready.values())
         known = tuple(clusters[-1]["ready"]) if clusters else None
         grown = list(clusters)

@@ -305,9 +305,7 @@ class _PadCollate:
         first = samples[0]
         if isinstance(first, Mapping):
             return {
-                key: self._stack(
-                    [sample[key] for sample in samples], key in ("labels", "targets")
-                )
+                key: self._stack([sample[key] for sample in samples], key in ("labels", "targets"))
                 for key in first
             }
         if isinstance(first, list | tuple):

@@ -142,9 +142,7 @@ def random_ltd_observer(config: Config) -> RandomLTDObserver | None:
     return RandomLTDObserver(rule.schedule(), find)
 
 
-def _convert(
-    layers: Sequence[nn.Module], *, mask_name: str | None, batch_first: bool
-) -> RandomLTD:
+def _convert(layers: Sequence[nn.Module], *, mask_name: str | None, batch_first: bool) -> RandomLTD:
     handle = RandomLTD(layers, [])
     for layer in layers:
         routed = _Routed(handle, layer, mask_name, 1 if batch_first else 0)

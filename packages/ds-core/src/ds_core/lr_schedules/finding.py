@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -68,7 +68,7 @@ def suggest_lr(
     if lrs[0] <= 0 or any(later < earlier for earlier, later in pairwise(lrs)):
         raise DsError("suggest_lr: the learning rates must be positive and grow from step to step")
     smooth: list[float] = []
-    diverged_at = None
+    diverged_at: float | None = None
     mean = 0.0
     for step, (rate, loss) in enumerate(zip(lrs, losses, strict=True), start=1):
         mean = smoothing * mean + (1 - smoothing) * loss
@@ -77,11 +77,8 @@ def suggest_lr(
             diverged_at = rate
             break
         smooth.append(value)
-    if len(smooth) < 3:
-        raise DsError(
-            f"suggest_lr: the loss diverged at step {len(smooth) + 1}, at a learning rate of "
-            f"{diverged_at:g}; start from a lower one"
-        )
+    if diverged_at is not None and len(smooth) < 3:
+        raise _diverged_at_once(len(smooth) + 1, diverged_at)
     return LRFinding(
         lrs=tuple(lrs[: len(smooth)]),
         losses=tuple(losses[: len(smooth)]),
@@ -124,19 +121,31 @@ def find_lr(
     originals = [rate.clone() if isinstance(rate, torch.Tensor) else rate for rate in before]
     rates: list[float] = []
     losses: list[float] = []
+    diverged_at: float | None = None
     try:
         for place in range(num_steps):
             rate = min_lr * (max_lr / min_lr) ** (place / (num_steps - 1))
             _set_rates(optimizer, [rate] * len(before))
             result = step()
             loss = float(result.detach() if isinstance(result, torch.Tensor) else result)
+            if not math.isfinite(loss) or (losses and _has_diverged(loss, losses)):
+                diverged_at = rate
+                break
             rates.append(rate)
             losses.append(loss)
-            if not math.isfinite(loss) or _has_diverged(loss, losses):
-                break
     finally:
         _set_rates(optimizer, originals)
-    return suggest_lr(rates, losses, smoothing=smoothing)
+    if diverged_at is not None and len(rates) < 3:
+        raise _diverged_at_once(len(rates) + 1, diverged_at)
+    found = suggest_lr(rates, losses, smoothing=smoothing)
+    return replace(found, diverged_at=found.diverged_at or diverged_at)
+
+
+def _diverged_at_once(step: int, rate: float) -> DsError:
+    return DsError(
+        f"suggest_lr: the loss diverged at step {step}, at a learning rate of {rate:g}; start from "
+        f"a lower one"
+    )
 
 
 def _has_diverged(loss: float, earlier: Iterable[float]) -> bool:
