@@ -215,11 +215,6 @@ def test_auto_clipping_is_the_default():
     ("extra", "fragment"),
     [
         pytest.param({"amp": {"enabled": True}}, "amp: apex is not supported", id="amp"),
-        pytest.param(
-            {"activation_checkpointing": {}},
-            "torch.utils.checkpoint",
-            id="activation-checkpointing",
-        ),
         pytest.param({"cpu_offload": True}, "offload_optimizer", id="cpu-offload"),
         pytest.param({"max_grad_norm": 1.0}, "use gradient_clipping", id="renamed"),
         pytest.param({"gradient_predivide_factor": 2.0}, "no sum overflows", id="predivide"),

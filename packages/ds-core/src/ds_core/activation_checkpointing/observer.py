@@ -11,6 +11,7 @@ from ds_core.errors import ConfigError, DsError
 from ds_core.seams import Event, EventKind
 
 if TYPE_CHECKING:
+    from ds_core.config import Config
     from ds_core.engine import Engine
 
 
@@ -40,3 +41,11 @@ class BlockCheckpointing:
                 raise ConfigError(f"activation_checkpointing.blocks: {error}") from error
         elif event.kind is EventKind.CLOSE and self._blocks is not None:
             self._blocks.remove()
+
+
+def from_config(config: Config) -> BlockCheckpointing | None:
+    """The observer that the section asks for, if it does."""
+    section = config.section("activation_checkpointing")
+    if not isinstance(section, ActivationCheckpointingSection) or not section.asks:
+        return None
+    return BlockCheckpointing(section)

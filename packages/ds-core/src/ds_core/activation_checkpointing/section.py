@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from ds_core.config import Section
 from ds_core.config.section import Only, refusal
-
-if TYPE_CHECKING:
-    from ds_core.activation_checkpointing.observer import BlockCheckpointing
-    from ds_core.config import Config
 
 
 class ActivationCheckpointingSection(Section):
@@ -78,13 +74,3 @@ class ActivationCheckpointingSection(Section):
                     f"ds_core.activation_checkpointing.Policy)"
                 )
         return self
-
-
-def from_config(config: Config) -> BlockCheckpointing | None:
-    """The observer that the section asks for, if it does."""
-    section = config.section("activation_checkpointing")
-    if not isinstance(section, ActivationCheckpointingSection) or not section.asks:
-        return None
-    from ds_core.activation_checkpointing.observer import BlockCheckpointing
-
-    return BlockCheckpointing(section)

@@ -20,6 +20,7 @@ from ds_core.seams import Event, EventKind
 from ds_core.seams.runner import loss_of
 
 if TYPE_CHECKING:
+    from ds_core.config import Config
     from ds_core.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -158,3 +159,11 @@ def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def from_config(config: Config) -> EigenvalueObserver | None:
+    """The observer that the section asks for, if it does."""
+    section = config.section("eigenvalue")
+    if not isinstance(section, EigenvalueSection) or not section.enabled:
+        return None
+    return EigenvalueObserver(section)

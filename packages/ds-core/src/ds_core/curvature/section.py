@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field
 
 from ds_core.config import Section
-
-if TYPE_CHECKING:
-    from ds_core.config import Config
-    from ds_core.curvature.observer import EigenvalueObserver
 
 
 class EigenvalueSection(Section):
@@ -45,13 +39,3 @@ class EigenvalueSection(Section):
     layer_num: int = Field(
         default=0, ge=0, description="How many of the blocks, from the first; 0: all."
     )
-
-
-def from_config(config: Config) -> EigenvalueObserver | None:
-    """The observer that the section asks for, if it does."""
-    section = config.section("eigenvalue")
-    if not isinstance(section, EigenvalueSection) or not section.enabled:
-        return None
-    from ds_core.curvature.observer import EigenvalueObserver
-
-    return EigenvalueObserver(section)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,8 +11,8 @@ from ds_core.config.section import Only, Section, refusal
 from ds_core.data.schedule import FixedDiscrete, FixedLinear, FixedRoot, Schedule, load_function
 from ds_core.errors import DsError
 
-_STEPS = {"unit": "steps"}
-_TOKENS = {"unit": "tokens"}
+_STEPS: dict[str, Any] = {"unit": "steps"}
+_TOKENS: dict[str, Any] = {"unit": "tokens"}
 
 
 class CurriculumScheduleSection(Section):

@@ -121,8 +121,7 @@ class TokenBudgetPlan:
 
     def _steps(self, epoch: int, position: int, seed: int) -> Iterator[list[list[int]]]:
         """The micro-batches of all ranks, step by step, from a position in the epoch's order."""
-        order = self._ordered(epoch, seed)[position:]
-        packed = self._pack(order)
+        packed = self._long_enough(self._micro_batches(epoch, position, seed))
         counts: list[int] = []
         while step := list(itertools.islice(packed, self.group)):
             if len(step) < self.group and not self._split(step):
@@ -132,41 +131,46 @@ class TokenBudgetPlan:
         if self.verbose and counts:
             logger.info(
                 "epoch %d: %d steps of %d to %d samples, %d of %d samples used",
-                epoch, len(counts), min(counts), max(counts), sum(counts), len(order),
+                epoch, len(counts), min(counts), max(counts), sum(counts),
+                len(self._kept) - position,
             )  # fmt: skip
 
-    def _ordered(self, epoch: int, seed: int) -> np.ndarray:
-        if self.order == "random":
-            return np.random.default_rng([seed, epoch]).permutation(self._kept)
-        if self.order == "seqlen":
-            return self._by_length(self._kept)
+    def _micro_batches(self, epoch: int, position: int, seed: int) -> Iterator[list[int]]:
+        """The micro-batches of an epoch from the sample at `position` on."""
+        generator = np.random.default_rng([seed, epoch])
         if self.order == "bucketed":
-            return self._bucketed(np.random.default_rng([seed, epoch]))
-        return self._kept
+            yield from _without_first(position, self._bucketed(generator))
+            return
+        order = self._kept
+        if self.order == "random":
+            order = generator.permutation(order)
+        elif self.order == "seqlen":
+            order = self._by_length(order)
+        yield from self._cut(order[position:])
 
     def _by_length(self, samples: np.ndarray) -> np.ndarray:
         return samples[np.argsort(self.lengths[samples], kind="stable")]
 
-    def _bucketed(self, generator: np.random.Generator) -> np.ndarray:
-        """Shuffled stretches of some dozens of micro-batches; each sorted, packed, and these mixed.
-
-        Packing the result again makes about the same micro-batches, one of which may begin with a
-        sample of another length.
-        """
+    def _bucketed(self, generator: np.random.Generator) -> Iterator[list[int]]:
+        """Stretches of some dozens of micro-batches, each sorted and packed, and these mixed."""
         shuffled = generator.permutation(self._kept)
         mean = max(1.0, float(self.lengths[self._kept].mean()))
         stretch = max(1, round(_BUCKET_BATCHES * self.max_tokens / mean))
-        mixed: list[int] = []
+        over: list[int] = []
         for start in range(0, len(shuffled), stretch):
-            batches = list(self._cut(self._by_length(shuffled[start : start + stretch])))
-            for place in generator.permutation(len(batches)):
-                mixed += batches[place]
-        return np.array(mixed, dtype=np.int64)
+            samples = np.array([*over, *shuffled[start : start + stretch]])
+            batches = list(self._cut(self._by_length(samples)))
+            is_last = start + stretch >= len(shuffled)
+            over = [] if is_last else batches.pop()  # seldom full
+            mixed = generator.permutation(len(batches) - is_last).tolist()
+            yield from (batches[place] for place in mixed)
+            if is_last:
+                yield batches[-1]
 
-    def _pack(self, order: np.ndarray) -> Iterator[list[int]]:
-        """Samples in order, in as few micro-batches as the limits allow."""
+    def _long_enough(self, batches: Iterator[list[int]]) -> Iterator[list[int]]:
+        """All of them but a last one that has too few samples, which no other one may have."""
         held: list[int] | None = None
-        for batch in self._cut(order):
+        for batch in batches:
             if held is not None:
                 if len(held) < self.min_samples:
                     raise DataError(
@@ -203,6 +207,14 @@ class TokenBudgetPlan:
                 return False
             step[largest : largest + 1] = [batch[:half], batch[half:]]
         return True
+
+
+def _without_first(count: int, batches: Iterator[list[int]]) -> Iterator[list[int]]:
+    """Batches without the first `count` samples."""
+    for batch in batches:
+        if count < len(batch):
+            yield batch[count:]
+        count = max(0, count - len(batch))
 
 
 def lr_factor(samples: int, base_samples: int, scaling: LrScaling) -> float:

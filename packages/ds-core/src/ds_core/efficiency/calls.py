@@ -44,8 +44,8 @@ def change_call(module: nn.Module, change: CallChange) -> Callable[[], None]:
 
 
 @functools.cache
-def _changeable(base: type[nn.Module]) -> type[nn.Module]:
-    """A subclass whose calls go through the instance's changes; one for each class."""
+def _changeable(base: Any) -> type[nn.Module]:
+    """A subclass whose calls go through the instance's changes; one for each class of module."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         inner = functools.partial(base.__call__, self)

@@ -7,6 +7,8 @@ import sys
 import time
 from typing import IO, TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from ds_core.accelerator import Accelerator
 from ds_core.profiling.model_profile import write_report
 from ds_core.profiling.profile import Profile
@@ -16,6 +18,7 @@ from ds_core.profiling.section import FlopsProfilerSection
 from ds_core.seams import Event, EventKind
 
 if TYPE_CHECKING:
+    from ds_core.config import Config
     from ds_core.engine import Engine
 
 
@@ -160,3 +163,12 @@ def _speeds(profile: Profile, times: dict[str, float], how: str) -> str:
             rate = number(useful / total, "FLOP/s")
             lines.append(f"  without recomputation: {number(useful)} FLOPs = {rate}")
     return "\n".join(lines)
+
+
+def from_config(config: Config) -> FlopsObserver | None:
+    """The observer that the section asks for, on rank 0; None on the other ranks."""
+    section = config.section("flops_profiler")
+    if not isinstance(section, FlopsProfilerSection) or not section.enabled:
+        return None
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    return FlopsObserver(section) if is_first else None

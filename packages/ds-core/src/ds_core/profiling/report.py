@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from ds_core.profiling.profile import ModuleProfile, Profile
+if TYPE_CHECKING:
+    from ds_core.profiling.profile import ModuleProfile, Profile
 
 _COLUMNS = (
     "module", "class", "params", "%", "MACs", "%", "FLOPs fwd", "recompute", "bwd", "%", "fwd", "%",

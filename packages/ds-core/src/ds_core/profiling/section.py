@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field
 
 from ds_core.config import Section
-
-if TYPE_CHECKING:
-    from ds_core.config import Config
-    from ds_core.profiling.observer import FlopsObserver
 
 
 class FlopsProfilerSection(Section):
@@ -40,16 +34,3 @@ class FlopsProfilerSection(Section):
         default=None,
         description="File that gets the report; null: rank 0 writes it to standard error.",
     )
-
-
-def from_config(config: Config) -> FlopsObserver | None:
-    """The observer that the section asks for, on rank 0; None on the other ranks."""
-    section = config.section("flops_profiler")
-    if not isinstance(section, FlopsProfilerSection) or not section.enabled:
-        return None
-    import torch.distributed as dist
-
-    from ds_core.profiling.observer import FlopsObserver
-
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
-    return FlopsObserver(section) if is_first else None
