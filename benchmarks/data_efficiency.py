@@ -3,8 +3,8 @@
 A GPT of 0.69 M parameters learns Python's standard library byte by byte, from three starts. All
 methods get the same number of FLOPs, the same peak learning rate and the same decay of it over the
 FLOPs spent. What is asked is how many FLOPs (and tokens) a method needs until its loss on held-out
-text is that of the baseline at its end, for the same start. The learning rate is the best of a sweep
-of the baseline; the methods run with it as it is.
+text is that of the baseline at its end, for the same start. The learning rate is the best one of
+a sweep of the baseline; the methods run with it as it is.
 """
 
 from __future__ import annotations

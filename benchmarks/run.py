@@ -29,6 +29,7 @@ BENCHMARKS = {
     "wire_bytes": "bytes that a rank sends in a step",
     "memory": "bytes that a rank holds between steps, and the peak of stage 3",
     "parity": "losses against one process; bit-identity of stages 1 to 3",
+    "data_efficiency": "FLOPs that curricula and dropping need for a baseline's loss, on real text",
     "host_overhead": "what a step costs where the model costs nothing",
     "observers": "what observers add to a step",
     "import_time": "what importing a package adds to `import torch`",

@@ -16,17 +16,32 @@ from ds_core.testing import contracts
 NAMES = {
     "ds_core": [
         "DsError", "Engine", "LossScale", "Precision", "__version__", "accelerator", "checkpoint",
-        "comm", "config", "initialize", "observers", "ops", "seams",
+        "comm", "config", "data", "efficiency", "initialize", "observers", "ops", "seams",
+    ],
+    "ds_core.data": [
+        "CurriculumPlan", "DifficultyMetric", "FixedDiscrete", "FixedLinear", "FixedRoot",
+        "MegatronTokens", "MetricIndex", "PlannedLoader", "RepeatingLoader", "ResumableLoader",
+        "SampleLoss", "SequenceLengthCurriculum", "TokenBudgetPlan", "TokenDataset", "TokenWindows",
+        "VariableBatchLR", "VocabularyRarity", "analyze", "build_loader", "count_tokens",
+        "pad_collate", "sequence_length", "write_tokens",
+    ],
+    "ds_core.efficiency": [
+        "ProgressiveLayerDrop", "RandomLTD", "RandomLTDObserver", "convert_to_random_ltd",
+        "theta_at",
     ],
     "ds_core.comm": [
-        "Group", "Ledger", "LedgerRow", "Mesh", "Pending", "Placement", "all_gather",
-        "all_gather_object", "all_reduce", "all_to_all", "barrier", "broadcast", "broadcast_object",
-        "init", "is_initialized", "place", "placement_of", "recv", "reduce_scatter", "send",
+        "Group", "Ledger", "LedgerRow", "Mesh", "Pending", "Placement", "Span", "Traffic",
+        "TrafficRow", "TrafficSummary", "UnevenBatches", "WeightedBatch", "all_gather",
+        "all_gather_coalesced", "all_gather_object", "all_gather_uneven", "all_reduce",
+        "all_reduce_coalesced", "all_to_all", "all_to_all_uneven", "barrier", "broadcast",
+        "broadcast_object", "exchange", "gather", "gather_object", "init", "is_initialized",
+        "monitored_barrier", "place", "placement_of", "recv", "reduce", "reduce_scatter",
+        "reduce_scatter_coalesced", "reduce_scatter_uneven", "scatter", "scatter_object", "send",
         "shutdown",
     ],
     "ds_core.seams": [
-        "Dense", "Event", "EventKind", "Implementation", "Observer", "Op", "Runner", "Sequential",
-        "Sharding", "ShardingFactory", "Transport",
+        "Dense", "Event", "EventKind", "Implementation", "InputAdjuster", "Observer", "Op",
+        "Runner", "Sequential", "Sharding", "ShardingFactory", "Transport",
     ],
     "ds_core.observers": [
         "Comet", "CsvFiles", "JsonLines", "MemoryByPhase", "Metrics", "NvtxRanges", "Progress",

@@ -143,6 +143,16 @@ def test_a_table_over_positions_makes_samples_share_the_draw():
     assert all(torch.equal(x[sample], cut) for sample in range(B))
 
 
+@pytest.mark.parametrize("samples", [1, B])
+def test_positions_with_a_dimension_for_samples_follow_each_sample_s_draw(samples):
+    layer, _ = one(Attention(), 4)
+    code = torch.arange(T).float().reshape(1, T, 1).expand(B, T, D)
+    layer(code, table=code[:samples])
+    x, _, cut = layer.seen[0]
+    assert torch.equal(x, cut)
+    assert len({tuple(row.tolist()) for row in x[:, :, 0]}) > 1
+
+
 def test_the_sequence_may_come_first():
     layer, _ = one(Tagger(), 4, batch_first=False)
     x = torch.rand(T, B, D)

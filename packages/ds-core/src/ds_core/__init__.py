@@ -19,7 +19,17 @@ from ds_core._version import __version__
 from ds_core.errors import DsError
 
 if TYPE_CHECKING:
-    from ds_core import accelerator, checkpoint, comm, config, observers, ops, seams
+    from ds_core import (
+        accelerator,
+        checkpoint,
+        comm,
+        config,
+        data,
+        efficiency,
+        observers,
+        ops,
+        seams,
+    )
     from ds_core.assembly import initialize
     from ds_core.engine import Engine
     from ds_core.precision import LossScale, Precision
@@ -37,6 +47,8 @@ __all__ = [
     "checkpoint",
     "comm",
     "config",
+    "data",
+    "efficiency",
     "initialize",
     "observers",
     "ops",

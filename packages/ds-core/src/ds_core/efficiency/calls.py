@@ -2,8 +2,8 @@
 
 The module gets a subclass of its own class whose `__call__` goes through our functions; forward,
 hooks, parameters and `isinstance` stay as they are, so checkpoints, sharding and activation
-checkpointing notice nothing. A call that is left out is left out with its hooks: a sharded block
-is not even gathered.
+checkpointing notice nothing. A call that is left out is left out with its hooks: nobody waits for a
+sharded block, though one that was used a pass ago may have been gathered ahead.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def change_call(module: nn.Module, change: CallChange) -> Callable[[], None]:
     if changes is None:
         changes = []
         object.__setattr__(module, _CHANGES, changes)
-        module.__class__ = _changeable(type(module))
+        kind: Any = type(module)
+        module.__class__ = _changeable(kind)
     changes.append(change)
 
     def restore() -> None:

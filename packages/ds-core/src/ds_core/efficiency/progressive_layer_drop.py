@@ -39,8 +39,8 @@ class ProgressiveLayerDrop:
     A model whose forward has an argument `pld_theta` does it itself: it is called with
     `progressive_layer_drop=True` (if it has that argument too) and `pld_theta`. Of any other model
     the blocks are left out: modules that take hidden states first and return hidden states of that
-    shape, which add what they compute to what came in. The draw is alike on all ranks, so that
-    sharded blocks are gathered by all or by none. Evaluation keeps all blocks.
+    shape, which add what they compute to what came in. The draw is alike on all ranks, so that all
+    or none of them need a sharded block. Evaluation keeps all blocks.
 
     Args:
         theta: the limit, in (0, 1]; 1 keeps everything.
