@@ -39,7 +39,7 @@ import corpus
 VOCAB, WIDTH, DEPTH, HEADS, CONTEXT, BATCH = 257, 96, 6, 4, 128, 8
 PAD, IGNORED = 256, -100
 WARMUP, FLOOR = 0.05, 0.1
-STEPS, PEAK_LRS = 400, (1e-3, 2e-3, 4e-3)
+STEPS, PEAK_LRS = 400, (5e-4, 1e-3, 2e-3, 4e-3)
 SEEDS = (1, 2, 3)
 CORPUS_BYTES = 4_000_000
 #: Shares of the budget at which a run is evaluated.
@@ -387,6 +387,13 @@ def run(quick: bool = False) -> Report:
         best = {data: min(each, key=each.__getitem__) for data, each in swept.items()}
         parts = [pool.submit(_runs_of, seed, steps, folder, best) for seed in SEEDS]
         found = [part.result() for part in parts]
+    return _report(steps, found, swept)
+
+
+def _report(
+    steps: int, found: list[dict[str, Any]], swept: dict[str, dict[float, float]]
+) -> Report:
+    best = {data: min(each, key=each.__getitem__) for data, each in swept.items()}
     report = Report(
         "data_efficiency",
         f"FLOPs and tokens to a baseline's held-out loss: {len(SEEDS)} starts, "
@@ -413,7 +420,7 @@ def run(quick: bool = False) -> Report:
         )
         + ".",
     ]
-    report.raw = {"starts": [part["runs"] for part in found], "sweep": swept}
+    report.raw = {"starts": found, "sweep": swept}
     return report
 
 

@@ -74,7 +74,7 @@ def test_deepspeeds_training_goes_on_at_every_stage(tmp_path, stage):
 
     weights = full_state_dict(tmp_path / f"stage{stage}")
     for name in TRAINED:
-        torch.testing.assert_close(weights[name], expected[f"next.{name}"], rtol=0, atol=2e-7)
+        torch.testing.assert_close(weights[name], expected[f"next.{name}"], rtol=0, atol=1e-6)
     # What was saved under ZeRO by two ranks is whole for others, and comes back.
     export_dcp(tmp_path / f"stage{stage}", tmp_path / "dcp", optimizer=True)
     again = import_checkpoint(tmp_path / "dcp", tmp_path / "again", aliases=weights.aliases)

@@ -94,6 +94,33 @@ def test_without_managed_accumulation_each_step_call_is_a_step(stage):
     check(run_ranks(RANKS, unmanaged, stage), plain((0, 1, 2), (3,)))
 
 
+def unmanaged_batches(stage):
+    engine = make(stage, managed_gradient_accumulation=False)
+    engine.train_batch(iter([ids(0), ids(1)]))
+    assert engine.global_step == 1
+    return engine.state_dict()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_without_managed_accumulation_train_batch_is_one_step_all_the_same(stage):
+    check(run_ranks(RANKS, unmanaged_batches, stage), plain((0, 1)))
+
+
+def forgetful(stage):
+    engine = make(stage)
+    engine.backward(engine(ids(0)))
+    engine.step()
+    engine.zero_grad()
+    engine.backward(engine(ids(1)))
+    assert engine.step()
+    return engine.state_dict()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_zero_grad_forgets_the_same_at_every_stage(stage):
+    check(run_ranks(RANKS, forgetful, stage), plain((1,)))
+
+
 def boundaries(stage):
     engine = make(stage)
     for number, ends in enumerate((False, False, True, True)):

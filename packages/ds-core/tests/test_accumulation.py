@@ -37,6 +37,14 @@ def test_the_callers_word_counts_until_taken_back():
     assert accumulation.advance()
 
 
+def test_a_step_that_was_put_off_ends_once_counting_goes_on():
+    accumulation = Accumulation(2)
+    accumulation.say(False)
+    assert [accumulation.advance() for _ in range(5)] == [False] * 5
+    accumulation.say(None)
+    assert [accumulation.advance() for _ in range(3)] == [True, False, True]
+
+
 @pytest.mark.parametrize(("samples", "steps"), [(8, 1), (24, 3)])
 def test_a_batch_is_cut_into_micro_batches(samples, steps):
     accumulation = Accumulation(2)

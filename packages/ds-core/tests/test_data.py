@@ -11,6 +11,9 @@ import torch
 from ds_core.data import RepeatingLoader, ResumableLoader
 from ds_core.errors import DsError
 
+#: Python 3.12 warns of fork in a process with threads, which is how torch starts its workers.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+
 
 def loaders(num_samples, num_ranks=2, micro_batch_size=2, **options):
     dataset = list(range(num_samples))

@@ -21,6 +21,9 @@ from ds_core.data import (
 from ds_core.errors import DataError
 from ds_core.testing import flip_byte, run_ranks, truncate
 
+#: Python 3.12 warns of fork in a process with threads, which is how torch starts its workers.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+
 SENTENCES = ["to be", "or not to be", "that is the question", "to be", "be", "is it"]
 
 

@@ -13,6 +13,9 @@ from ds_core.data import VariableBatchLR, analyze, pad_collate, sequence_length
 from ds_core.errors import ConfigError
 from ds_core.testing import run_ranks
 
+#: Python 3.12 warns of fork in a process with threads, which is how torch starts its workers.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+
 TEXT = (
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, "
     "must be in want of a wife. However little known the feelings or views of such a man may be on "

@@ -13,6 +13,9 @@ from ds_core.data import MegatronTokens, TokenDataset, TokenWindows, write_token
 from ds_core.errors import DataError
 from ds_core.testing import flip_byte, truncate
 
+#: Python 3.12 warns of fork in a process with threads, which is how torch starts its workers.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+
 DOCUMENTS = [[5, 6, 7], torch.tensor([1, 2]), np.array([], np.int64), [9] * 4]
 
 

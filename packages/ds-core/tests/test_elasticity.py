@@ -155,6 +155,7 @@ def test_the_command_solves_for_one_cluster(invoke):
         (SECTION, ("--world-size", "11"), "does not suit 11 GPUs; use 10 or 12"),
         (None, (), 'has no "elasticity" section'),
         ({**SECTION, "micro_batches": []}, (), "elasticity.micro_batches: unknown key"),
+        (5, (), "elasticity: got 5, expected an object"),
     ],
 )
 def test_the_command_says_what_is_wrong(invoke, section, words, message):

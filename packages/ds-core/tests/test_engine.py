@@ -409,6 +409,21 @@ def test_low_precision_follows_full_precision(changes, parameters, tolerance):
     assert (weights(engine) - plain_training(5)[0]).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("optimizer", ["AdamW", "Adagrad"])
+def test_bf16_keeps_a_master_copy_of_a_model_that_was_built_in_bf16(optimizer):
+    section = {"type": optimizer, "params": {"lr": 0.01}}
+    rounded = Net().bfloat16()
+    wide = make(model=copy.deepcopy(rounded).float(), bf16={"enabled": True}, optimizer=section)
+    narrow = make(model=rounded, bf16={"enabled": True}, optimizer=section)
+    for step in range(3):
+        for engine in (wide, narrow):
+            engine.train_batch(iter([data(step)]))
+    for name, _ in narrow.module.named_parameters():
+        value = narrow.sharding.full_parameter(name)
+        assert value.dtype == torch.float32
+        assert torch.equal(value, wide.sharding.full_parameter(name))
+
+
 class Nested(Net):
     """Takes its input inside a list and a dict, and does not cast it."""
 

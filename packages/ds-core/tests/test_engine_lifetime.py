@@ -11,6 +11,7 @@ from torch import nn
 
 import ds_core
 from ds_core import comm
+from ds_core.seams import EventKind
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
@@ -134,3 +135,73 @@ def test_close_may_be_called_twice():
     engine = ds_core.initialize(Net(), CONFIG)
     engine.close()
     engine.close()
+
+
+@pytest.mark.parametrize("settings", [{}, {"wall_clock_breakdown": True}], ids=["plain", "watched"])
+def test_outputs_are_freed_at_once_not_when_python_looks_for_cycles(settings):
+    engine = ds_core.initialize(Net(), {**CONFIG, **settings}, observers=(Idle(),))
+    gc.disable()
+    try:
+        loss = engine(batch())
+        watched = weakref.ref(loss), weakref.ref(engine)
+        engine.backward(loss)
+        engine.step()
+        engine(batch())  # a graph that is never used
+        del loss, engine
+        assert [ref() for ref in watched] == [None, None]
+    finally:
+        gc.enable()
+
+
+class Idle:
+    def on_event(self, engine, event):
+        pass
+
+
+def test_a_micro_batch_that_fails_is_not_in_the_loss_of_its_step():
+    seen = []
+
+    class Seen:
+        def on_event(self, engine, event):
+            if event.kind is EventKind.STEP_END:
+                seen.append(float(event.values["loss"]))
+
+    engine = ds_core.initialize(Net(), CONFIG, observers=(Seen(),))
+    loss = engine(batch())
+    broken = loss * 1.0
+    broken.register_hook(fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        engine.backward(broken * 100)
+    engine.zero_grad()
+    loss = engine(batch())
+    engine.backward(loss)
+    engine.step()
+    assert seen == [float(loss)]
+
+
+def fail(gradient):
+    raise RuntimeError("broken")
+
+
+def test_an_observer_that_fails_at_the_end_leaves_a_plain_model():
+    class Failing:
+        def on_event(self, engine, event):
+            if event.kind is EventKind.CLOSE:
+                raise OSError("disk full")
+
+    engine = ds_core.initialize(Net(), CONFIG, observers=(Failing(),))
+    with pytest.raises(OSError, match="disk full"):
+        engine.close()
+    assert hooks_of(engine.module) == []
+
+
+def test_a_closed_engine_gives_back_a_forward_that_was_there_before():
+    model = Net()
+    model.forward = model.forward
+    before = model.__dict__["forward"]
+    engine = ds_core.initialize(model, CONFIG)
+    engine.compile(backend="eager")
+    assert model.__dict__["forward"] is not before
+    engine.close()
+    assert model.__dict__["forward"] is before
+    assert not engine.is_compiled

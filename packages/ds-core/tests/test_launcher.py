@@ -45,7 +45,8 @@ def plan(spec_script: str, **options: object) -> LaunchPlan:
 
 
 def process_ids(folder: Path) -> list[int]:
-    return [int(path.read_text()) for path in sorted(folder.glob("*.pid"))]
+    texts = [path.read_text() for path in sorted(folder.glob("*.pid"))]
+    return [int(text) for text in texts if text]  # a file is there before its content
 
 
 def is_running(pid: int) -> bool:
@@ -229,7 +230,8 @@ def test_first_failure_is_named_with_its_traceback_last_and_once(
                 time.sleep(0.001)
             time.sleep(0.05)  # soon enough for the agent to notice both at once
             raise RuntimeError("connection closed by peer")
-        open(marker, "w").close()
+        # The marker follows the traceback, however long this process is kept waiting.
+        sys.excepthook = lambda *e: (sys.__excepthook__(*e), open(marker, "w").close())
         raise ValueError("the cause")
     """)
 
@@ -286,7 +288,7 @@ def test_traceback_that_torchs_record_wrote_is_shown(script: Script) -> None:
         pytest.param(
             "os.kill(os.getpid(), signal.SIGKILL)",
             137,
-            r"killed by SIGKILL \(not by the kernel.s OOM killer",
+            r"killed by SIGKILL \(.*OOM killer",  # which of the causes: the machine's counters
             id="sigkill",
         ),
         pytest.param("os.abort()", 134, r"killed by SIGABRT \(native code gave up", id="sigabrt"),
@@ -330,7 +332,7 @@ def test_no_process_outlives_a_failed_job(script: Script, tmp_path: Path) -> Non
         rank = os.environ["RANK"]
         Path({str(tmp_path)!r}, rank + ".pid").write_text(str(os.getpid()))
         if rank == "1":
-            while len(list(Path({str(tmp_path)!r}).glob("*.pid"))) < 3:
+            while sum(p.stat().st_size > 0 for p in Path({str(tmp_path)!r}).glob("*.pid")) < 3:
                 time.sleep(0.01)
             sys.exit(1)
         time.sleep(600)
@@ -369,7 +371,7 @@ def test_signal_to_the_launcher_ends_all_processes_cleanly(
     command = [sys.executable, "-m", "ds_core.cli", "run", "--nproc", "2", path]
 
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as launcher:
-        wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2 and all(process_ids(tmp_path)))
+        wait_until(lambda: len(process_ids(tmp_path)) == 2)
         launcher.send_signal(signum)
         _, err = launcher.communicate(timeout=60)
 
@@ -449,6 +451,8 @@ def test_one_process_keeps_all_threads(script: Script, monkeypatch: pytest.Monke
         pytest.param({"node_rank": 1}, "there is one node; give --nnodes", id="node-rank-alone"),
         pytest.param({"max_restarts": -1}, "--max-restarts: got -1", id="max-restarts"),
         pytest.param({"timeout_s": 0.0}, "--timeout-s: got 0.0", id="timeout"),
+        pytest.param({"timeout_s": float("inf")}, "--timeout-s: got inf", id="timeout-infinite"),
+        pytest.param({"timeout_s": float("nan")}, "--timeout-s: got nan", id="timeout-nan"),
         pytest.param({"log_dir": __file__}, "exists and is not a folder", id="log-dir-is-file"),
         pytest.param(
             {"is_module": True, "with_python": False}, "exclude each other", id="module-and-program"

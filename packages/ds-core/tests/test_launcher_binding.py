@@ -80,6 +80,12 @@ def test_list_survives_formatting() -> None:
     assert format_cores(parse_cores("0-3,8,10-11")) == "0-3,8,10-11"
 
 
+@pytest.mark.parametrize("text", ["a", "0,3-1", "1-"])
+def test_wrong_list_is_refused(text: str) -> None:
+    with pytest.raises(LaunchError, match="--bind-cores: got"):
+        parse_cores(text)
+
+
 def test_memory_is_taken_from_the_node_of_the_share(system: Path) -> None:
     made = bind_cores("auto", 2, set(range(16)), system)
 

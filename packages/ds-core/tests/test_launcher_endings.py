@@ -287,6 +287,23 @@ def test_reports_are_kept_from_the_terminal_wherever_they_begin() -> None:
     assert lines == [b"a", b"50%DS_NODE_REPORT {}", b"DS_NODE_REPORT {}"]
 
 
+def test_job_goes_on_when_nobody_reads_its_output_any_more() -> None:
+    command = HostCommand(
+        hosts=("h",),
+        argv=(sys.executable, "-S", "-c", "for i in range(50000): print('line', i)"),
+        environment={},
+        is_tied=False,
+    )
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as nobody:
+        process = HostProcess(command, nobody, nobody)
+        wait_until(lambda: process.poll() is not None)
+        process.close()
+
+    assert process.poll() == 0
+
+
 def test_output_without_an_end_of_line_is_shown_at_once() -> None:
     shown, _ = output_of("print('10%', end='\\r20%', flush=True)")
     assert shown == b"10%\r20%"

@@ -53,6 +53,7 @@ def test_only_what_concerns_a_job_travels_by_itself() -> None:
         "HF_HUB_OFFLINE": "1",
         "HF_TOKEN": "secret",
         "DS_API_KEY": "secret",
+        "DS_jwt": "secret",
         "CUDA_VISIBLE_DEVICES": "0",
         "PATH": "/bin",
         "RANK": "3",
@@ -191,7 +192,7 @@ def test_users_visible_devices_are_kept_or_the_contradiction_is_refused(
     assert "decided by the first of these that applies:\n  1. --devices" in text
 
 
-@pytest.mark.parametrize("text", ["", "a", "0,0", "1-0", "0,,1"])
+@pytest.mark.parametrize("text", ["", "a", "0,0", "1-0", "0,4-2", "0,,1"])
 def test_wrong_devices_are_refused(text: str) -> None:
     with pytest.raises(LaunchError, match="expected different device numbers"):
         parse_devices(text)
@@ -226,6 +227,20 @@ def test_report_says_where_each_variable_comes_from(
     assert origins["SLURM_PROCID"] == ("0", "Slurm")
     assert report.problems == ()
     assert json.loads(report.as_json())["env_file"] == str(tmp_path / ".ds_env")
+
+
+def test_report_hides_secrets_wherever_they_come_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".ds_env").write_text("WANDB_API_KEY=hunter2\n")
+    monkeypatch.setenv("SLURM_JWT", "hunter2")
+    monkeypatch.setenv("HF_TOKEN", "hunter2, too")
+
+    report = report_environment(spec(env=("HF_TOKEN=hunter2",)))
+
+    values = {each.name: each.value for each in report.variables}
+    assert {values[name] for name in ("WANDB_API_KEY", "SLURM_JWT", "HF_TOKEN")} == {"(hidden)"}
+    assert "hunter2" not in report.as_json()
 
 
 @pytest.mark.parametrize(

@@ -361,6 +361,11 @@ def test_wrong_node_list_is_refused(text: str) -> None:
         pytest.param({"PMI_RANK": "2", "PMI_SIZE": "4"}, 2, id="hydra"),
         pytest.param({"PET_NODE_RANK": "2", "PET_NNODES": "4"}, 2, id="kubernetes"),
         pytest.param({"DS_NODE_RANK": "0", "SLURM_PROCID": "3"}, 0, id="ours-first"),
+        pytest.param(
+            {"OMPI_COMM_WORLD_RANK": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "3"},
+            1,
+            id="mpirun-in-a-slurm-allocation",
+        ),
     ],
 )
 def test_node_rank_is_that_of_the_manager(environment: dict[str, str], rank: int) -> None:

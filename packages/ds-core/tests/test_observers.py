@@ -271,12 +271,28 @@ def test_progress_of_other_ranks_is_silent():
     assert stream.getvalue() == ""
 
 
-def test_progress_speaks_now_and_then_if_no_interval_is_given():
+def test_progress_speaks_now_and_then_if_no_interval_is_given(monkeypatch):
+    monkeypatch.setattr("ds_core.observers.progress.SECONDS", 3600.0)
     stream = io.StringIO()
     engine = make(Progress(stream=stream))
     for _ in range(5):
         engine.train_batch(batches())
     assert stream.getvalue().count("loss") == 1
+
+
+@pytest.mark.parametrize("sinks", [False, True], ids=["alone", "beside-a-file"])
+def test_who_says_how_often_lines_come_sees_them(sinks, tmp_path, capsys):
+    metrics = {"jsonl": str(tmp_path / "m.jsonl")} if sinks else {}
+    engine = unasked(steps_per_print=2, metrics=metrics)
+    for _ in range(4):
+        engine.train_batch(batches())
+    assert capsys.readouterr().err.count("loss") == 2
+
+
+def unasked(**changes):
+    """An engine whose config does not mention progress."""
+    config = {key: value for key, value in CONFIG.items() if key != "progress"}
+    return ds_core.initialize(Net(), {**config, **changes})
 
 
 def test_progress_goes_to_standard_error(capsys):

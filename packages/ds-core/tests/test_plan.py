@@ -153,7 +153,8 @@ def test_a_function_that_returns_a_model_says_what_is_not_counted(model_file):
         ("{file}:broken", "fails on tensors without data: RuntimeError"),
         ("{file}", "expected a Hugging Face config.json, FILE.py:FUNCTION"),
         ("nowhere.py:f", "no such file"),
-        ("no_such_module:f", "cannot be imported"),
+        ("no_such_module:f", "cannot be imported: ModuleNotFoundError: No module named"),
+        ("..relative:f", "cannot be imported: TypeError"),
         ("missing.json", "is not a readable JSON file"),
     ],
 )
@@ -167,7 +168,28 @@ def test_an_unknown_kind_of_model_says_which_are_known(hf_file):
         planning.model_from(hf_file({"model_type": "mixtral"}))
 
 
-@pytest.mark.parametrize("text", ["seven", "0", "-3", "7x", ""])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_attention_heads": 0}, "got 0 attention heads, expected at least 1"),
+        ({"intermediate_size": -4}, "intermediate: got -4, expected at least 1"),
+    ],
+    ids=["no-heads", "negative"],
+)
+def test_sizes_that_no_model_has_are_refused(hf_file, change, message):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 4, "vocab_size": 4}
+    values = {"model_type": "llama", "num_attention_heads": 2, **sizes, **change}
+    with pytest.raises(PlanError, match=message):
+        planning.model_from(hf_file(values))
+
+
+@pytest.mark.parametrize("value", [0, float("nan"), float("inf")])
+def test_figures_that_no_device_has_are_refused(value):
+    with pytest.raises(PlanError, match=r"memory_bytes: got .* expected a number above 0"):
+        H100.with_overrides(memory_bytes=value)
+
+
+@pytest.mark.parametrize("text", ["seven", "0", "-3", "7x", "", "1e400", "1e30"])
 def test_a_number_of_parameters_that_is_none_is_refused(text):
     with pytest.raises(PlanError, match="--params: got"):
         planning.model_of_size(text)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from ds_core.errors import DsError
@@ -34,7 +34,8 @@ class Accumulation:
         """Whether the present micro-batch is the last of its step, as far as is known."""
         if self._said is not None:
             return self._said
-        return self.managed and self._done == self.steps - 1
+        # At least, because the caller may have put a boundary off before it was counted again.
+        return self.managed and self._done >= self.steps - 1
 
     @property
     def is_between_steps(self) -> bool:
@@ -49,6 +50,15 @@ class Accumulation:
                 "a step; leave it true to set boundaries, or call step() only where one ends"
             )
         self._said = is_boundary
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Micro-batches inside are counted, whether or not they are otherwise."""
+        managed, self.managed = self.managed, True
+        try:
+            yield
+        finally:
+            self.managed = managed
 
     def begin(self) -> bool:
         """A training forward begins; whether it is the first of its step."""

@@ -257,6 +257,8 @@ def _scheduler(
     sharding: Sharding,
     optimizer: torch.optim.Optimizer,
 ) -> Any:
+    if given is not None and config.scheduler is not None:
+        logger.info("scheduler: the given one is used, the config's section is not")
     # Schedules change the groups' hyperparameters, which the sharding shares with `optimizer`.
     if given is None:
         return lr_schedules.build(config.scheduler, optimizer) if config.scheduler else None

@@ -29,20 +29,33 @@ def map_differentiable(tree: Any, fn: Callable[[torch.Tensor], torch.Tensor]) ->
     Containers and dataclasses that hold none are returned themselves; the others are copied, so
     that the original stays as it is. One tensor in two places is mapped once.
     """
-    done: dict[int, Any] = {}
+    return _Mapping(fn).of(tree)
 
-    def visit(item: Any) -> Any:
-        if id(item) not in done:
-            done[id(item)] = mapped(item)
-        return done[id(item)]
 
-    def mapped(item: Any) -> Any:
+class _Mapping:
+    """One walk through a tree.
+
+    An object and not nested functions: these would refer to one another, and so keep what they
+    have seen, a model's outputs with their graph, until Python next looks for cycles.
+    """
+
+    def __init__(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._fn = fn
+        self._done: dict[int, Any] = {}
+
+    def of(self, item: Any) -> Any:
+        """What `item` becomes."""
+        if id(item) not in self._done:
+            self._done[id(item)] = self._mapped(item)
+        return self._done[id(item)]
+
+    def _mapped(self, item: Any) -> Any:
         if isinstance(item, torch.Tensor):
-            return fn(item) if item.requires_grad else item
+            return self._fn(item) if item.requires_grad else item
         if isinstance(item, list | tuple):
-            return _rebuilt(item, [visit(entry) for entry in item])
+            return _rebuilt(item, [self.of(entry) for entry in item])
         if isinstance(item, dict):
-            changed = {k: new for k, old in item.items() if (new := visit(old)) is not old}
+            changed = {k: new for k, old in item.items() if (new := self.of(old)) is not old}
             if not changed:
                 return item
             twin = copy.copy(item)
@@ -51,7 +64,7 @@ def map_differentiable(tree: Any, fn: Callable[[torch.Tensor], torch.Tensor]) ->
             return twin
         if hasattr(item, "__dataclass_fields__") and not isinstance(item, type):
             values = {name: getattr(item, name) for name in item.__dataclass_fields__}
-            changed = {k: new for k, old in values.items() if (new := visit(old)) is not old}
+            changed = {k: new for k, old in values.items() if (new := self.of(old)) is not old}
             if not changed:
                 return item
             twin = copy.copy(item)
@@ -59,8 +72,6 @@ def map_differentiable(tree: Any, fn: Callable[[torch.Tensor], torch.Tensor]) ->
                 object.__setattr__(twin, name, value)  # it may be frozen
             return twin
         return item
-
-    return visit(tree)
 
 
 def _rebuilt(item: list[Any] | tuple[Any, ...], entries: list[Any]) -> Any:

@@ -42,11 +42,16 @@ class CompiledBlocks:
             ]
         except Exception as error:  # dynamo's errors have no common base but Exception
             raise DsError(f"compile: torch.compile refuses its arguments: {error}") from error
-        self._modules = chosen
+        # A block that is checkpointed, say, has a forward beside its class's.
+        self._before = [(module, module.__dict__.get("forward")) for module in chosen]
         for module, forward in zip(chosen, compiled, strict=True):
             module.forward = forward
 
     def close(self) -> None:
         """Give the modules their own forward back."""
-        for module in self._modules:
-            module.__dict__.pop("forward", None)
+        for module, forward in self._before:
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = forward
+        self._before.clear()

@@ -231,13 +231,13 @@ class Engine(EngineFiles):
             )
         self._prepare_backward()
         self._emit(EventKind.BACKWARD_BEGIN)
-        self._losses.append(loss.detach())
         factor = self._loss_factor()
         self._scaled_by_loss = True
         try:
             (loss if factor == 1.0 else loss * factor).backward()
         finally:
             self._scaled_by_loss = False
+        self._losses.append(loss.detach())
         self._emit(EventKind.BACKWARD)
 
     def _announce_backward(self, output: Any) -> None:
@@ -319,6 +319,15 @@ class Engine(EngineFiles):
         self._emit(EventKind.STEP_END, **figures)
         return not overflowed
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget what backwards have added up so far; `step` does this by itself.
+
+        At every stage alike, so leave it out of a loop that accumulates. Micro-batches that `step`
+        has counted stay counted.
+        """
+        self.sharding.zero_grad()
+        self._losses.clear()
+
     def _figures(self, scale: float) -> dict[str, Any]:
         """What STEP_END tells of a step that was computed with a loss scale."""
         groups = self.sharding.param_groups
@@ -348,7 +357,8 @@ class Engine(EngineFiles):
                 f"train_batch: got {type(batches).__name__}, expected an iterator, which remembers "
                 f"how far it has come; make one with iter(...) before the loop"
             )
-        return self._runner.run(self, batches)
+        with self._micro.counted():
+            return self._runner.run(self, batches)
 
     def _mean_loss(self) -> torch.Tensor | None:
         """Mean loss of the step's micro-batches on this rank; not synchronized with the device."""
@@ -415,12 +425,15 @@ class Engine(EngineFiles):
 
     def close(self) -> None:
         """Give the model back whole and without hooks, and let the observers finish."""
-        self._emit(EventKind.CLOSE)
-        self._observers.clear()
-        self._adjusters.clear()
         if self._compiled is not None:
             self._compiled.close()
-        self.sharding.close()
+            self._compiled = None
+        try:
+            self._emit(EventKind.CLOSE)
+        finally:  # a file that one rank cannot write must not keep the others waiting
+            self._observers.clear()
+            self._adjusters.clear()
+            self.sharding.close()
 
     def _emit(self, kind: EventKind, /, **values: Any) -> None:
         if not self._observers:

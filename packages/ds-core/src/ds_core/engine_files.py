@@ -55,11 +55,11 @@ class EngineFiles(nn.Module):
         load_model(cast("Engine", self), state_dict, strict=strict)
 
     def buffer_state(self) -> dict[str, torch.Tensor]:
-        """Persistent buffers by name."""
+        """Persistent buffers by name, copied to the CPU."""
         parameters = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
         with torch.no_grad():
             return {
-                name: tensor.detach().clone()
+                name: tensor.detach().to("cpu", copy=True)
                 for name, tensor in persistent_buffers(self.module)
                 if name not in parameters
             }

@@ -58,14 +58,24 @@ class WholeModel:
         replaced: dict[int, nn.Parameter] = {}
         for name, param in self._parameters.items():
             target = precision.compute
-            if target is None or target == param.dtype or not param.dtype.is_floating_point:
+            if target is None or not param.dtype.is_floating_point:
                 continue
-            if precision.master is not None and param.requires_grad:
+            # Also for a model that was built in 16 bits.
+            if param.requires_grad and precision.master not in (None, target):
                 master = nn.Parameter(param.data.to(precision.master, copy=True))
                 self._master[name] = replaced[id(param)] = master
+                self._hand_over_state(param, master)
             param.data = param.data.to(target)
         for group in self.optimizer.param_groups if replaced else ():
             group["params"] = [replaced.get(id(p), p) for p in group["params"]]
+
+    def _hand_over_state(self, param: nn.Parameter, master: nn.Parameter) -> None:
+        """What the optimizer knows of a parameter already: Adagrad does before its first step."""
+        if param in self.optimizer.state:
+            self.optimizer.state[master] = {
+                key: value.to(master.dtype) if _is_like(value, param) else value
+                for key, value in self.optimizer.state.pop(param).items()
+            }
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: param for name, param in self._parameters.items() if param.requires_grad}
@@ -139,6 +149,11 @@ class WholeModel:
 
     def _gradient_bytes(self) -> int:
         return num_bytes(self._trained().values())
+
+
+def _is_like(value: Any, param: nn.Parameter) -> bool:
+    """Whether a value of an optimizer's state holds a number for each of a parameter's."""
+    return torch.is_tensor(value) and value.shape == param.shape and value.is_floating_point()
 
 
 def num_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -106,12 +106,13 @@ def export_safetensors(
     path, out = find(directory, tag), Path(out)
     if max_shard_bytes < 1:
         raise CheckpointError(f"max_shard_bytes: got {max_shard_bytes}, expected at least 1")
-    _make_room(out, overwrite=overwrite)
     model = full_state_dict(path, dtype=dtype, exclude_frozen=exclude_frozen, aliases=aliases)
     dropped = {} if aliases else full_state_dict(path, exclude_frozen=exclude_frozen).aliases
+    extra = _optimizer(path, exclude_frozen=exclude_frozen) if optimizer else None
+    _make_room(out, overwrite=overwrite)  # not before it is known that there is something to write
     parts = [_write_sharded(out, "model", model, max_shard_bytes, dropped)]
-    if optimizer:
-        state, groups = _optimizer(path, exclude_frozen=exclude_frozen)
+    if extra is not None:
+        state, groups = extra
         parts.append(_write_sharded(out, "optimizer", state, max_shard_bytes, {}))
         with replace_atomically(out / "optimizer.json") as file:
             write_all(file, json.dumps({"groups": groups}, indent=2).encode())

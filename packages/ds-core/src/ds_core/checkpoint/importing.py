@@ -104,7 +104,7 @@ def import_checkpoint(
     if found.frozen is not None:
         about["frozen"] = found.frozen
     state = LazyState(found.state.tensors, {**found.state.values, "about": about})
-    name = tag or (folder.stem if folder.is_file() else folder.name)
+    name = tag or (folder.stem if folder.is_file() else folder.resolve().name)  # of ".", too
     path = save_lazy(directory, name, state, facts={"imported_from": found.kind})
     return ImportReport(
         path,

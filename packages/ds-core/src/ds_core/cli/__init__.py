@@ -1,4 +1,4 @@
-"""The `ds` command line: `ds run`, `ds report`, `ds config`, and what installed packages add."""
+"""The `ds` command line: commands of its own, and what installed packages add."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ds_core.errors import DsError
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 after success, 2 after an error of the suite.
 
-    A failed job exits with the code of the process that failed first. An error of the suite is
-    printed as its message alone; `ds --debug COMMAND` shows where it came from.
+    A failed job exits with the code of the process that failed first. An error of the suite or of
+    the file system is printed as its message alone; `ds --debug COMMAND` shows where it came from.
 
     Args:
         arguments: the command line without the program's name; default: this process's.
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words.insert(len(options) + 1, "--")
     try:
         make_app()(args=words, prog_name="ds")
-    except DsError as error:
+    except (DsError, OSError) as error:
         if "--debug" in options:
             raise
         sys.stderr.write(f"ds: {error}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -43,7 +44,8 @@ def elastic(
             f'"max_train_batch_size": 2000, "micro_batch_sizes": [2, 4, 6]}}}}'
         )
     try:
-        section = ElasticitySection.model_validate({**values, "enabled": True})
+        asked = {**values, "enabled": True} if isinstance(values, Mapping) else values
+        section = ElasticitySection.model_validate(asked)
     except ValidationError as error:
         found = problems.translate(error, ElasticitySection, ("elasticity",))
         raise problems.fail(found, str(file)) from None

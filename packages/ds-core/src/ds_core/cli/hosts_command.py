@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ds_core.cli.groups import command_group
+from ds_core.cli.run_command import split_words
 
 _Hostfile = Annotated[
     str, typer.Option("--hostfile", "-H", help="File with a line `HOST slots=N` for each host.")
@@ -68,7 +68,7 @@ def hosts_run(
         [host.name for host in chosen],
         command,
         options={"user": user, "port": port},
-        arguments=tuple(shlex.split(ssh_args)),
+        arguments=split_words(ssh_args, "--ssh-args"),
     )
     if dry_run:
         typer.echo("\n".join(each.describe() for each in commands))

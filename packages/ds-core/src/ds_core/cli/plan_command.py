@@ -86,7 +86,7 @@ def plan(
     if (params is None) == (model is None):
         raise PlanError("ds plan: give the model: either --params N or --model FILE")
     device = find_device(gpu).with_overrides(
-        memory_bytes=None if memory_gib is None else int(memory_gib * GIB),
+        memory_bytes=None if memory_gib is None else memory_gib * GIB,
         flops_16bit=None if tflops is None else tflops * 1e12,
         intra_bandwidth=None if intra_gbps is None else intra_gbps * 1e9,
         inter_bandwidth=None if inter_gbps is None else inter_gbps * 1e9,

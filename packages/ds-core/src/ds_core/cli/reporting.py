@@ -26,6 +26,7 @@ from ds_core.cli.installed import (
 from ds_core.cli.machine import Machine, examine
 from ds_core.cli.report_warnings import warnings_of
 from ds_core.cli.tables import table
+from ds_core.launcher.environment import is_secret
 from ds_core.observers.units import told_bytes
 
 #: Distributions beside the suite's whose version explains how a job behaves.
@@ -36,7 +37,6 @@ _PREFIXES = (
     "MKL_", "KMP_", "TRITON_", "DS_", "SLURM_JOB", "SLURM_NTASKS", "MASTER_",
 )  # fmt: skip
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LD_PRELOAD", "LD_LIBRARY_PATH")
-_SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,7 @@ def _environment(variables: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in sorted(variables.items())
-        if (name.startswith(_PREFIXES) or name in _NAMES)
-        and not any(word in name for word in _SECRET)
+        if (name.startswith(_PREFIXES) or name in _NAMES) and not is_secret(name)
     }
 
 

@@ -335,7 +335,7 @@ def run(
             num_nodes=num_nodes,
             launcher=launcher or "ssh",
             options=dict(_pair(text, "--launcher-option") for text in launcher_option or ()),
-            arguments=_words(launcher_args),
+            arguments=split_words(launcher_args, "--launcher-args"),
             python=python,
         )
         _run_on_hosts(spec, cluster, dry_run)
@@ -424,11 +424,12 @@ def _pair(text: str, option: str) -> tuple[str, str]:
     return name, value
 
 
-def _words(text: str) -> tuple[str, ...]:
+def split_words(text: str, option: str) -> tuple[str, ...]:
+    """The words of an option, as a shell would split it. Raises LaunchError if it could not."""
     try:
         return tuple(shlex.split(text))
     except ValueError as error:
-        raise LaunchError(f"--launcher-args: got {text!r}: {error}") from None
+        raise LaunchError(f"{option}: got {text!r}: {error}") from None
 
 
 def _show(text: str | None) -> Any:

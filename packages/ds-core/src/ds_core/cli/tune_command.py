@@ -71,8 +71,8 @@ def tune(
     from ds_core.tuning.tuner import tune as search
 
     document = read(file).data
-    if resume:
-        section = document.get("autotuning", {})
+    section = document.get("autotuning", {})
+    if resume and isinstance(section, dict):  # what else it is, is refused below
         document["autotuning"] = {**section, "overwrite": False}
     result = search(
         target,

@@ -137,7 +137,8 @@ class Config(Section):
     steps_per_print: int | None = Field(
         default=None,
         gt=0,
-        description="Optimizer steps between two progress lines; null: the observer decides.",
+        description="Optimizer steps between two progress lines, which then are on unless "
+        "progress is false; null: the observer decides.",
     )
     wall_clock_breakdown: bool = Field(
         default=False, description="Whether forward, backward and step are timed apart."

@@ -60,12 +60,14 @@ def parse_cores(text: str) -> tuple[int, ...]:
     numbers: list[int] = []
     for word in filter(None, text.split(",")):
         first, dash, last = word.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        is_range = first.isdecimal() and (last.isdecimal() if dash else True)
+        named = range(int(first), int(last or first) + 1) if is_range else ()
+        if not named:
             raise LaunchError(
                 f"--bind-cores: got {text!r}, expected auto, or numbers and ranges joined by "
                 "commas, such as 0-15,32-47"
             )
-        numbers.extend(range(int(first), int(last or first) + 1))
+        numbers.extend(named)
     return tuple(numbers)
 
 

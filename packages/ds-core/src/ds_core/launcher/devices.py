@@ -44,10 +44,12 @@ def parse_devices(text: str) -> tuple[int, ...]:
     numbers: list[int] = []
     for word in text.split(","):
         first, dash, last = word.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        is_range = first.isdecimal() and (last.isdecimal() if dash else True)
+        named = range(int(first), int(last or first) + 1) if is_range else ()
+        if not named:
             numbers = []
             break
-        numbers.extend(range(int(first), int(last or first) + 1))
+        numbers.extend(named)
     if not numbers or len(set(numbers)) != len(numbers):
         raise LaunchError(
             f"--devices: got {text!r}, expected different device numbers joined by commas, "

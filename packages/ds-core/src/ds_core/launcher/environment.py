@@ -34,7 +34,7 @@ KEPT_HERE = frozenset(
     {"CUDA_VISIBLE_DEVICES", "DS_ENV_FILE", "DS_NODE_RANK", "DS_RUN_ID", "HF_HOME"}
 )
 #: Words in a name that mark a secret; anybody on a host can read a command line.
-SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
+SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL", "JWT")
 #: Files that are read from the current folder, else from the home folder; the first one counts.
 ENV_FILE_NAMES = (".ds_env", ".deepspeed_env")
 
@@ -68,9 +68,14 @@ def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in sorted(environment.items())
         if (name.startswith(FORWARDED_PREFIXES) or name in FORWARDED_NAMES)
         and name not in KEPT_HERE
-        and not any(word in name for word in SECRET_WORDS)
+        and not is_secret(name)
         and _NAME.fullmatch(name)
     }
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable's name says that nobody else should see its value."""
+    return any(word in name.upper() for word in SECRET_WORDS)
 
 
 def parse_env_options(words: Iterable[str], environment: Mapping[str, str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 from ds_core import _env
 from ds_core.launcher.devices import VISIBLE_VARIABLES, num_visible
-from ds_core.launcher.environment import SECRET_WORDS, forwarded
+from ds_core.launcher.environment import forwarded, is_secret
 from ds_core.launcher.manager_variables import NODE_RANK_VARIABLES
 from ds_core.launcher.plan import LaunchPlan, LaunchSpec, env_file_of, make_plan, num_cores
 
@@ -88,8 +88,9 @@ def _variables(plan: LaunchPlan, environment: Mapping[str, str]) -> tuple[Variab
     for name, setting in sorted(plan.settings.items()):
         origin = setting.origin
         if name in environment and environment[name] != setting.value:
-            origin += f" (instead of {environment[name]!r} in this shell)"
-        found.append(Variable(name, setting.value, origin))
+            instead = _without_secret(name, repr(environment[name]))
+            origin += f" (instead of {instead} in this shell)"
+        found.append(Variable(name, _without_secret(name, setting.value), origin))
     named = set(first)
     travelling = forwarded(environment)
     visible = set(VISIBLE_VARIABLES.values())
@@ -118,7 +119,7 @@ def _manager_of(name: str) -> str:
 
 
 def _without_secret(name: str, value: str) -> str:
-    return "(hidden)" if any(word in name for word in SECRET_WORDS) else value
+    return "(hidden)" if is_secret(name) else value
 
 
 def _leftover_world(job: Mapping[str, str], plan: LaunchPlan) -> list[str]:

@@ -16,10 +16,11 @@ from ds_core.errors import LaunchError
 NODE_RANK_VARIABLES: Mapping[str, tuple[str, str]] = {
     "DS_NODE_RANK": ("a launcher of `ds run`", ""),
     "PET_NODE_RANK": ("Kubernetes' training operator", "PET_NNODES"),
-    "SLURM_PROCID": ("Slurm", "SLURM_NTASKS"),
     "OMPI_COMM_WORLD_RANK": ("Open MPI", "OMPI_COMM_WORLD_SIZE"),
     "PMIX_RANK": ("PMIx", "PMIX_SIZE"),
     "PMI_RANK": ("MPICH, Intel MPI or MVAPICH", "PMI_SIZE"),
+    # After MPI's: mpirun within an allocation starts its daemons by srun, which numbers those.
+    "SLURM_PROCID": ("Slurm", "SLURM_NTASKS"),
     "JOB_COMPLETION_INDEX": ("a Kubernetes indexed job", ""),
 }
 DEFAULT_PORT = 29500

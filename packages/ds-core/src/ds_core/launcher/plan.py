@@ -22,6 +22,8 @@ from ds_core.launcher.manager_variables import resolve_endpoint, resolve_node_ra
 
 #: Origin of an OMP_NUM_THREADS that nobody chose.
 SHARED_OUT = "ds run (an equal share of the cores)"
+#: Longest time limit: the system's timers take no infinity.
+_LONGEST_S = 1e9
 Show = Literal["node", "job", "all"]
 
 
@@ -213,8 +215,10 @@ def check_limits(spec: LaunchSpec) -> None:
     """Raises LaunchError for a number or folder that no job can have."""
     if spec.max_restarts < 0:
         raise LaunchError(f"--max-restarts: got {spec.max_restarts}, expected 0 or more")
-    if spec.timeout_s is not None and spec.timeout_s <= 0:
-        raise LaunchError(f"--timeout-s: got {spec.timeout_s}, expected a number above 0")
+    if spec.timeout_s is not None and not 0 < spec.timeout_s <= _LONGEST_S:
+        raise LaunchError(
+            f"--timeout-s: got {spec.timeout_s}, expected a number above 0, at most {_LONGEST_S:g}"
+        )
     if spec.log_dir is not None and Path(spec.log_dir).exists() and not Path(spec.log_dir).is_dir():
         raise LaunchError(f"--log-dir: {spec.log_dir} exists and is not a folder")
 

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from typing import BinaryIO
 
 
 class Writer:
-    """Writes to a terminal at once."""
+    """Writes to a terminal at once.
+
+    Once nobody reads it any more, as after `| head`, what is written goes nowhere: a job goes on.
+    """
 
     def __init__(self, target: BinaryIO) -> None:
         self._target = target
 
     def write(self, data: bytes) -> None:
-        if data:
+        if not data:
+            return
+        try:
             self._target.write(data)
             self._target.flush()
+        except BrokenPipeError:
+            # The stream keeps what it could not write, and would fail again at its end.
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._target.fileno())
 
     def close(self) -> None:
         """Write what is left."""

@@ -51,7 +51,7 @@ class Progress:
         self._throughput = throughput or Throughput()
         self._memory = memory
         self._mean = RankMean() if loss_over_ranks else None
-        self._last = 0.0
+        self._last = float("-inf")
 
     def on_event(self, engine: Engine, event: Event) -> None:
         """Write the decisions at the start, and figures of the steps since the last line."""

@@ -28,9 +28,11 @@ def standard_observers(config: Config, *, rank: int) -> list[Observer]:
     """
     makers = _sink_makers(config)
     shows_progress = config.progress
-    if not makers and config.origin("progress") == "default":
-        # Somebody who asks for a breakdown, and names no place, wants to see it.
-        shows_progress = config.wall_clock_breakdown or config.memory_breakdown
+    if config.origin("progress") == "default":
+        # Somebody who says how often lines come, or asks for a breakdown and names no place for it,
+        # wants to see them.
+        breaks_down = config.wall_clock_breakdown or config.memory_breakdown
+        shows_progress = config.steps_per_print is not None or (breaks_down and not makers)
     if not (makers or shows_progress):
         return []
     memory = MemoryByPhase() if config.memory_breakdown else None

@@ -6,6 +6,7 @@ sparsity. Any of them can be overridden, and measured figures are always better.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -50,8 +51,10 @@ class DeviceSpec:
         """The same device with the figures that are given and not None."""
         given = {key: value for key, value in changes.items() if value is not None}
         for key, value in given.items():
-            if value <= 0:
+            if not 0 < value < math.inf:
                 raise PlanError(f"{key}: got {value:g}, expected a number above 0")
+        if "memory_bytes" in given:
+            given["memory_bytes"] = int(given["memory_bytes"])
         return replace(self, **given)  # type: ignore[arg-type]
 
 

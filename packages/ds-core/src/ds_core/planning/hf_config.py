@@ -30,15 +30,23 @@ def read_hf_config(path: Path) -> TransformerShape:
             f"--model: {path}: model_type: got {kind!r}, expected one of {', '.join(_KNOWN)}; for "
             f"another model give a function that builds it, FILE.py:FUNCTION"
         )
+    read = {"gpt2": _gpt2, "bert": _bert}.get(kind, _llama)
     try:
-        if kind == "gpt2":
-            return _gpt2(values)
-        return _bert(values) if kind == "bert" else _llama(values, kind)
+        shape = read(values)
+    except ZeroDivisionError:
+        raise PlanError(f"--model: {path}: got 0 attention heads, expected at least 1") from None
     except (KeyError, TypeError, ValueError) as error:
         raise PlanError(f"--model: {path}: key {error} is missing or no number") from error
+    for name in ("layers", "hidden", "intermediate", "vocab", "heads", "kv_heads", "head_width"):
+        if getattr(shape, name) < 1:
+            raise PlanError(
+                f"--model: {path}: {name}: got {getattr(shape, name)}, expected at least 1"
+            )
+    return shape
 
 
-def _llama(values: Mapping[str, Any], kind: str) -> TransformerShape:
+def _llama(values: Mapping[str, Any]) -> TransformerShape:
+    kind = values["model_type"]
     hidden, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
     bias = bool(values.get("attention_bias", False))
     return TransformerShape(

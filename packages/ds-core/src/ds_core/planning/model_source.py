@@ -21,6 +21,7 @@ from ds_core.planning.hf_config import read_hf_config
 from ds_core.planning.transformer import TransformerShape, guess_shape
 from ds_core.precision import Precision
 
+_MOST_PARAMETERS = 10**15
 _SCALES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 
 
@@ -71,10 +72,12 @@ def model_of_size(text: str) -> ModelSource:
     match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)([kmbgt]?)", text.strip().lower().replace("_", ""))
     try:
         numel = round(float(match[1]) * _SCALES[match[2]]) if match else 0
-    except ValueError:
+    except (ValueError, OverflowError):
         numel = 0
-    if numel < 1:
-        raise PlanError(f"--params: got {text!r}, expected a number such as 7e9, 350M or 7B")
+    if not 1 <= numel <= _MOST_PARAMETERS:
+        raise PlanError(
+            f"--params: got {text!r}, expected a number such as 7e9, 350M or 7B (at most 1e15)"
+        )
     shape = guess_shape(numel)
     note = (
         f"only the number of parameters is known: taken for {shape.layers} equal layers of width "
@@ -144,8 +147,9 @@ def _import(place: str) -> Any:
         sys.path.insert(0, str(Path.cwd()))
         try:
             return importlib.import_module(place)
-        except ImportError as error:
-            raise PlanError(f"{place}: cannot be imported: {error}") from error
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}"
+            raise PlanError(f"{place}: cannot be imported: {told}") from error
         finally:
             sys.path.pop(0)
     path = Path(place)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,20 @@ class TrialRunner:
         file.write_text(json.dumps(task, indent=2), encoding="utf-8")
         command = [sys.executable, "-m", "ds_core.cli", "run", "--nproc", str(self.nproc)]
         command += ["--log-dir", str(place / "logs"), "--timeout-s", str(self.timeout_s)]
-        command += ["--module", "ds_core.tuning.trial", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command += ["--tied-to-stdin", "--module", "ds_core.tuning.trial", str(file)]
+        done = _run_tied(command)
         (place / "output.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
         return _outcome(place / "result.json", done)
+
+
+def _run_tied(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command whose stdin ends with this process, however that ends."""
+    read, write = os.pipe()
+    try:
+        return subprocess.run(command, stdin=read, capture_output=True, text=True, check=False)
+    finally:
+        os.close(read)
+        os.close(write)
 
 
 def _outcome(result: Path, done: subprocess.CompletedProcess[str]) -> Outcome:
