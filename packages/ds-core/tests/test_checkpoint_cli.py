@@ -91,6 +91,32 @@ def test_verify_names_the_damage_and_exits_with_1(ds, saved):
     assert "cannot open" in ds("verify", saved)[2]
 
 
+def test_a_file_is_no_folder_of_checkpoints(ds, tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"")
+    code, _, err = ds("inspect", tmp_path / "model.pt")
+    assert code == 2
+    assert "model.pt is a file, not a folder of checkpoints" in err
+
+
+def test_what_the_file_system_refuses_is_one_message(ds, saved, tmp_path):
+    (tmp_path / "file").touch()
+    code, _, err = ds("export", saved, tmp_path / "file")
+    assert code == 2
+    assert err.startswith("ds: [Errno ")
+    assert err.endswith("/file'\n")
+    assert err.count("\n") == 1
+
+
+def test_old_weights_stay_when_there_is_nothing_to_replace_them_with(ds, tmp_path):
+    save(tmp_path / "bare", "only", {"model": {"w": torch.ones(2)}})
+    ds("export", tmp_path / "bare", tmp_path / "out")
+    words = ("export", tmp_path / "bare", tmp_path / "out")
+    code, _, err = ds(*words, "--overwrite", "--optimizer")
+    assert code == 2
+    assert "holds no optimizer state" in err
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
 def test_verify_of_nothing_exits_with_2(ds, tmp_path):
     code, _, err = ds("verify", tmp_path / "nowhere")
     assert (code, "does not exist" in err) == (2, True)
@@ -167,6 +193,18 @@ def test_import_lists_what_is_missing_and_goes_on_when_told_to(ds, theirs, tmp_p
     assert (code, "Missing\ngain: zero/gain/fp32.pt is not there" in out) == (0, True)
 
 
+def test_a_folder_without_weights_is_refused(ds, tmp_path):
+    code, _, err = ds("import", tmp_path, tmp_path / "ours", "--format", "weights")
+    assert (code, "holds no weights: expected .safetensors" in err) == (2, True)
+
+
 def test_an_alias_has_two_names(ds, theirs, tmp_path):
     code, _, err = ds("import", theirs, tmp_path / "ours", "--alias", "head.weight")
     assert (code, "--alias: got 'head.weight', expected NAME=OTHER" in err) == (2, True)
+
+
+def test_the_folder_one_is_in_gives_the_tag_its_name(ds, theirs, tmp_path, monkeypatch):
+    monkeypatch.chdir(theirs / "universal")
+    code, out, _ = ds("import", ".", tmp_path / "ours")
+    assert code == 0
+    assert f"{tmp_path / 'ours' / 'universal'}: " in out

@@ -217,7 +217,7 @@ for act in (export_safetensors, export_dcp, import_weights):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_for_a_few_tensors_only(tmp_path):
-    tensor_bytes, count = 4 << 20, 16
+    tensor_bytes, count = 4 << 20, 24
     large = {f"w{i}": torch.full((tensor_bytes // 4,), float(i)) for i in range(count)}
     for size, model in (("large", large), ("small", {"w": torch.ones(2)})):
         save(tmp_path / size, "a", {"model": model})
@@ -226,4 +226,5 @@ def test_memory_is_for_a_few_tensors_only(tmp_path):
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     growth = {name: int(kib) * 1024 for name, kib in map(str.split, done.stdout.splitlines())}
     assert len(growth) == 3
-    assert max(growth.values()) < 5 * tensor_bytes, growth  # of 16
+    # Usually 4 at most; the allocator may keep what it was given back.
+    assert max(growth.values()) < 10 * tensor_bytes, growth  # of 24

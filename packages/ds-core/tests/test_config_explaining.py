@@ -82,7 +82,7 @@ def test_schema_describes_the_file_with_its_sections():
     assert {"const": "auto"} in schema["properties"]["train_batch_size"]["anyOf"]
     assert "bfloat16" in schema["properties"]
     assert schema["$defs"]["ShardSection"]["additionalProperties"] is False
-    assert schema["properties"]["gradient_allreduce_op"]["enum"] == ["mean"]
+    assert schema["properties"]["gradient_allreduce_op"]["enum"] == ["mean", "sum"]
 
 
 def test_building_an_optimizer_does_not_import_pydantic():

@@ -176,7 +176,7 @@ def test_a_micro_batch_that_fails_is_not_in_the_loss_of_its_step():
     loss = engine(batch())
     engine.backward(loss)
     engine.step()
-    assert seen == [float(loss)]
+    assert seen == [loss.item()]
 
 
 def fail(gradient):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -146,21 +147,22 @@ def test_job_tied_to_stdin_ends_with_it_and_reports(
 
 @needs_proc
 def test_marked_processes_end_even_if_they_ignore_the_request() -> None:
+    mark = uuid.uuid4().hex  # nobody else's, should these tests run twice at once
     stubborn = (
         "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(600)"
     )
     process = subprocess.Popen(
         [sys.executable, "-S", "-c", stubborn],
-        env=os.environ | {MARK_VARIABLE: "outer,mark-of-a-test"},
+        env=os.environ | {MARK_VARIABLE: f"outer,{mark}"},
         stdout=subprocess.PIPE,
     )
     with process:
         assert process.stdout is not None
         process.stdout.readline()
-        assert marked_processes("mark-of-a-test") == [process.pid]
-        assert marked_processes("mark-of") == []
+        assert marked_processes(mark) == [process.pid]
+        assert marked_processes(mark[:-1]) == []
 
-        assert end_marked("mark-of-a-test", grace_s=0.1) == 1
+        assert end_marked(mark, grace_s=0.1) == 1
 
         assert process.wait() == -signal.SIGKILL
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,6 +143,25 @@ def fail_in_a_loop(folder):
 def test_an_error_ends_a_recording_and_the_next_one_works(tmp_path):
     assert run_ranks(2, fail_in_a_loop, str(tmp_path)) == [0, 0]
     assert len(tracing.load_folder(tmp_path)) == 2
+
+
+def write_where_one_rank_cannot(folder, unable):
+    place = Path(folder) / "file" / "below" if dist.get_rank() == unable else folder
+    recorder = tracing.Recorder(comm.Mesh.world(), place, ops=False)
+    recorder.start()
+    try:
+        recorder.stop()
+    except DsError as error:
+        return str(error)
+    return "written"
+
+
+@pytest.mark.parametrize("unable", [0, 1])
+def test_a_rank_that_cannot_write_does_not_keep_the_others_waiting(unable, tmp_path):
+    (tmp_path / "file").touch()
+    told = run_ranks(2, write_where_one_rank_cannot, str(tmp_path), unable, timeout_s=30)
+    assert "cannot" in told[unable]
+    assert told[1 - unable] == "written"
 
 
 def start_twice(folder):

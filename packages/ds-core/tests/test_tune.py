@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
+import textwrap
+import time
 
 import pytest
 import torch
@@ -289,6 +292,30 @@ def test_a_trial_leaves_its_task_and_output_behind(tmp_path, monkeypatch):
     assert task == {"target": "m:f", "config": {"a": 1}, "warmup": 1, "steps": 3}
     assert (tmp_path / "000" / "output.txt").read_text() == "hello"
     assert outcome.step_s is None
+
+
+def test_a_trial_ends_with_a_search_that_is_killed(tmp_path):
+    trial = "import sys; open('begun', 'w'); sys.stdin.read(); open('ended', 'w')"
+    source = f"""
+        import sys
+        from ds_core.tuning.trial_runner import _run_tied
+        _run_tied([sys.executable, "-c", {trial!r}])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(source)]
+    search = subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE)
+
+    def wait_for(name):
+        deadline = time.monotonic() + 60
+        while not (tmp_path / name).exists():
+            assert time.monotonic() < deadline, f"{name} did not happen in time"
+            time.sleep(0.02)
+
+    with search:
+        try:
+            wait_for("begun")
+        finally:
+            search.kill()
+        wait_for("ended")
 
 
 @pytest.mark.parametrize("shape", ["tensor", "mapping", "attribute", "tuple"])

@@ -126,6 +126,7 @@ class SparseGradient:
     def finish_reduce(self) -> None:
         """Add what came to the average."""
         self._finish()
+        del self._finish  # it holds what came from everybody
         self._local = self._empty()
 
     def set_zero(self) -> None:

@@ -143,6 +143,11 @@ def discard(path: Path) -> None:
 
 
 def _check_directory(directory: Path) -> None:
+    if directory.is_file():
+        raise CheckpointError(
+            f"{directory} is a file, not a folder of checkpoints; one of another format is read by "
+            "`ds checkpoint import`"
+        )
     if not directory.is_dir():
         raise CheckpointError(
             f"checkpoint directory {directory} does not exist; check the path, "

@@ -145,7 +145,9 @@ def bytes_of(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
     units = {**_UNITS, **_BINARY_UNITS}
     if match is None or match[2] not in units:
-        raise CheckpointError(f"size: got {text!r}, expected a number and a unit: 500MB, 5GB, 2GiB")
+        raise CheckpointError(
+            f"--max-shard-size: got {text!r}, expected a number and a unit: 500MB, 5GB, 2GiB"
+        )
     return int(float(match[1]) * units[match[2]])
 
 

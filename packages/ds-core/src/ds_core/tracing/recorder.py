@@ -6,8 +6,8 @@ import logging
 import platform
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 
@@ -76,8 +76,10 @@ class Recorder:
         mine = uuid.uuid4().hex
         self._recording = comm.broadcast_object(mine, self._world, caller="trace")
         if self._world.rank == 0:
-            for path in [*self._folder.glob("rank*.json"), self._folder / MERGED]:
-                path.unlink(missing_ok=True)
+            # `stop` tells of a folder that cannot be written, when no rank waits for another.
+            with suppress(OSError):
+                for path in [*self._folder.glob("rank*.json"), self._folder / MERGED]:
+                    path.unlink(missing_ok=True)
         if self._ops is not None:
             self._ops.start()
         # Last, so that ranks begin together.
@@ -123,18 +125,22 @@ class Recorder:
         has_kernels = any(each.lane == "host" for each in slices)
         slices += self._communication(on_host=has_kernels)
         path = self._folder / f"rank{self._world.rank}.json"
-        RankTrace(
+        trace = RankTrace(
             self._world.rank,
             self._world.size,
             platform.node(),
             self._recording,
             tuple(slices),
             has_ops=self._ops is not None,
-        ).save(path)
+        )
+        # A rank that cannot write meets the others all the same, or they would wait for it.
+        problem = _attempt(lambda: trace.save(path))
         comm.barrier(self._world, caller="trace")
-        if self._world.rank == 0:
-            self._merge()
+        if self._world.rank == 0 and problem is None:
+            problem = _attempt(self._merge)
         comm.barrier(self._world, caller="trace")
+        if problem is not None:
+            raise problem
         return path
 
     def abandon(self) -> None:
@@ -182,6 +188,15 @@ class Recorder:
                 self._world.size,
             )
         merge(ranks, self._folder / MERGED)
+
+
+def _attempt(write: Callable[[], object]) -> DsError | None:
+    """Why a file could not be written, or None."""
+    try:
+        write()
+    except DsError as error:
+        return error
+    return None
 
 
 @contextmanager

@@ -33,6 +33,10 @@ def open_weights(source: Path, *, drop_objects: bool = False) -> Foreign:
             of one name.
     """
     parts, listed = _parts(source), _weight_map(source)
+    if not parts:
+        raise CheckpointError(
+            f"{source} holds no weights: expected .safetensors, {', '.join(_TORCH_SUFFIXES)}"
+        )
     found = Foreign("safetensors" if parts[0].suffix == ".safetensors" else "torch state dict")
     for part in parts:
         if part.suffix == ".safetensors":
