@@ -1,6 +1,6 @@
 """Do curricula, token dropping, layer dropping and batches by tokens reach the same loss with less?
 
-A GPT of 0.69 M parameters learns Python's standard library byte by byte, from three starts. All
+A GPT of 0.71 M parameters learns Python's standard library byte by byte, from three starts. All
 methods get the same number of FLOPs, the same peak learning rate and the same decay of it over the
 FLOPs spent. What is asked is how many FLOPs (and tokens) a method needs until its loss on held-out
 text is that of the baseline at its end, for the same start. The learning rate is the best one of

@@ -194,3 +194,30 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "theirs.pt")
     with pytest.raises(CheckpointError, match=message):
         import_checkpoint(tmp_path / "theirs.pt", tmp_path / "ours")
+
+
+def test_weights_without_optimizer_state_say_how_to_load_them(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    import_checkpoint(tmp_path / "model.pt", tmp_path / "ours")
+    config = {"train_batch_size": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    engine = ds_core.initialize(torch.nn.Linear(3, 2), config)
+
+    with pytest.raises(CheckpointError, match="load_module_only=True"):
+        engine.load_checkpoint(tmp_path / "ours")
+    engine.load_checkpoint(tmp_path / "ours", load_module_only=True)
+
+    assert torch.equal(engine.module.weight, model.weight)
+    engine.close()
+
+
+class NotTensors:
+    pass
+
+
+def test_objects_that_are_dropped_do_not_fail_the_import(tmp_path):
+    torch.save({"weight": torch.ones(2), "note": NotTensors()}, tmp_path / "model.pt")
+
+    report = import_checkpoint(tmp_path / "model.pt", tmp_path / "ours", drop_objects=True)
+
+    assert "note" in report.ignored

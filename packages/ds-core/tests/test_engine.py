@@ -571,3 +571,16 @@ def test_an_exception_in_backward_does_not_poison_the_next_step():
     for either in (engine, expected):
         either.train_batch(iter([data()]))
     assert torch.equal(weights(engine), weights(expected))
+
+
+def test_a_step_that_an_error_ended_counts_as_not_begun():
+    engine = make("loss", gradient_accumulation_steps=2)
+    plain = make("loss", gradient_accumulation_steps=2)
+
+    with pytest.raises(DsError, match="ended after 1 of 2 micro-batches"):
+        engine.train_batch(iter([data()]))
+    engine.train_batch(iter([data(), data()]))
+    plain.train_batch(iter([data(), data()]))
+
+    assert engine.global_step == 1
+    assert torch.equal(weights(engine), weights(plain))

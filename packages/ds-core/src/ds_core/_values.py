@@ -49,7 +49,7 @@ def unknown_key(key: str, valid: Collection[str]) -> str:
 def mismatch(value: object, expected: str) -> str:
     """What to say about a value of a wrong type or out of range."""
     if value == "auto":
-        return f"got \"auto\", which only Hugging Face's Trainer fills in; expected {expected}"
+        return f'got "auto", which only Hugging Face\'s Trainer fills in; expected {expected}'
     return f"got {shown(value)}, expected {expected}"
 
 

@@ -72,6 +72,10 @@ class Accumulation:
         self._begun = self._begun and not ends
         return ends
 
+    def restart(self) -> None:
+        """The step that was begun is given up: the next micro-batch is the first of one."""
+        self._done, self._begun = 0, False
+
     def resize(self, what: str, samples: int, per_micro_batch: int) -> None:
         """Make a step as many micro-batches as `samples` need. Raises DsError if not whole ones."""
         self.check_between_steps(what)

@@ -25,7 +25,7 @@ from ds_core.accumulation import Accumulation, Held
 from ds_core.agreement import TagValidation
 from ds_core.backward import differentiable_tensors, map_differentiable
 from ds_core.engine_files import EngineFiles
-from ds_core.errors import DsError, NonFiniteError
+from ds_core.errors import CommError, DsError, NonFiniteError
 from ds_core.precision import LossScaler, Precision
 from ds_core.seams import (
     Event,
@@ -342,7 +342,8 @@ class Engine(EngineFiles):
     def train_batch(self, batches: Iterator[Any] | None = None) -> torch.Tensor:
         """One whole optimizer step from an iterator of micro-batches; returns the mean loss.
 
-        Without an iterator, goes on with the engine's own `dataloader`, epoch after epoch.
+        Without an iterator, goes on with the engine's own `dataloader`, epoch after epoch. After an
+        error in the middle (the data ended, memory ran out), the step counts as not begun.
         """
         if batches is None:
             if self.dataloader is None:
@@ -357,8 +358,15 @@ class Engine(EngineFiles):
                 f"train_batch: got {type(batches).__name__}, expected an iterator, which remembers "
                 f"how far it has come; make one with iter(...) before the loop"
             )
-        with self._micro.counted():
-            return self._runner.run(self, batches)
+        try:
+            with self._micro.counted():
+                return self._runner.run(self, batches)
+        except CommError:
+            raise  # ranks are lost: nothing more can be done together
+        except Exception:
+            self._micro.restart()
+            self.zero_grad()
+            raise
 
     def _mean_loss(self) -> torch.Tensor | None:
         """Mean loss of the step's micro-batches on this rank; not synchronized with the device."""

@@ -66,6 +66,11 @@ def load(
     path = checkpoint.find(directory, tag)
     with_optimizer = optimizer and not only_model
     if with_optimizer:
+        if not checkpoint.inspect(path).groups:
+            raise CheckpointError(
+                f"{path} holds no optimizer state, such as an import of weights; load it with "
+                f"load_module_only=True"
+            )
         engine.sharding.prepare_load()
     state = _state(engine)
     state["model"] = without_excluded(path, state["model"])
@@ -180,9 +185,7 @@ def known_to(checkpoint: Path, optimizer_state: _State) -> _State:
     }
 
 
-def in_own_order(
-    saved: list[dict[str, Any]], own: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def in_own_order(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The saved groups in the order of this optimizer's, by the names of their parameters.
 
     As they are if the parameters are grouped otherwise.

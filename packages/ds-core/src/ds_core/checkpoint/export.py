@@ -169,7 +169,8 @@ def _make_room(out: Path, *, overwrite: bool) -> None:
     old = sorted(path for pattern in patterns for path in out.glob(pattern))
     if old and not overwrite:
         raise CheckpointError(
-            f"{out} already has weights ({old[0].name}); name another folder, or overwrite them"
+            f"{out} already has weights ({old[0].name}); name another folder, or overwrite "
+            f"them (--overwrite)"
         )
     for path in old:
         path.unlink()

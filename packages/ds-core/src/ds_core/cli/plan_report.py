@@ -154,7 +154,8 @@ def _activation_note(plan: Plan) -> str:
         return f"counted on a forward without data, micro-batch {micro}"
     if plan.source.shape is None:
         return ""
-    how = "layer inputs and one layer (recomputed)" if plan.options.recompute else "L layers"
+    layers = f"{plan.source.shape.layers} layers"
+    how = "layer inputs and one layer (recomputed)" if plan.options.recompute else layers
     return (
         f"estimate: {how}, {micro} x {plan.options.sequence_length} tokens, fused attention, "
         f"with logits"

@@ -149,4 +149,5 @@ def _first_line(model: type[BaseModel]) -> str:
 
 def _distribution(model: type[BaseModel]) -> str:
     package = model.__module__.partition(".")[0]
-    return packages_distributions().get(package, [package])[0]
+    # An editable installation does not say which modules it has.
+    return packages_distributions().get(package, [package.replace("_", "-")])[0]

@@ -25,7 +25,8 @@ SIGNAL_CAUSES: Mapping[int, str] = {
     signal.SIGSEGV: "a crash in native code",
     signal.SIGBUS: "a failed access to mapped memory: often /dev/shm is full, or a file that is "
     "mapped has been truncated",
-    signal.SIGABRT: "native code gave up: a failed check, or the watchdog of a collective",
+    signal.SIGABRT: "native code gave up: a failed check, the watchdog of a collective, or gloo "
+    "sent more than was asked for (DS_COMM_CHECK=1 finds the call)",
     signal.SIGILL: "an instruction that this processor lacks: a binary built for another one",
     signal.SIGFPE: "an arithmetic error in native code, such as an integer division by zero",
     signal.SIGTERM: "another process asked it to end, such as a cluster manager",

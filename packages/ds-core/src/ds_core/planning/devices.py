@@ -113,9 +113,9 @@ def find_device(name: str) -> DeviceSpec:
     if key in DEVICES:
         return DEVICES[key]
     hint = _values.nearest(key, DEVICES)
-    guess = f"; did you mean {hint}?" if hint else ""
+    guess = f"; did you mean {hint}? Known" if hint else "; known"
     raise PlanError(
-        f"--gpu: got {name!r}{guess} known are {', '.join(DEVICES)}; for another one, take the "
+        f"--gpu: got {name!r}{guess} are {', '.join(DEVICES)}; for another one, take the "
         f"most similar and override its figures (--memory-gib, --tflops, --intra-gbps, "
         f"--inter-gbps)"
     )

@@ -13,7 +13,7 @@ from ds_core.checkpoint.boxes import Box
 from ds_core.checkpoint.data_file import dtype_of, read_header
 from ds_core.checkpoint.files import read_exactly
 from ds_core.checkpoint.foreign.foreign import Foreign, same_storage
-from ds_core.checkpoint.unpickling import load_torch_file
+from ds_core.checkpoint.unpickling import Dropped, load_torch_file
 from ds_core.errors import CheckpointError
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -140,6 +140,9 @@ def _add_torch(found: Foreign, path: Path, drop_objects: bool) -> None:
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a state dict")
     seen: dict[str, torch.Tensor] = {}
     for name, value in content.items():
+        if isinstance(value, Dropped):
+            found.ignored[str(name)] = f"an object of class {type(value).__name__}"
+            continue
         if not isinstance(value, torch.Tensor):
             found.unexpected.append(f"{name}: a {type(value).__name__}, not a tensor")
             continue
