@@ -38,8 +38,8 @@ PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.t
 SCRIPTS = "Scripts" if os.name == "nt" else "bin"
 EXAMPLE = ROOT / "examples" / "gpt"
 
-#: Extras that bring the client of an online service, with dozens of packages; tests use stand-ins.
-SERVICES = ("wandb", "comet")
+#: Extras that bring a service or its client, with dozens of packages; tests do without.
+SERVICES = ("wandb", "comet", "ray")
 
 if sys.version_info < (3, 11):  # noqa: UP036 - nox itself may run on an older Python
     raise SystemExit(
