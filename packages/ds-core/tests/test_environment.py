@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -99,3 +102,24 @@ def nobody_else_comes():
 
 def test_a_rank_that_never_comes_ends_in_an_error():
     run_ranks(2, nobody_else_comes, initialized=False)
+
+
+THREADS = """
+import os
+from ds_core import comm
+
+comm.init("gloo")
+comm.broadcast_object("x", comm.Mesh.world().group("dp"))
+import torch.distributed.checkpoint  # as every save does, after the group was made
+comm.shutdown()
+names = {open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")}
+print([name.strip() for name in names if "gloo" in name])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_thread_of_the_backend_outlives_shutdown():
+    # One that does may end the process by SIGABRT while Python finalizes.
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True)
+
+    assert done.stdout.strip() == "[]", done.stderr

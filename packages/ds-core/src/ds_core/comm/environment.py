@@ -39,6 +39,10 @@ def init(backend: str | None = None, *, timeout_s: float | None = None) -> None:
     """
     if is_initialized():
         return
+    # Its functions take the default group as it is when they are defined: imported later, they
+    # would keep the group, and the threads of gloo, beyond `shutdown` to the end of Python, which
+    # such a thread may turn into an abort.
+    importlib.import_module("torch.distributed.nn.functional")
     world = find_world(_env.whole())
     chosen = backend or _default_backend()
     timeout = timedelta(seconds=_timeout_s(timeout_s))

@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ds_core.checkpoint.files import create_synced, rename, sync_directory, write_all
 from ds_core.errors import DataError
 
 _INDEX = "index.json"
@@ -38,6 +37,8 @@ class ArrayWriter:
 
     def write(self, values: np.ndarray) -> None:
         """Append the elements of an array, which must fit the dtype."""
+        from ds_core.checkpoint.files import write_all
+
         flat = np.ascontiguousarray(values, dtype=self.dtype).reshape(-1)
         data = flat.tobytes()
         write_all(self._file, data)
@@ -75,6 +76,9 @@ class ArrayFolder:
 
     def write(self, name: str, chunks: Iterator[np.ndarray], dtype: np.dtype[Any]) -> int:
         """Write one array from pieces; returns the number of its elements."""
+        # Here, because reading a config imports this module, and that should not cost torch's DCP.
+        from ds_core.checkpoint.files import create_synced
+
         with create_synced(self._under_way / f"{name}.bin") as file:
             writer = ArrayWriter(file, dtype)
             for chunk in chunks:
@@ -90,6 +94,8 @@ class ArrayFolder:
 
     def publish(self, **facts: Any) -> Path:
         """Put the folder where it belongs, durably; returns the path. `facts` go into the index."""
+        from ds_core.checkpoint.files import create_synced, rename, sync_directory, write_all
+
         index = {"format": self.kind, "version": 1, **facts, "arrays": self._records}
         with create_synced(self._under_way / _INDEX) as file:
             write_all(file, (json.dumps(index, indent=1) + "\n").encode())
