@@ -8,8 +8,9 @@ checkpoint_blocks(model)                      # or for all its repeated blocks, 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ds_core._lazy import lazy_names
 
 if TYPE_CHECKING:
     from ds_core.activation_checkpointing.blocks import CheckpointedBlocks, checkpoint_blocks
@@ -20,19 +21,11 @@ __all__ = ["CheckpointedBlocks", "Policy", "RngStates", "checkpoint", "checkpoin
 
 # Reading a config imports the section beside these, and must stay light.
 _LAZY = {
-    "CheckpointedBlocks": "ds_core.activation_checkpointing.blocks",
-    "Policy": "ds_core.activation_checkpointing.policy",
-    "RngStates": "ds_core.activation_checkpointing.rng_states",
-    "checkpoint": "ds_core.activation_checkpointing.policy",
-    "checkpoint_blocks": "ds_core.activation_checkpointing.blocks",
+    "CheckpointedBlocks": "blocks",
+    "Policy": "policy",
+    "RngStates": "rng_states",
+    "checkpoint": "policy",
+    "checkpoint_blocks": "blocks",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _LAZY, __all__)

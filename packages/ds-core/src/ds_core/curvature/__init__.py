@@ -10,8 +10,9 @@ print(curvature.top_eigenvalue(hessian).value, curvature.trace(hessian).value)
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ds_core._lazy import lazy_names
 
 if TYPE_CHECKING:
     from ds_core.curvature.hessian import Hessian, twice_differentiable
@@ -33,23 +34,15 @@ __all__ = [
 
 # Reading a config imports the section beside these, and must stay light.
 _LAZY = {
-    "Eigenpair": "ds_core.curvature.power_iteration",
-    "Estimate": "ds_core.curvature.sampling",
-    "Hessian": "ds_core.curvature.hessian",
-    "Spectrum": "ds_core.curvature.lanczos",
-    "diagonal": "ds_core.curvature.sampling",
-    "spectrum": "ds_core.curvature.lanczos",
-    "top_eigenvalue": "ds_core.curvature.power_iteration",
-    "trace": "ds_core.curvature.sampling",
-    "twice_differentiable": "ds_core.curvature.hessian",
+    "Eigenpair": "power_iteration",
+    "Estimate": "sampling",
+    "Hessian": "hessian",
+    "Spectrum": "lanczos",
+    "diagonal": "sampling",
+    "spectrum": "lanczos",
+    "top_eigenvalue": "power_iteration",
+    "trace": "sampling",
+    "twice_differentiable": "hessian",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _LAZY, __all__)

@@ -11,8 +11,9 @@ print(profiler.profile().text())
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ds_core._lazy import lazy_names
 
 if TYPE_CHECKING:
     from ds_core.profiling.calls import Phase
@@ -31,20 +32,12 @@ __all__ = [
 
 # Reading a config imports the section beside these, and must stay light.
 _LAZY = {
-    "FlopsProfiler": "ds_core.profiling.profiler",
-    "ModuleProfile": "ds_core.profiling.profile",
-    "Phase": "ds_core.profiling.calls",
-    "Profile": "ds_core.profiling.profile",
-    "get_model_profile": "ds_core.profiling.model_profile",
-    "profile_model": "ds_core.profiling.model_profile",
+    "FlopsProfiler": "profiler",
+    "ModuleProfile": "profile",
+    "Phase": "calls",
+    "Profile": "profile",
+    "get_model_profile": "model_profile",
+    "profile_model": "model_profile",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _LAZY, __all__)

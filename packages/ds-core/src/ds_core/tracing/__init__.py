@@ -11,8 +11,9 @@ trace`, or open `trace/trace.json` in ui.perfetto.dev.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ds_core._lazy import lazy_names
 
 if TYPE_CHECKING:
     from ds_core.tracing.lanes import RankTrace, Slice, load_folder, merge
@@ -44,13 +45,5 @@ __all__ = [
     "record",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    # Reading traces needs no torch.
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+# Reading traces needs no torch.
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, __all__)

@@ -11,8 +11,9 @@ promising points run, for a few steps each.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ds_core._lazy import lazy_names
 
 if TYPE_CHECKING:
     from ds_core.tuning.trial_runner import Outcome
@@ -23,12 +24,4 @@ __all__ = ["Outcome", "TuningResult", "tune"]
 # The config section of this package is read with every config: it must not import the rest.
 _LAZY = {"Outcome": "trial_runner", "TuningResult": "tuner", "tune": "tuner"}
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"ds_core.tuning.{_LAZY[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _LAZY, __all__)
