@@ -105,21 +105,24 @@ def test_a_rank_that_never_comes_ends_in_an_error():
 
 
 THREADS = """
-import os
+import atexit, os
 from ds_core import comm
 
+def tell():
+    names = {open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")}
+    print([name.strip() for name in names if "gloo" in name])
+
+atexit.register(tell)  # the first to be registered is the last to be called
 comm.init("gloo")
 comm.broadcast_object("x", comm.Mesh.world().group("dp"))
 import torch.distributed.checkpoint  # as every save does, after the group was made
-comm.shutdown()
-names = {open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")}
-print([name.strip() for name in names if "gloo" in name])
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_no_thread_of_the_backend_outlives_shutdown():
+@pytest.mark.parametrize("last", ["comm.shutdown()", ""])
+def test_no_thread_of_the_backend_outlives_shutdown_or_the_program(last):
     # One that does may end the process by SIGABRT while Python finalizes.
-    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", THREADS + last], capture_output=True, text=True)
 
     assert done.stdout.strip() == "[]", done.stderr

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import importlib.util
+import sys
 from dataclasses import replace
 from datetime import timedelta
 
@@ -43,6 +45,8 @@ def init(backend: str | None = None, *, timeout_s: float | None = None) -> None:
     # would keep the group, and the threads of gloo, beyond `shutdown` to the end of Python, which
     # such a thread may turn into an abort.
     importlib.import_module("torch.distributed.nn.functional")
+    atexit.unregister(_shutdown_at_exit)
+    atexit.register(_shutdown_at_exit)
     world = find_world(_env.whole())
     chosen = backend or _default_backend()
     timeout = timedelta(seconds=_timeout_s(timeout_s))
@@ -77,6 +81,16 @@ def shutdown() -> None:
     """Destroy the default process group if there is one."""
     if is_initialized():
         dist.destroy_process_group()
+
+
+def _shutdown_at_exit() -> None:
+    """`shutdown` for a program that ends without it: else a thread of gloo may abort its exit.
+
+    Not after an error that nobody caught: a collective that waits for a peer which will not come
+    would hold up the end.
+    """
+    if not hasattr(sys, "last_value"):
+        shutdown()
 
 
 def wants_check() -> bool:
