@@ -49,5 +49,9 @@ class TuningError(DsError, RuntimeError):
     """A search for the best configuration cannot begin, or no trial of it succeeded."""
 
 
+class BuildError(DsError, RuntimeError):
+    """Native code that should build does not."""
+
+
 class OpError(DsError, RuntimeError):
     """An operation has no implementation that can run here, or was misused."""

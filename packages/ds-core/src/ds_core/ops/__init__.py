@@ -2,13 +2,33 @@
 
     from ds_core import ops
 
-    y = ops.run("rms_norm", x, weight, eps=1e-6)            # the best that can run here
-    y = ops.run("rms_norm", x, weight, impl="reference")    # by name: an error if it cannot
+    y = ops.run("rms_norm", x, weight, 1e-6)                     # the best that can run here
+    y = ops.run("rms_norm", x, weight, 1e-6, impl="reference")   # by name: an error if it cannot
 
-Implementations register under the entry-point group `ds_core.ops`; none is ever chosen silently
-in place of one that was asked for by name.
+Each op is an operator of torch, `torch.ops.ds_ops.rms_norm`, from its first use on; each file also
+has it as a typed function. Implementations register under the entry-point group `ds_core.ops`.
 """
 
-from ds_core.ops.registry import available, catalog, run, select
+from ds_core.ops.registry import (
+    available,
+    catalog,
+    define,
+    get,
+    implementations,
+    names,
+    run,
+    select,
+    use,
+)
 
-__all__ = ["available", "catalog", "run", "select"]
+__all__ = [
+    "available",
+    "catalog",
+    "define",
+    "get",
+    "implementations",
+    "names",
+    "run",
+    "select",
+    "use",
+]

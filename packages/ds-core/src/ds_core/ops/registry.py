@@ -1,38 +1,84 @@
-"""Who computes an op: every implementation that is installed, and the choice among them."""
+"""Who computes an op: every implementation that is installed, and the choice among them.
+
+The choice is made once per op and kind of device, the highest priority first, among those that
+can run. Three things override it:
+
+* `DS_OPS_IMPL="rms_norm=torch,*=reference"` in the environment, for the whole process;
+* `with ops.use(rms_norm="torch"):` for a block;
+* `ops.run("rms_norm", ..., impl="torch")` for a call.
+
+What is named so and cannot run is an error. So is an implementation that should build and does
+not: it is never passed over. One that cannot exist here (no compiler, no such device) is passed
+over with a warning, or refused with `DS_OPS_FALLBACK=error`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.util
 import logging
 import pkgutil
+from collections.abc import Iterator, Mapping
 from functools import cache, lru_cache
 from typing import Any
 
 import torch
 
-from ds_core import plugins
+from ds_core import _env, plugins
 from ds_core.errors import OpError
+from ds_core.ops import library
+from ds_core.ops.reference import Reference
 from ds_core.seams.op import Implementation, Op
 
 logger = logging.getLogger(__name__)
 
-REFERENCE = "reference"
+_PACKAGE = "ds_core.ops"
+#: Names and namespaces of the ops that are operators of torch.
+_defined: set[tuple[str, str]] = set()
+#: What `use` has put in place of the choice: implementation by op, "*" for all others.
+_used: dict[str, str] = {}
 
 
-@lru_cache(maxsize=1)
 def catalog() -> dict[str, Op]:
-    """Every op of ds-core by name: one module of this package each."""
-    package = importlib.import_module("ds_core.ops")
-    found: dict[str, Op] = {}
-    for module in pkgutil.iter_modules(package.__path__):
-        op = getattr(importlib.import_module(f"ds_core.ops.{module.name}"), "OP", None)
-        if isinstance(op, Op):
-            found[op.name] = op
-    return found
+    """Every op of ds-core by name."""
+    return {name: get(name) for name in names()}
 
 
 @lru_cache(maxsize=1)
-def _implementations() -> tuple[Implementation, ...]:
+def names() -> tuple[str, ...]:
+    """The names of all ops, sorted."""
+    package = importlib.import_module(_PACKAGE)
+    found: list[str] = []
+    for module in pkgutil.iter_modules(package.__path__):
+        loaded = importlib.import_module(f"{_PACKAGE}.{module.name}")
+        found += [op.name for op in getattr(loaded, "OPS", ())]
+    return tuple(sorted(found))
+
+
+@cache
+def get(name: str) -> Op:
+    """The op of that name. Raises OpError if there is none."""
+    for module in _homes(name):
+        for op in getattr(importlib.import_module(module), "OPS", ()):
+            if op.name == name:
+                found: Op = op
+                return found
+    raise OpError(f"there is no op {name!r}; there are {', '.join(names())}")
+
+
+def _homes(name: str) -> Iterator[str]:
+    """Modules in which an op may be: that of its name, without imports of others, then all."""
+    stem = f"{_PACKAGE}.{name.removesuffix('_').removesuffix('_backward')}"
+    if importlib.util.find_spec(stem) is not None:
+        yield stem
+    package = importlib.import_module(_PACKAGE)
+    for module in pkgutil.iter_modules(package.__path__):
+        yield f"{_PACKAGE}.{module.name}"
+
+
+@lru_cache(maxsize=1)
+def _installed() -> tuple[Implementation, ...]:
     """What installed packages offer: each entry point is a callable that lists implementations."""
     found: list[Implementation] = []
     for name in sorted(plugins.registered("ops")):
@@ -40,48 +86,135 @@ def _implementations() -> tuple[Implementation, ...]:
     return tuple(found)
 
 
-def available(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+def implementations(name: str) -> list[Implementation]:
+    """The implementations of an op, the one that is preferred first, the reference last."""
+    op = get(name)
+    own = [impl for impl in _installed() if impl.op == name]
+    return [*sorted(own, key=lambda impl: -impl.priority), Reference(op)]
+
+
+def available(name: str, device_type: str) -> dict[str, str | None]:
     """Implementations of an op, best first, each with why it cannot run there, or None."""
-    _known(name)
-    rows = {
-        impl.name: impl.unavailable(device, dtype) for impl in _implementations() if impl.op == name
-    }
-    rows[REFERENCE] = None
-    return rows
+    return {impl.name: impl.unavailable(device_type) for impl in implementations(name)}
 
 
 @cache
-def select(name: str, device: torch.device, dtype: torch.dtype, impl: str | None = None) -> Any:
-    """The callable that computes op `name` for tensors of such a device and dtype.
+def select(name: str, device_type: str, impl: str | None = None) -> Implementation:
+    """Who computes op `name` on such devices.
 
     Args:
-        impl: which implementation; None: the first that can run, the reference at last.
+        impl: which implementation; None: what DS_OPS_IMPL names, else the best that can run.
 
     Raises OpError if there is no such op or implementation, or if it cannot run there.
     """
-    op = _known(name)
-    rows = available(name, device, dtype)
-    if impl is not None:
-        if impl not in rows:
-            raise OpError(f"op {name!r}: no implementation {impl!r}; there are {', '.join(rows)}")
-        if rows[impl] is not None:
-            raise OpError(f"op {name!r}: {impl!r} cannot run on {device.type}: {rows[impl]}")
-        chosen = impl
-    else:
-        chosen = next(row for row, reason in rows.items() if reason is None)
-        logger.info("op %s on %s, %s: %s", name, device.type, dtype, chosen)
-    if chosen == REFERENCE:
-        return op.reference
-    return next(i for i in _implementations() if i.op == name and i.name == chosen)
+    offered = implementations(name)
+    asked = impl or _named(_env.ops_implementations(), name)
+    if asked is not None:
+        return _by_name(name, device_type, asked, offered)
+    passed: list[str] = []
+    for candidate in offered:
+        reason = candidate.unavailable(device_type)
+        if reason is None:
+            break
+        passed.append(f"{candidate.name}: {reason}")
+    if passed and _env.ops_fallback() == "error":
+        raise OpError(
+            f"op {name!r} on {device_type}: {'; '.join(passed)}; DS_OPS_FALLBACK=error forbids to "
+            f"use {candidate.name!r} in its place: mend that, or name it by "
+            f"DS_OPS_IMPL={name}={candidate.name}"
+        )
+    logger.info("op %s on %s: %s", name, device_type, candidate.name)
+    for reason in passed:
+        _warn_once(device_type, reason)
+    return candidate
 
 
-def run(name: str, x: torch.Tensor, *args: Any, impl: str | None = None, **kwargs: Any) -> Any:
-    """Compute op `name` on its arguments, the first of which decides device and dtype."""
-    return select(name, x.device, x.dtype, impl)(x, *args, **kwargs)
+def _by_name(
+    name: str, device_type: str, asked: str, offered: list[Implementation]
+) -> Implementation:
+    for candidate in offered:
+        if candidate.name == asked:
+            reason = candidate.unavailable(device_type)
+            if reason is not None:
+                raise OpError(f"op {name!r}: {asked!r} cannot run on {device_type}: {reason}")
+            return candidate
+    there = ", ".join(candidate.name for candidate in offered)
+    raise OpError(f"op {name!r}: no implementation {asked!r}; there are {there}")
 
 
-def _known(name: str) -> Op:
-    ops = catalog()
-    if name not in ops:
-        raise OpError(f"there is no op {name!r}; there are {', '.join(sorted(ops))}")
-    return ops[name]
+@cache
+def _warn_once(device_type: str, reason: str) -> None:
+    """Say once, not per op, why something faster is not used."""
+    logger.warning(
+        "ops on %s run slower than they could: %s (`ds ops report`)", device_type, reason
+    )
+
+
+def _named(table: Mapping[str, str], name: str) -> str | None:
+    return table.get(name, table.get("*"))
+
+
+# --- Defining and calling -------------------------------------------------------------------------
+
+
+def run(name: str, *args: Any, impl: str | None = None) -> Any:
+    """Compute op `name`.
+
+    Args:
+        args: its arguments, as its schema has them; the first tensor decides the device.
+        impl: by which implementation; None: by the one that was chosen.
+    """
+    namespace = library.namespace_of(impl or (_named(_used, name) if _used else None))
+    return _call(name, namespace, args)
+
+
+def _call(name: str, namespace: str, args: tuple[Any, ...]) -> Any:
+    define(name, namespace)
+    return getattr(getattr(torch.ops, namespace), name).default(*args)
+
+
+def define(name: str, namespace: str = library.NAMESPACE) -> bool:
+    """Make op `name` an operator of torch in a namespace, unless it is one; always true."""
+    if (name, namespace) in _defined:
+        return True
+    impl = namespace.removeprefix(library.NAMESPACE).removeprefix("_") or None
+
+    def bind(op: str, namespace: str, device_type: str) -> None:
+        select(op, device_type, impl).bind(namespace, device_type)
+
+    def call(op: str, *args: Any) -> Any:
+        # A gradient that the named implementation does not have is computed by the chosen one.
+        has = impl is None or any(other.name == impl for other in implementations(op))
+        return _call(op, namespace if has else library.NAMESPACE, args)
+
+    with library.lock:
+        if (name, namespace) not in _defined:
+            library.define(get(name), namespace, bind, call)
+            _defined.add((name, namespace))
+    return True
+
+
+# What `torch.compiler.assume_constant_result` does, without its import of torch._dynamo: the call
+# is made while a function is compiled, which may be the first to use an op, and leaves no trace.
+vars(define)["_dynamo_marked_constant"] = True
+
+
+@contextlib.contextmanager
+def use(**named: str) -> Iterator[None]:
+    """Inside the block, compute ops by the implementations named: `use(rms_norm="torch")`.
+
+    For the whole process, not one thread of it. Raises OpError for a name that does not exist;
+    an implementation that cannot run on a device is an error of the call.
+    """
+    for name, impl in named.items():
+        offered = [candidate.name for candidate in implementations(name)]
+        if impl not in offered:
+            there = ", ".join(offered)
+            raise OpError(f"ops.use: op {name!r} has no implementation {impl!r}; there are {there}")
+    before = dict(_used)
+    _used.update(named)
+    try:
+        yield
+    finally:
+        _used.clear()
+        _used.update(before)

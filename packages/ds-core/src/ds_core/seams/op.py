@@ -1,8 +1,8 @@
-"""What computes an operation: a signature with its reference, and implementations that compete."""
+"""What computes an operation: a contract with its reference, and implementations that compete."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,33 +10,97 @@ import torch
 
 
 @dataclass(frozen=True)
+class Floor:
+    """What an op cannot do without: the least that any machine must move and compute for it.
+
+    Attributes:
+        read_bytes, written_bytes: each input read once, each output written once.
+        flops: multiplications and additions.
+    """
+
+    read_bytes: int
+    written_bytes: int
+    flops: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Read and written together."""
+        return self.read_bytes + self.written_bytes
+
+
+@dataclass(frozen=True)
+class Autograd:
+    """How an op is differentiated, as `torch.library.register_autograd` takes it.
+
+    Attributes:
+        setup: `setup(ctx, inputs, output)`: saves what `backward` needs.
+        backward: `backward(call, ctx, *gradients)`: a gradient or None per input. It computes by
+            `call("name", *args)`, so that the implementation that ran forward also runs backward.
+    """
+
+    setup: Callable[..., None]
+    backward: Callable[..., Any]
+
+
+@dataclass(frozen=True)
 class Op:
     """One operation: its contract and its truth.
 
     Attributes:
-        name: such as "rms_norm".
-        reference: plain torch, fp32 inside, readable over fast; runs anywhere. Its docstring is
-            the contract: shapes, dtypes, formula, source.
-        tolerance: largest relative error of an implementation, by dtype.
+        name: such as "rms_norm"; of one that changes its arguments it ends in "_".
+        schema: as `torch.library` reads it, without the name: "(Tensor x, float eps) -> Tensor".
+        reference: plain torch, at least fp32 inside (float64 for float64 inputs), readable over
+            fast; runs anywhere. Its docstring is the contract: shapes, dtypes, formula, source.
+        fake: the results' shapes, dtypes and devices, without data; refuses what cannot work.
+        dtypes: of the arguments that it takes; what `cases` is asked for.
+        tolerance: largest distance from the truth of a result, by the result's dtype; see
+            `ds_core.ops.tolerance`. Results that are not floats must be equal.
         cases: example arguments that every implementation is tested on, made for a device and
-            dtype; odd sizes, one and empty included.
+            dtype: ordinary, odd, single and empty sizes, unaligned views.
+        refused: (fragment of the message, arguments) of calls that must be an error.
+        floor: bytes and FLOPs of a call with these arguments.
+        benchmarks: (label, arguments) at sizes of real models, for `ds ops bench`.
+        autograd: None if the op has no gradient.
+        measured: whether `tolerance` is compared with; False for results that are random, which
+            have tests of their own.
     """
 
     name: str
+    schema: str
     reference: Callable[..., Any]
-    tolerance: dict[torch.dtype, float]
-    cases: Callable[[torch.device, torch.dtype], list[tuple[Any, ...]]]
+    fake: Callable[..., Any]
+    dtypes: Sequence[torch.dtype]
+    tolerance: Mapping[torch.dtype, float]
+    cases: Callable[[torch.device, torch.dtype], Sequence[tuple[Any, ...]]]
+    refused: Callable[[torch.device], Sequence[tuple[str, tuple[Any, ...]]]]
+    floor: Callable[..., Floor]
+    benchmarks: Callable[[torch.device], Sequence[tuple[str, tuple[Any, ...]]]]
+    autograd: Autograd | None = None
+    measured: bool = True
 
 
 @runtime_checkable
 class Implementation(Protocol):
-    """One way to compute an `Op`; registered by packages under `ds_core.ops`."""
+    """One way to compute an `Op`; packages register theirs under `ds_core.ops`.
+
+    Attributes:
+        op: the op's name.
+        name: of the implementation: "cpp", "triton", "cuda", "torch".
+        priority: the highest that can run is chosen; the reference has 0.
+    """
 
     op: str
     name: str
+    priority: int
 
-    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why it cannot run there, or None if it can."""
+    def unavailable(self, device_type: str) -> str | None:
+        """Why it cannot run on such a device here, or None if it can. Builds nothing."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the op."""
+    def state(self, device_type: str) -> str:
+        """What using it would take: "python", "prebuilt", "cached" or "will build"."""
+
+    def bind(self, namespace: str, device_type: str) -> None:
+        """Make it the kernel of `torch.ops.<namespace>.<op>` on such devices, building it first.
+
+        Raises BuildError if it should build and does not.
+        """

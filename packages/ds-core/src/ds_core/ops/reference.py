@@ -1,0 +1,28 @@
+"""The reference as an implementation: what computes an op where nothing faster is installed."""
+
+from __future__ import annotations
+
+from ds_core.ops import library
+from ds_core.seams.op import Op
+
+REFERENCE = "reference"
+
+
+class Reference:
+    """Plain torch, on any device; changes nothing but what the schema says."""
+
+    name = REFERENCE
+    priority = 0
+
+    def __init__(self, op: Op) -> None:
+        self.op = op.name
+        self._kernel = op.reference
+
+    def unavailable(self, device_type: str) -> str | None:
+        return None
+
+    def state(self, device_type: str) -> str:
+        return "python"
+
+    def bind(self, namespace: str, device_type: str) -> None:
+        library.bind_python(self.op, namespace, device_type, self._kernel)

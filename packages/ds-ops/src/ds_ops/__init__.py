@@ -1,0 +1,69 @@
+"""Fast implementations of ds-core's ops, optimizers and asynchronous file I/O.
+
+    import ds_ops
+
+    optimizer = ds_ops.FusedAdam(model.parameters(), lr=1e-3)
+    y = ds_ops.rms_norm(x, weight)
+
+Nothing is built or imported until it is used; `ds ops report` shows what would compute each op.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ds_ops._version import __version__
+
+#: Where each public name comes from. Ops are declared in ds-core, and computed here.
+_HOMES = {
+    # optimizers
+    "Adam8bit": "ds_ops.optim",
+    "CPUAdagrad": "ds_ops.optim",
+    "CPUAdam": "ds_ops.optim",
+    "CPULion": "ds_ops.optim",
+    "FusedAdam": "ds_ops.optim",
+    "FusedLamb": "ds_ops.optim",
+    "FusedLion": "ds_ops.optim",
+    "Muon": "ds_ops.optim",
+    # files
+    "AsyncFile": "ds_ops.aio",
+    "FastFileWriter": "ds_ops.aio",
+    # memory
+    "SharedMemoryAllReduce": "ds_ops.shared_memory",
+    "pinned_empty": "ds_ops.pinned_memory",
+    # layers
+    "cross_entropy": "ds_core.ops.cross_entropy",
+    "geglu": "ds_core.ops.gated_activation",
+    "layer_norm": "ds_core.ops.layer_norm",
+    "linear_cross_entropy": "ds_core.ops.linear_cross_entropy",
+    "rms_norm": "ds_core.ops.rms_norm",
+    "rope": "ds_core.ops.rope",
+    "swiglu": "ds_core.ops.gated_activation",
+    # quantization
+    "dequantize": "ds_core.ops.quantize",
+    "quantize": "ds_core.ops.quantize",
+    "quantized_reduce": "ds_core.ops.quantized_reduce",
+    "sign_pack": "ds_core.ops.sign_pack",
+    "sign_unpack": "ds_core.ops.sign_pack",
+    "weight_only_linear": "ds_core.ops.weight_only_linear",
+    # attention and experts
+    "grouped_mm": "ds_core.ops.grouped_mm",
+    "moe_gate": "ds_core.ops.moe_gate",
+    "moe_permute": "ds_core.ops.moe_permute",
+    "moe_unpermute": "ds_core.ops.moe_permute",
+    "paged_attention": "ds_core.ops.paged_attention",
+    "write_kv_cache": "ds_core.ops.kv_cache",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,53 @@
+"""Every environment variable that ds-ops reads; nothing else reads one.
+
+DS_OPS_CACHE       where built libraries are kept; default: ds_ops in $XDG_CACHE_HOME or ~/.cache.
+CXX                the C++ compiler; default: the first of c++, g++, clang++ on PATH.
+DS_OPS_SANITIZE    address: build with AddressSanitizer, for tests.
+DS_OPS_BUILD_TIMEOUT   seconds to wait for another process that builds the same library; 600.
+
+The library itself reads DS_OPS_ISA (baseline, avx2, avx512), the best instruction set to use. Which
+implementation computes an op is said to ds-core: DS_OPS_IMPL and DS_OPS_FALLBACK.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ds_core.errors import BuildError
+
+
+def cache_folder() -> Path | None:
+    """The folder that DS_OPS_CACHE names."""
+    given = os.environ.get("DS_OPS_CACHE")
+    return Path(given).expanduser() if given else None
+
+
+def default_cache_folder() -> Path:
+    """Where a user's caches are."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "ds_ops"
+
+
+def compiler() -> str | None:
+    """The compiler that CXX names."""
+    return os.environ.get("CXX") or None
+
+
+def sanitizer() -> str | None:
+    """The sanitizer to build with."""
+    chosen = os.environ.get("DS_OPS_SANITIZE") or None
+    if chosen not in (None, "address"):
+        raise BuildError(f"DS_OPS_SANITIZE={chosen!r} in the environment: expected address")
+    return chosen
+
+
+def build_timeout_s() -> float:
+    """Seconds to wait for a build by another process."""
+    text = os.environ.get("DS_OPS_BUILD_TIMEOUT", "600")
+    try:
+        return float(text)
+    except ValueError:
+        raise BuildError(
+            f"DS_OPS_BUILD_TIMEOUT={text!r} in the environment: expected seconds"
+        ) from None

@@ -1,0 +1,3 @@
+"""Version of ds-ops."""
+
+__version__ = "0.1.0"

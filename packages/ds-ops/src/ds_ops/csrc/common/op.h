@@ -1,0 +1,80 @@
+// What an operator's file needs: torch's stable ABI, argument checks, threads, registration.
+//
+// Not for kernel files: torch's headers must be compiled for the baseline only.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+#include "common/half.h"
+#include "common/isa.h"
+
+namespace ds {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// --- Registration -------------------------------------------------------------------------------
+
+using Boxed = void (*)(StableIValue*, uint64_t, uint64_t);
+
+// Adds a kernel to the table that `ds_ops_bind` looks into.
+struct Register {
+  Register(const char* op, Boxed kernel);
+};
+
+// DS_OP(rms_norm, function): `function` computes ds_ops::rms_norm on a CPU.
+#define DS_OP(op, function) static const ::ds::Register ds_register_##op(#op, TORCH_BOX(&function))
+
+// --- Checks: each names the argument, what it got and what it takes -----------------------------
+
+const char* dtype_name(ScalarType dtype);
+std::string shape_text(const Tensor& t);
+
+// Contiguous and on a CPU, or an error.
+void check_plain(const char* op, const char* argument, const Tensor& t);
+void check_dtype(const char* op, const char* argument, const Tensor& t, ScalarType expected);
+// One of fp32, bf16, fp16.
+void check_float(const char* op, const char* argument, const Tensor& t);
+void check_numel(const char* op, const char* argument, const Tensor& t, int64_t expected);
+// The two share no byte: one of them is written.
+void check_apart(const char* op, const char* a_name, const Tensor& a, const char* b_name,
+                 const Tensor& b);
+
+// --- Element types ------------------------------------------------------------------------------
+
+// Calls `body(T{})` with T = float, bf16 or fp16 as `dtype` says; `check_float` has been called.
+template <typename Body>
+void with_float(ScalarType dtype, Body&& body) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::BFloat16:
+      return body(bf16{});
+    default:
+      return body(fp16{});
+  }
+}
+
+// --- Threads ------------------------------------------------------------------------------------
+
+// `body(begin, end)` over parts of [0, count), by at most torch.get_num_threads() threads; parts
+// are at least `grain` long, begin at multiples of `align` and do not depend on the machine's load.
+template <typename Body>
+void parallel(int64_t count, int64_t grain, const Body& body, int64_t align = 1) {
+  if (count <= 0) return;
+  const int64_t blocks = (count + align - 1) / align;
+  torch::stable::parallel_for(
+      0, blocks, grain / align > 0 ? grain / align : 1, [&](int64_t begin, int64_t end) {
+        const int64_t stop = end * align;
+        body(begin * align, stop < count ? stop : count);
+      });
+}
+
+}  // namespace ds

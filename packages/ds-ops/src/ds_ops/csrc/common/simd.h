@@ -1,0 +1,189 @@
+// Vectors of floats for one instruction set, and the conversions that kernels need.
+//
+// Included only by `*.kernel.cpp` files. Each is compiled once per instruction set, with DS_ISA
+// naming it (baseline, avx2, avx512, neon): everything here is in `namespace ds::DS_ISA`, so that no
+// function compiled for a newer processor can be linked into the code for an older one. For the
+// same reason a kernel file includes no header of the standard library with templates in it.
+//
+// `F` is a vector of `kWidth` floats and `I` of as many ints, as the compiler's own vector types:
+// + - * / < == ?: and & work on them lane by lane, and a * b + c becomes one fused operation where
+// the processor has it. They are loaded and stored through `load` and `store`, never by a cast.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "common/half.h"
+
+#define DS_INLINE static inline __attribute__((always_inline))
+
+namespace ds {
+namespace DS_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float F __attribute__((vector_size(kWidth * 4)));
+typedef int32_t I __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t U __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t H __attribute__((vector_size(kWidth * 2)));
+typedef int8_t B __attribute__((vector_size(kWidth)));
+
+DS_INLINE F splat(float value) { return value - F{}; }
+DS_INLINE I splat_int(int32_t value) { return value - I{}; }
+
+// --- Loads and stores: any alignment ------------------------------------------------------------
+
+DS_INLINE F load(const float* from) {
+  F v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+
+DS_INLINE void store(float* to, F v) { memcpy(to, &v, sizeof v); }
+
+DS_INLINE F from_bf16_bits(H bits) { return (F)(__builtin_convertvector(bits, U) << 16); }
+
+// Nearest, ties to even; a NaN stays one.
+DS_INLINE H to_bf16_bits(F v) {
+  const U bits = (U)v;
+  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const U quiet = (bits >> 16) | 0x40u;
+  const U chosen = (U)(v == v) ? rounded : quiet;
+  return __builtin_convertvector(chosen, H);
+}
+
+DS_INLINE F load(const bf16* from) {
+  H bits;
+  memcpy(&bits, from, sizeof bits);
+  return from_bf16_bits(bits);
+}
+
+DS_INLINE void store(bf16* to, F v) {
+  const H bits = to_bf16_bits(v);
+  memcpy(to, &bits, sizeof bits);
+}
+
+DS_INLINE F load(const fp16* from) {
+#if defined(__AVX512F__)
+  return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__AVX2__)
+  return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__aarch64__)
+  return (F)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)from)));
+#else
+  F v;
+  for (int lane = 0; lane < kWidth; ++lane) v[lane] = to_float(from[lane]);
+  return v;
+#endif
+}
+
+DS_INLINE void store(fp16* to, F v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  vst1_u16((uint16_t*)to, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
+#else
+  for (int lane = 0; lane < kWidth; ++lane) to[lane] = to_fp16(v[lane]);
+#endif
+}
+
+// The last `count` < kWidth elements of a row: what lies behind is neither read nor written.
+template <typename T>
+DS_INLINE F load_some(const T* from, int count) {
+  T padded[kWidth] = {};
+  for (int lane = 0; lane < count; ++lane) padded[lane] = from[lane];
+  return load(padded);
+}
+
+template <typename T>
+DS_INLINE void store_some(T* to, F v, int count) {
+  T padded[kWidth];
+  store(padded, v);
+  for (int lane = 0; lane < count; ++lane) to[lane] = padded[lane];
+}
+
+// --- Arithmetic ---------------------------------------------------------------------------------
+
+DS_INLINE F maximum(F a, F b) { return a > b ? a : b; }
+DS_INLINE F minimum(F a, F b) { return a < b ? a : b; }
+DS_INLINE F absolute(F a) { return (F)((U)a & 0x7fffffffu); }
+
+DS_INLINE F square_root(F v) {
+#if defined(__AVX512F__)
+  return (F)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+  return (F)_mm256_sqrt_ps((__m256)v);
+#elif defined(__x86_64__)
+  return (F)_mm_sqrt_ps((__m128)v);
+#elif defined(__aarch64__)
+  return (F)vsqrtq_f32((float32x4_t)v);
+#else
+  for (int lane = 0; lane < kWidth; ++lane) v[lane] = __builtin_sqrtf(v[lane]);
+  return v;
+#endif
+}
+
+// Nearest integer, ties to even, of |v| < 2^22: adding 1.5 * 2^23 leaves no bit for a fraction.
+DS_INLINE F round_even(F v) {
+  const F magic = splat(12582912.0f);
+  F shifted = v + magic;
+  // Or the compiler may cancel the two additions.
+#if defined(__aarch64__)
+  __asm__("" : "+w"(shifted));
+#else
+  __asm__("" : "+x"(shifted));
+#endif
+  return shifted - magic;
+}
+
+// e^v to 2 ulp: v = n ln 2 + r, with a polynomial of degree 6 on |r| <= ln 2 / 2.
+DS_INLINE F exponential(F v) {
+  v = minimum(maximum(v, splat(-87.33654f)), splat(88.37626f));
+  const F n = round_even(v * 1.44269504f);
+  F r = v - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  F p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const I exponent = (__builtin_convertvector(n, I) + 127) << 23;
+  return p * (F)exponent;
+}
+
+DS_INLINE float sum_of(F v) {
+  float total = 0.0f;
+  // Pairwise, so that the result does not lean on the order of one long chain.
+  float lanes[kWidth];
+  store(lanes, v);
+  for (int step = kWidth / 2; step > 0; step /= 2)
+    for (int lane = 0; lane < step; ++lane) lanes[lane] += lanes[lane + step];
+  total = lanes[0];
+  return total;
+}
+
+DS_INLINE float max_of(F v) {
+  float largest = v[0];
+  for (int lane = 1; lane < kWidth; ++lane) largest = v[lane] > largest ? v[lane] : largest;
+  return largest;
+}
+
+}  // namespace DS_ISA
+}  // namespace ds

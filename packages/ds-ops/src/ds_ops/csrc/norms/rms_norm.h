@@ -1,0 +1,41 @@
+// Rows of length `width`: y = x * scale * weight with scale = 1 / sqrt(mean(x^2) + eps).
+#pragma once
+
+#include <stdint.h>
+
+#include "common/half.h"
+#include "common/isa.h"
+
+namespace ds {
+
+enum class FloatType { fp32, bf16, fp16 };
+
+struct RmsNormForward {
+  const void* x;       // [rows, width], of type `x_type`
+  const void* weight;  // [width], of type `weight_type`
+  void* y;             // [rows, width], of type `x_type`
+  float* scale;        // [rows]
+  int64_t width;
+  float eps;
+  FloatType x_type;
+  FloatType weight_type;
+};
+
+struct RmsNormBackward {
+  const void* grad;    // [rows, width], of type `x_type`
+  const void* x;       // [rows, width]
+  const void* weight;  // [width]
+  const float* scale;  // [rows]
+  void* dx;            // [rows, width]
+  int64_t width;
+  FloatType x_type;
+  FloatType weight_type;
+};
+
+}  // namespace ds
+
+// Rows [begin, end) of the forward.
+DS_KERNEL(void, rms_norm_rows, const RmsNormForward& call, int64_t begin, int64_t end)
+// Rows [begin, end) of the backward; `dweight` [width] is added to.
+DS_KERNEL(void, rms_norm_backward_rows, const RmsNormBackward& call, float* dweight,
+          int64_t begin, int64_t end)

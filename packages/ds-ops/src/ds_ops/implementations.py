@@ -1,0 +1,71 @@
+"""What ds-ops offers to ds-core's ops: one row per op and way to compute it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from ds_core.ops import library as torch_library
+from ds_core.seams import Implementation
+from ds_ops.native import library, sources
+
+#: Ops that torch computes as well as we could: kernel by name, as "module:function" below
+#: `ds_ops.torch_kernels`, and the kinds of device that it runs on (empty: all).
+TORCH: dict[str, tuple[str, tuple[str, ...]]] = {}
+
+
+class Cpp:
+    """A kernel of the C++ library."""
+
+    name = "cpp"
+    priority = 100
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+
+    def unavailable(self, device_type: str) -> str | None:
+        """Why it cannot run there; builds nothing."""
+        return library.unavailable() if device_type == "cpu" else "the C++ kernels are for CPUs"
+
+    def state(self, device_type: str) -> str:
+        """Either "prebuilt", "cached" or "will build"."""
+        return library.state()
+
+    def bind(self, namespace: str, device_type: str) -> None:
+        """Register the kernel, building the library first."""
+        library.bind(self.op, namespace, "CPU")
+
+
+class Torch:
+    """A call of torch's own kernel, imported when it is bound."""
+
+    name = "torch"
+
+    def __init__(self, op: str, kernel: str, devices: tuple[str, ...], priority: int = 50) -> None:
+        self.op, self.priority = op, priority
+        self._kernel, self._devices = kernel, devices
+
+    def unavailable(self, device_type: str) -> str | None:
+        """Why it cannot run there."""
+        if self._devices and device_type not in self._devices:
+            return f"torch has it for {', '.join(self._devices)} only"
+        return None
+
+    def state(self, device_type: str) -> str:
+        """Always "python": nothing is built."""
+        return "python"
+
+    def bind(self, namespace: str, device_type: str) -> None:
+        """Register the kernel."""
+        module, _, function = self._kernel.partition(":")
+        found = getattr(importlib.import_module(f"ds_ops.torch_kernels.{module}"), function)
+        kernel: Callable[..., Any] = found
+        torch_library.bind_python(self.op, namespace, device_type, kernel)
+
+
+def implementations() -> list[Implementation]:
+    """Every implementation of ds-ops. Builds and imports nothing."""
+    found: list[Implementation] = [Cpp(op) for op in sources.ops()]
+    found += [Torch(op, kernel, devices) for op, (kernel, devices) in TORCH.items()]
+    return found
