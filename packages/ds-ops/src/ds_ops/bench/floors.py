@@ -18,7 +18,7 @@ Floor = Callable[[], object]
 
 #: How the streams may be walked: bytes of the longest at a time, and whether stores go past the
 #: caches. Which is the fastest depends on the machine and on the sizes.
-_WALKS = ((512, False), (4096, False), (16384, False), (4096, True), (16384, True))
+_WALKS = ((256, False), (1024, False), (4096, False), (256, True), (1024, True), (4096, True))
 _MAX_STREAMS = 16
 
 
@@ -45,7 +45,7 @@ def stream_floor(reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) 
             f"stream_floor: got {len(reads)} and {len(writes)} tensors, expected at "
             f"most {_MAX_STREAMS} of each"
         )
-    walks = {str(walk): _walk(streams, len(reads), *walk) for walk in _WALKS[: 5 if writes else 3]}
+    walks = {str(walk): _walk(streams, len(reads), *walk) for walk in _WALKS[: 6 if writes else 3]}
     found = interleave(walks, seconds=0.1, min_rounds=5)
     return walks[min(found, key=lambda name: found[name].min_s)]
 

@@ -23,17 +23,25 @@ extern "C" __attribute__((visibility("default"))) uint32_t ds_ops_stream(
   ds::Streams call{};
   call.num_reads = num_reads;
   call.num_writes = num_writes;
-  call.past_caches = past_caches != 0;
   int64_t longest = 0;
   int64_t total = 0;
   for (int i = 0; i < num_reads + num_writes; ++i) {
     ds::Stream& stream = i < num_reads ? call.reads[i] : call.writes[i - num_reads];
-    stream = {reinterpret_cast<char*>(addresses[i]), sizes[i] / ds::kLine};
+    stream = {reinterpret_cast<char*>(addresses[i]), sizes[i] / ds::kLine, 0.0, false};
+    // Non-temporal stores need whole lines, and what was just read is in the caches anyway.
+    if (i >= num_reads && past_caches) stream.past_caches = addresses[i] % ds::kLine == 0;
+    for (int j = 0; j < num_reads; ++j) {
+      if (addresses[j] == addresses[i]) stream.past_caches = false;
+    }
     longest = stream.lines > longest ? stream.lines : longest;
     total += stream.lines;
   }
   if (longest == 0) return 0;
   call.steps = (longest * ds::kLine + step_bytes - 1) / step_bytes;
+  for (int i = 0; i < num_reads + num_writes; ++i) {
+    ds::Stream& stream = i < num_reads ? call.reads[i] : call.writes[i - num_reads];
+    stream.lines_per_step = static_cast<double>(stream.lines) / static_cast<double>(call.steps);
+  }
   const int64_t bytes_per_step = total * ds::kLine / call.steps + 1;
   std::atomic<uint32_t> sum{0};
   const auto kernel = DS_BEST(stream_steps);

@@ -14,7 +14,9 @@ constexpr int64_t kLine = 64;
 
 struct Stream {
   char* data;
-  int64_t lines;  // of kLine bytes; a rest is left alone
+  int64_t lines;         // of kLine bytes; a rest is left alone
+  double lines_per_step;
+  bool past_caches;      // written with non-temporal stores
 };
 
 struct Streams {
@@ -22,8 +24,7 @@ struct Streams {
   Stream writes[kMaxStreams];
   int num_reads;
   int num_writes;
-  int64_t steps;      // into which every stream is cut, in the same proportion
-  bool past_caches;   // write with non-temporal stores
+  int64_t steps;  // into which every stream is cut, in the same proportion
 };
 
 }  // namespace ds

@@ -34,6 +34,11 @@ DS_INLINE void write_line_past_caches(char* to, U v) {
 #endif
 }
 
+// Where a step begins in a stream; a multiplication, because steps are short.
+DS_INLINE int64_t begin_of(const Stream& stream, int64_t step, int64_t steps) {
+  return step == steps ? stream.lines : (int64_t)(stream.lines_per_step * (double)step);
+}
+
 }  // namespace
 
 uint32_t stream_steps(const Streams& call, int64_t begin, int64_t end) {
@@ -42,8 +47,8 @@ uint32_t stream_steps(const Streams& call, int64_t begin, int64_t end) {
   for (int64_t step = begin; step < end; ++step) {
     for (int s = 0; s < call.num_reads; ++s) {
       const Stream& stream = call.reads[s];
-      int64_t line = stream.lines * step / call.steps;
-      const int64_t stop = stream.lines * (step + 1) / call.steps;
+      int64_t line = begin_of(stream, step, call.steps);
+      const int64_t stop = begin_of(stream, step + 1, call.steps);
       for (; line + 4 <= stop; line += 4) {
         for (int i = 0; i < 4; ++i) {
           sums[i] = read_line(stream.data + (line + i) * kLine, sums[i]);
@@ -54,10 +59,9 @@ uint32_t stream_steps(const Streams& call, int64_t begin, int64_t end) {
     const U v = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     for (int s = 0; s < call.num_writes; ++s) {
       const Stream& stream = call.writes[s];
-      int64_t line = stream.lines * step / call.steps;
-      const int64_t stop = stream.lines * (step + 1) / call.steps;
-      const bool past = call.past_caches && (uintptr_t)stream.data % kLine == 0;
-      if (past) {
+      int64_t line = begin_of(stream, step, call.steps);
+      const int64_t stop = begin_of(stream, step + 1, call.steps);
+      if (stream.past_caches) {
         for (; line < stop; ++line) write_line_past_caches(stream.data + line * kLine, v);
       } else {
         for (; line < stop; ++line) write_line(stream.data + line * kLine, v);
@@ -65,7 +69,7 @@ uint32_t stream_steps(const Streams& call, int64_t begin, int64_t end) {
     }
   }
 #if defined(__x86_64__)
-  if (call.past_caches) _mm_sfence();
+  _mm_sfence();
 #endif
   const U v = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   uint32_t total = 0;
