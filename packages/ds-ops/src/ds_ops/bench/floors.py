@@ -18,7 +18,7 @@ Floor = Callable[[], object]
 
 #: How the streams may be walked: bytes of the longest at a time, and whether stores go past the
 #: caches. Which is the fastest depends on the machine and on the sizes.
-_WALKS = ((256, False), (1024, False), (4096, False), (256, True), (1024, True), (4096, True))
+_WALKS = ((512, False), (1024, False), (4096, False), (512, True), (1024, True), (4096, True))
 _MAX_STREAMS = 16
 
 
