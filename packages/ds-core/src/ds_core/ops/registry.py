@@ -19,6 +19,7 @@ import importlib
 import importlib.util
 import logging
 import pkgutil
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -180,9 +181,14 @@ def _by_name(
 
 @cache
 def _warn_once(device_type: str, reason: str) -> None:
-    """Say once, not per op, why something faster is not used."""
-    logger.warning(
-        "ops on %s run slower than they could: %s (see `ds ops report`)", device_type, reason
+    """Say once, not per op, why something faster is not used.
+
+    A warning, not a line in a log: a program that does not set up logging would fall back silently.
+    """
+    warnings.warn(
+        f"ops on {device_type} run slower than they could: {reason} (see `ds ops report`)",
+        RuntimeWarning,
+        stacklevel=2,
     )
 
 
