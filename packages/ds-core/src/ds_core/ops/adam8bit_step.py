@@ -30,9 +30,13 @@ NAME = "adam8bit_step_"
 #: Elements that share a scale.
 BLOCK = 256
 #: Codes of a state of zeros.
-ZERO_CODES = (128, 0)
+ZERO_CODES = (0, 0)
 
 _SMALLEST = 2.0**-126
+#: Codes without a sign, by whether the state has one: the highest, and what is added to a code to
+#: get the high bits of a float in (0, 1].
+_CODES = {True: (127, 889), False: (255, 761)}
+_LOW_BITS = 20
 
 
 def adam8bit_step_(
@@ -58,7 +62,7 @@ def adam8bit_step_(
 
     Args:
         param, grad, copy, grad_scale: as `adam_step_` has them.
-        exp_avg_codes, exp_avg_sq_codes: uint8, in the shape of `param`. State 0 is 128 and 0.
+        exp_avg_codes, exp_avg_sq_codes: uint8, in the shape of `param`. State 0 is 0.
         exp_avg_scales, exp_avg_sq_scales: fp32, one per `BLOCK` elements, rounded up.
         seed: codes, and a bf16 param, are rounded stochastically; None: to nearest, with which
             `exp_avg_sq` cannot follow changes of less than half a step: train with a seed.
@@ -89,7 +93,8 @@ def adam8bit_step_(
 def decoded(codes: torch.Tensor, scales: torch.Tensor, *, signed: bool) -> torch.Tensor:
     """The state that codes stand for, fp32 in their shape.
 
-    Signed, as exp_avg is: `scale * s |s| / 127^2` with s = code - 128; else `scale * (code/255)^4`.
+    A code above 0 is `scale` times the float whose bits are `(code + shift) << 20`, with `shift`
+    such that the highest code is 1. Signed, as exp_avg is: seven bits, and a sign in the eighth.
     """
     return _decode(codes.reshape(-1), scales, signed).view(codes.shape)
 
@@ -105,31 +110,28 @@ def encoded(
     blocks = _blocks(flat)
     scales = blocks.abs().amax(1) if len(blocks) else flat.new_empty(0)
     scales = torch.where(scales > 0, scales.clamp(min=_SMALLEST), scales)
-    # In float64: X and Y reach 2^32, where fp32 no longer tells neighbours apart.
-    ratio = (flat.abs() / _spread(scales, flat.numel())).double().nan_to_num(0.0, 1.0, 0.0)
-    top, power, shift = (127, 2, 16) if signed else (255, 4, 24)
-    x = ratio * top**power
-    below = x.pow(1 / power).floor().clamp(max=top - 1)
-    below = torch.where(below**power > x, below - 1, below).clamp(min=0)
-    threshold: torch.Tensor | float = 0.5
+    inverse = torch.where(scales == 0, 0.0, 1 / scales)
+    ratio = (flat.abs() * _spread(inverse, flat.numel())).float()
+    top, shift = _CODES[signed]
+    noise: torch.Tensor | int = 1 << (_LOW_BITS - 1)
     if bits is not None:
-        threshold = (((bits >> shift) & 255).double() + 0.5) / 256
-    low, high = below**power, (below + 1) ** power
-    size = torch.where(low + threshold * (high - low) < x, below + 1, below)
+        noise = bits & 0xFFFFF if signed else bits >> 12
+    high = (ratio.view(torch.int32).to(torch.int64) + noise) >> _LOW_BITS
+    codes = (high - shift).clamp(0, top)
     if signed:
-        codes = torch.where(flat < 0, -size, size) + 128
+        codes = codes + 128 * torch.signbit(flat)
     else:
-        codes = torch.where((flat > 0) & (size < 1), 1.0, size)
+        codes = torch.where(flat > 0, codes.clamp(min=1), codes)
     return codes.to(torch.uint8).view(values.shape), scales
 
 
 def _decode(codes: torch.Tensor, scales: torch.Tensor, signed: bool) -> torch.Tensor:
     scale = _spread(wide(scales), codes.numel())
-    if signed:
-        s = codes.to(scale.dtype) - 128
-        return scale * (s * s.abs() / 127**2)
-    root = codes.to(scale.dtype) / 255
-    return scale * (root * root) ** 2
+    top, shift = _CODES[signed]
+    magnitude = codes.to(torch.int32) & top
+    value = scale * ((magnitude + shift) << _LOW_BITS).view(torch.float32)
+    value = torch.where(magnitude == 0, 0.0, value)
+    return torch.where(codes > 127, -value, value) if signed else value
 
 
 def _spread(scales: torch.Tensor, numel: int) -> torch.Tensor:

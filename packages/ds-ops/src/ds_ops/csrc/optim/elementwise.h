@@ -106,7 +106,7 @@ DS_INLINE void store_rounded(Dtype type, void* to, int64_t i, F v, bool stochast
 // A rule has kStates, how many states it has; kWrites, whether the parameter is written; and
 // `F operator()(F p, F g, F* states)`, which returns the new parameter.
 template <typename Rule>
-DS_INLINE void one_vector(const Streams& s, Rule& rule, int64_t i, U bits, bool copy_around,
+DS_INLINE void one_vector(const StepStreams& s, Rule& rule, int64_t i, U bits, bool copy_around,
                           bool undo_around) {
   if (s.undo[0]) {
     keep_for_undo(s.undo[0], s.param, s.param_type, i, undo_around);
@@ -130,10 +130,10 @@ DS_INLINE void one_vector(const Streams& s, Rule& rule, int64_t i, U bits, bool 
 
 // The last `count` < kWidth elements, in padded copies of the streams.
 template <typename Rule>
-static void few_elements(const Streams& s, Rule& rule, int64_t i, int count, U bits) {
+static void few_elements(const StepStreams& s, Rule& rule, int64_t i, int count, U bits) {
   constexpr int kStreams = 8;
   char padded[kStreams][kWidth * 4] = {};
-  Streams few = s;
+  StepStreams few = s;
   int used = 0;
   const auto bring = [&](const void* from, Dtype type) -> void* {
     const int64_t bytes = size_of(type);
@@ -160,7 +160,7 @@ static void few_elements(const Streams& s, Rule& rule, int64_t i, int count, U b
 }
 
 template <typename Rule>
-DS_INLINE void for_elements(const Streams& s, Rule& rule, int64_t begin, int64_t end) {
+DS_INLINE void for_elements(const StepStreams& s, Rule& rule, int64_t begin, int64_t end) {
   const bool copy_around = s.around_cache && s.copy && aligned(s.copy, s.copy_type, begin);
   bool undo_around = s.around_cache && s.undo[0] && aligned(s.undo[0], s.param_type, begin);
   for (int k = 0; k < Rule::kStates; ++k)

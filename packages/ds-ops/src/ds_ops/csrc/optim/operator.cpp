@@ -103,7 +103,7 @@ void StepTensors::other(const char* argument, const Tensor& t, bool written) {
   all_.push_back({argument, t, written});
 }
 
-const Streams& StepTensors::checked() {
+const StepStreams& StepTensors::checked() {
   for (size_t i = 0; i < all_.size(); ++i) {
     for (size_t j = i + 1; j < all_.size(); ++j) {
       if (!all_[i].written && !all_[j].written) continue;

@@ -1,4 +1,4 @@
-// What the operators of optimizers share: checks of their tensors, which become `Streams`.
+// What the operators of optimizers share: checks of their tensors, which become `StepStreams`.
 #pragma once
 
 #include <string>
@@ -35,7 +35,7 @@ class StepTensors {
   void other(const char* argument, const Tensor& t, bool written);
 
   // Refuses tensors that overlap, and returns what the kernels take.
-  const Streams& checked();
+  const StepStreams& checked();
   int64_t numel() const { return numel_; }
 
  private:
@@ -52,7 +52,7 @@ class StepTensors {
   std::vector<Named> all_;
   std::vector<Tensor> states_;
   int64_t numel_;
-  Streams streams_{};
+  StepStreams streams_{};
 };
 
 // A number that must not be negative; a beta, in [0, 1); the number of a step, from 1.

@@ -14,7 +14,7 @@ using Seed = std::optional<int64_t>;
 // Runs a kernel over all elements of `tensors`, which are checked here.
 template <typename Kernel, typename Step>
 void run(StepTensors& tensors, Kernel kernel, const Step& step) {
-  const Streams& streams = tensors.checked();
+  const StepStreams& streams = tensors.checked();
   parallel(
       tensors.numel(), kStepGrain,
       [&](int64_t begin, int64_t end) { kernel(streams, step, begin, end); }, kStepAlign);
@@ -154,7 +154,7 @@ Tensor lamb_update_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq
   tensors.grad_scale(grad_scale);
   AdamStep call = moments(1.0, beta1, beta2, eps, step, bias_correction);
   call.l2 = static_cast<float>(weight_decay);
-  const Streams& streams = tensors.checked();
+  const StepStreams& streams = tensors.checked();
   // Fixed parts, whose sums are added in order: the same norms with any number of threads.
   const int64_t parts = (tensors.numel() + kStepGrain - 1) / kStepGrain;
   std::vector<float> sums(static_cast<size_t>(parts) * 2);

@@ -14,7 +14,7 @@ static inline int64_t size_of(Dtype type) { return type == Dtype::fp32 ? 4 : 2; 
 
 // What a step reads and writes: one element of each per parameter, all in the order of the
 // parameter. A pass reads each stream once and writes each once.
-struct Streams {
+struct StepStreams {
   void* param;
   const void* grad;
   void* states[2];  // as many as the optimizer has
@@ -62,21 +62,21 @@ struct SgdStep {
 }  // namespace ds
 
 // Elements [begin, end) of a step.
-DS_KERNEL(void, adam_elements, const Streams& streams, const AdamStep& step, int64_t begin,
+DS_KERNEL(void, adam_elements, const StepStreams& streams, const AdamStep& step, int64_t begin,
           int64_t end)
-DS_KERNEL(void, lion_elements, const Streams& streams, const LionStep& step, int64_t begin,
+DS_KERNEL(void, lion_elements, const StepStreams& streams, const LionStep& step, int64_t begin,
           int64_t end)
-DS_KERNEL(void, adagrad_elements, const Streams& streams, const AdagradStep& step, int64_t begin,
+DS_KERNEL(void, adagrad_elements, const StepStreams& streams, const AdagradStep& step, int64_t begin,
           int64_t end)
-DS_KERNEL(void, sgd_elements, const Streams& streams, const SgdStep& step, int64_t begin,
+DS_KERNEL(void, sgd_elements, const StepStreams& streams, const SgdStep& step, int64_t begin,
           int64_t end)
 // The first half of LAMB: the states advance, the parameter stays, and `copy` receives
 // m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay * param. `step_size` is
 // 1 / (1 - beta1^t) here, `l2` the weight decay. sums = {sum of param^2, sum of update^2}.
-DS_KERNEL(void, lamb_update_elements, const Streams& streams, const AdamStep& step, float* sums,
+DS_KERNEL(void, lamb_update_elements, const StepStreams& streams, const AdamStep& step, float* sums,
           int64_t begin, int64_t end)
 // The second half: param -= factor * grad, where `grad` is what the first half left.
-DS_KERNEL(void, lamb_apply_elements, const Streams& streams, float factor, int64_t begin,
+DS_KERNEL(void, lamb_apply_elements, const StepStreams& streams, float factor, int64_t begin,
           int64_t end)
 // Puts back `undo` into the parameter and the first `states` states, and into `copy`.
-DS_KERNEL(void, undo_elements, const Streams& streams, int states, int64_t begin, int64_t end)
+DS_KERNEL(void, undo_elements, const StepStreams& streams, int states, int64_t begin, int64_t end)

@@ -99,23 +99,23 @@ struct LambApply {
 
 }  // namespace
 
-void adam_elements(const Streams& streams, const AdamStep& step, int64_t begin, int64_t end) {
+void adam_elements(const StepStreams& streams, const AdamStep& step, int64_t begin, int64_t end) {
   Adam rule{step};
   for_elements(streams, rule, begin, end);
 }
 
-void lion_elements(const Streams& streams, const LionStep& step, int64_t begin, int64_t end) {
+void lion_elements(const StepStreams& streams, const LionStep& step, int64_t begin, int64_t end) {
   Lion rule{step};
   for_elements(streams, rule, begin, end);
 }
 
-void adagrad_elements(const Streams& streams, const AdagradStep& step, int64_t begin,
+void adagrad_elements(const StepStreams& streams, const AdagradStep& step, int64_t begin,
                       int64_t end) {
   Adagrad rule{step};
   for_elements(streams, rule, begin, end);
 }
 
-void sgd_elements(const Streams& streams, const SgdStep& step, int64_t begin, int64_t end) {
+void sgd_elements(const StepStreams& streams, const SgdStep& step, int64_t begin, int64_t end) {
   if (streams.states[0]) {
     Sgd<true> rule{step};
     return for_elements(streams, rule, begin, end);
@@ -124,7 +124,7 @@ void sgd_elements(const Streams& streams, const SgdStep& step, int64_t begin, in
   for_elements(streams, rule, begin, end);
 }
 
-void lamb_update_elements(const Streams& streams, const AdamStep& step, float* sums,
+void lamb_update_elements(const StepStreams& streams, const AdamStep& step, float* sums,
                           int64_t begin, int64_t end) {
   LambUpdate rule{step};
   for_elements(streams, rule, begin, end);
@@ -132,12 +132,12 @@ void lamb_update_elements(const Streams& streams, const AdamStep& step, float* s
   sums[1] = sum_of(rule.update_squares);
 }
 
-void lamb_apply_elements(const Streams& streams, float factor, int64_t begin, int64_t end) {
+void lamb_apply_elements(const StepStreams& streams, float factor, int64_t begin, int64_t end) {
   LambApply rule{factor};
   for_elements(streams, rule, begin, end);
 }
 
-void undo_elements(const Streams& s, int states, int64_t begin, int64_t end) {
+void undo_elements(const StepStreams& s, int states, int64_t begin, int64_t end) {
   // In parts that are still in the first cache when the copy is made of them.
   constexpr int64_t kPart = 4096;
   for (int64_t i = begin; i < end; i += kPart) {
