@@ -1,5 +1,7 @@
 #include "optim/operator.h"
 
+#include <cmath>
+
 namespace ds {
 namespace {
 
@@ -125,6 +127,29 @@ void check_beta(const char* op, const char* argument, double value) {
 
 void check_step(const char* op, int64_t step) {
   STD_TORCH_CHECK(step >= 1, op, ": step: got ", step, ", expected 1 or more, counting this step");
+}
+
+AdamStep adam_step(const char* op, double lr, double beta1, double beta2, double eps,
+                   double weight_decay, int64_t step, bool decoupled, bool bias_correction) {
+  check_rate(op, "lr", lr);
+  check_beta(op, "beta1", beta1);
+  check_beta(op, "beta2", beta2);
+  check_rate(op, "eps", eps);
+  check_rate(op, "weight_decay", weight_decay);
+  check_step(op, step);
+  const double t = static_cast<double>(step);
+  const double unbias1 = bias_correction ? 1 - std::pow(beta1, t) : 1;
+  const double unbias2 = bias_correction ? 1 - std::pow(beta2, t) : 1;
+  AdamStep found{};
+  found.beta2 = static_cast<float>(beta2);
+  found.eps = static_cast<float>(eps);
+  found.one_minus_beta1 = static_cast<float>(1 - beta1);
+  found.one_minus_beta2 = static_cast<float>(1 - beta2);
+  found.step_size = static_cast<float>(lr / unbias1);
+  found.root_scale = static_cast<float>(1 / std::sqrt(unbias2));
+  found.decay = decoupled ? static_cast<float>(1 - lr * weight_decay) : 1.0f;
+  found.l2 = decoupled ? 0.0f : static_cast<float>(weight_decay);
+  return found;
 }
 
 }  // namespace ds

@@ -31,8 +31,10 @@ class StepTensors {
   void grad_scale(const std::optional<Tensor>& t, bool maximize = false);
   // bf16 is rounded by it.
   void seed(std::optional<int64_t> seed);
-  // Also against all others; for tensors that are no streams.
+  // Also to be apart from all others; for tensors that are no streams.
   void other(const char* argument, const Tensor& t, bool written);
+  // Contiguous and of the shape of `param`, or an error.
+  void shaped(const char* argument, const Tensor& t);
 
   // Refuses tensors that overlap, and returns what the kernels take.
   const StepStreams& checked();
@@ -44,8 +46,6 @@ class StepTensors {
     Tensor tensor;
     bool written;
   };
-
-  void shaped(const char* argument, const Tensor& t);
 
   const char* op_;
   Tensor param_;
@@ -59,5 +59,9 @@ class StepTensors {
 void check_rate(const char* op, const char* argument, double value);
 void check_beta(const char* op, const char* argument, double value);
 void check_step(const char* op, int64_t step);
+
+// The numbers of a step of Adam, checked. For LAMB: lr = 1, and the weight decay not decoupled.
+AdamStep adam_step(const char* op, double lr, double beta1, double beta2, double eps,
+                   double weight_decay, int64_t step, bool decoupled, bool bias_correction);
 
 }  // namespace ds

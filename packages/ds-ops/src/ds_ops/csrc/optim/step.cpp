@@ -1,6 +1,5 @@
 #include "optim/step.h"
 
-#include <cmath>
 #include <vector>
 
 #include "optim/operator.h"
@@ -20,33 +19,11 @@ void run(StepTensors& tensors, Kernel kernel, const Step& step) {
       [&](int64_t begin, int64_t end) { kernel(streams, step, begin, end); }, kStepAlign);
 }
 
-AdamStep moments(double lr, double beta1, double beta2, double eps, int64_t step,
-                 bool bias_correction) {
-  AdamStep found{};
-  found.beta1 = static_cast<float>(beta1);
-  found.beta2 = static_cast<float>(beta2);
-  found.eps = static_cast<float>(eps);
-  found.one_minus_beta1 = static_cast<float>(1 - beta1);
-  found.one_minus_beta2 = static_cast<float>(1 - beta2);
-  const double t = static_cast<double>(step);
-  const double unbias1 = bias_correction ? 1 - std::pow(beta1, t) : 1;
-  const double unbias2 = bias_correction ? 1 - std::pow(beta2, t) : 1;
-  found.step_size = static_cast<float>(lr / unbias1);
-  found.root_scale = static_cast<float>(1 / std::sqrt(unbias2));
-  return found;
-}
-
 void adam_step_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Maybe copy,
                 Maybe undo, Maybe grad_scale, double lr, double beta1, double beta2, double eps,
                 double weight_decay, int64_t step, bool decoupled, bool bias_correction,
                 bool maximize, Seed seed) {
   constexpr const char* kOp = "adam_step_";
-  check_rate(kOp, "lr", lr);
-  check_beta(kOp, "beta1", beta1);
-  check_beta(kOp, "beta2", beta2);
-  check_rate(kOp, "eps", eps);
-  check_rate(kOp, "weight_decay", weight_decay);
-  check_step(kOp, step);
   StepTensors tensors(kOp, param);
   tensors.grad("grad", grad);
   tensors.state("exp_avg", exp_avg);
@@ -55,9 +32,8 @@ void adam_step_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Ma
   tensors.undo(undo);
   tensors.grad_scale(grad_scale, maximize);
   tensors.seed(seed);
-  AdamStep call = moments(lr, beta1, beta2, eps, step, bias_correction);
-  call.decay = decoupled ? static_cast<float>(1 - lr * weight_decay) : 1.0f;
-  call.l2 = decoupled ? 0.0f : static_cast<float>(weight_decay);
+  const AdamStep call = adam_step(kOp, lr, beta1, beta2, eps, weight_decay, step, decoupled,
+                                  bias_correction);
   run(tensors, DS_BEST(adam_elements), call);
 }
 
@@ -139,11 +115,6 @@ Tensor lamb_update_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq
                     Maybe grad_scale, double beta1, double beta2, double eps,
                     double weight_decay, int64_t step, bool bias_correction) {
   constexpr const char* kOp = "lamb_update_";
-  check_beta(kOp, "beta1", beta1);
-  check_beta(kOp, "beta2", beta2);
-  check_rate(kOp, "eps", eps);
-  check_rate(kOp, "weight_decay", weight_decay);
-  check_step(kOp, step);
   StepTensors tensors(kOp, param, /*written=*/false);
   tensors.grad("grad", grad);
   tensors.state("exp_avg", exp_avg);
@@ -152,8 +123,8 @@ Tensor lamb_update_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq
   Maybe target = update;
   tensors.copy("update", target);
   tensors.grad_scale(grad_scale);
-  AdamStep call = moments(1.0, beta1, beta2, eps, step, bias_correction);
-  call.l2 = static_cast<float>(weight_decay);
+  const AdamStep call = adam_step(kOp, /*lr=*/1, beta1, beta2, eps, weight_decay, step,
+                                  /*decoupled=*/false, bias_correction);
   const StepStreams& streams = tensors.checked();
   // Fixed parts, whose sums are added in order: the same norms with any number of threads.
   const int64_t parts = (tensors.numel() + kStepGrain - 1) / kStepGrain;

@@ -35,8 +35,8 @@ struct StepStreams {
 // torch.optim.Adam (decoupled = false) and AdamW. With t the number of this step:
 //   step_size = lr / (1 - beta1^t), root_scale = 1 / sqrt(1 - beta2^t)
 struct AdamStep {
-  float beta1, beta2, eps;
-  float one_minus_beta1, one_minus_beta2;
+  float one_minus_beta1, beta2, one_minus_beta2;
+  float eps;
   float step_size, root_scale;
   float decay;  // the parameter is multiplied with it: 1 - lr * weight_decay, or 1
   float l2;     // times the parameter is added to the gradient: weight_decay, or 0
