@@ -185,5 +185,41 @@ DS_INLINE float max_of(F v) {
   return largest;
 }
 
+// --- Rows of any length -------------------------------------------------------------------------
+
+// How much of a vector a step works on; lanes behind the end read as 0 and are not written.
+struct Whole {};
+struct Some {
+  int count;
+};
+
+template <typename T>
+DS_INLINE F load(const T* from, Whole) {
+  return load(from);
+}
+
+template <typename T>
+DS_INLINE F load(const T* from, Some part) {
+  return load_some(from, part.count);
+}
+
+template <typename T>
+DS_INLINE void store(T* to, F v, Whole) {
+  store(to, v);
+}
+
+template <typename T>
+DS_INLINE void store(T* to, F v, Some part) {
+  store_some(to, v, part.count);
+}
+
+// `body(i, part)` for each vector of [0, count): whole ones, then the rest.
+template <typename Body>
+DS_INLINE void for_vectors(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) body(i, Whole{});
+  if (i < count) body(i, Some{(int)(count - i)});
+}
+
 }  // namespace DS_ISA
 }  // namespace ds
