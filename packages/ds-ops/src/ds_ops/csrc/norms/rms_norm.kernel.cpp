@@ -11,20 +11,29 @@ template <typename T, typename W>
 void forward(const RmsNormForward& call, int64_t begin, int64_t end) {
   const int64_t width = call.width;
   const W* weight = static_cast<const W*>(call.weight);
-  for (int64_t row = begin; row < end; ++row) {
-    const T* x = static_cast<const T*>(call.x) + row * width;
-    T* y = static_cast<T*>(call.y) + row * width;
+  // Of short rows a few at once: the square root of one need not be awaited.
+  constexpr int kMost = 8;
+  const int64_t size = width * sizeof(T) <= 1024 ? kMost : 1;
+  for (int64_t first = begin; first < end; first += size) {
+    const int64_t count = first + size <= end ? size : end - first;
+    const T* x = static_cast<const T*>(call.x) + first * width;
+    T* y = static_cast<T*>(call.y) + first * width;
     if (call.residual != nullptr) {
-      T* sum = static_cast<T*>(call.sum) + row * width;
-      add(x, static_cast<const T*>(call.residual) + row * width, sum, width);
+      T* sum = static_cast<T*>(call.sum) + first * width;
+      add(x, static_cast<const T*>(call.residual) + first * width, sum, count * width);
       x = sum;
     }
-    const float mean = sum_of_squares(x, width) / (float)width;
-    const float scale = 1.0f / __builtin_sqrtf(mean + call.eps);
-    call.scale[row] = scale;
-    for_vectors(width, [&](int64_t i, auto part) {
-      store(y + i, load(x + i, part) * scale * load(weight + i, part), part);
-    });
+    float scale[kMost];
+    for (int64_t r = 0; r < count; ++r) {
+      const float mean = sum_of_squares(x + r * width, width) / (float)width;
+      scale[r] = call.scale[first + r] = 1.0f / __builtin_sqrtf(mean + call.eps);
+    }
+    for (int64_t r = 0; r < count; ++r, x += width, y += width) {
+      const F s = splat(scale[r]);
+      for_vectors(width, [&](int64_t i, auto part) {
+        store(y + i, load(x + i, part) * s * load(weight + i, part), part);
+      });
+    }
   }
 }
 
@@ -54,18 +63,17 @@ DS_INLINE void backward_block(const RmsNormBackward& call, float* dweight, int64
   }
   for_vectors(width, [&](int64_t i, auto part) {
     const F w = load(weight + i, part);
-    F dw = load(dweight + i, part);
-    F d[R];  // stored behind all loads: rows lie a multiple of 4096 bytes apart (see rows.h)
+    F d[R], dw[R];  // stored behind all loads: rows lie a multiple of 4096 bytes apart (see rows.h)
     for (int r = 0; r < R; ++r) {
       const int64_t at = r * width + i;
       const F g = load(grad + at, part);
       const F v = load(x + at, part);
-      dw += g * (v * scale[r]);
+      dw[r] = g * (v * scale[r]);
       d[r] = (g * w - v * inner[r]) * scale[r];
       if (grad_sum != nullptr) d[r] += load(grad_sum + at, part);
     }
     for (int r = 0; r < R; ++r) store(dx + r * width + i, d[r], part);
-    store(dweight + i, dw, part);
+    store(dweight + i, load(dweight + i, part) + sum_of_rows<R>(dw), part);
   });
 }
 

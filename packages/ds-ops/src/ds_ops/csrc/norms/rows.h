@@ -34,6 +34,17 @@ DS_INLINE float sum_of_squares(const T* x, int64_t width) {
   });
 }
 
+// Added to each other before they are added to a long sum, which keeps its error small.
+template <int R>
+DS_INLINE F sum_of_rows(const F (&rows)[R]) {
+  if constexpr (R == 4) {
+    return (rows[0] + rows[1]) + (rows[2] + rows[3]);
+  } else {
+    static_assert(R == 1);
+    return rows[0];
+  }
+}
+
 // sum = a + b, rounded to T: what follows reads it, as the layers behind it will.
 template <typename T>
 DS_INLINE void add(const T* a, const T* b, T* sum, int64_t width) {
