@@ -18,6 +18,23 @@ constexpr bool kPermutes = true;
 constexpr bool kPermutes = false;
 #endif
 
+// kWidth signed bytes as ints. Written out, for compilers take the portable form lane by lane.
+DS_INLINE I widen_bytes(const int8_t* from) {
+#if defined(__AVX512F__)
+  return (I)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__AVX2__)
+  return (I)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#elif defined(__x86_64__)
+  const __m128i bytes = _mm_cvtsi32_si128(*(const int __attribute__((aligned(1), may_alias))*)from);
+  const __m128i pairs = _mm_unpacklo_epi8(bytes, bytes);
+  return (I)_mm_srai_epi32(_mm_unpacklo_epi16(pairs, pairs), 24);
+#else
+  B bytes;
+  memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(bytes, I);
+#endif
+}
+
 // --- Decoders: `kStep` inputs at a time; `weights(step, j, lane)` is input j's vector ------------
 
 struct Int8 {
@@ -32,9 +49,7 @@ struct Int8 {
   };
   DS_INLINE Step open(const uint8_t* codes) { return {(const int8_t*)codes}; }
   DS_INLINE F weights(const Step& step, int j, int lane) {
-    B codes;
-    memcpy(&codes, step.codes + j * kBlock + lane * kWidth, sizeof codes);
-    return __builtin_convertvector(__builtin_convertvector(codes, I), F);
+    return __builtin_convertvector(widen_bytes(step.codes + j * kBlock + lane * kWidth), F);
   }
 };
 
