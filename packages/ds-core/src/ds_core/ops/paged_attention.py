@@ -81,9 +81,7 @@ def reference(
     softcap: float | None = None,
 ) -> torch.Tensor:
     """As `paged_attention`, sequence by sequence: `softmax(scale * q k^T) v` with a mask."""
-    _check(
-        q, k_cache, v_cache, block_table, sequence_lengths, query_starts, scale, window, softcap
-    )
+    _check(q, k_cache, v_cache, block_table, sequence_lengths, query_starts, scale, window, softcap)
     _check_values(q, k_cache, block_table, sequence_lengths, query_starts)
     block_size, kv_heads = k_cache.shape[1:3]
     group = q.shape[1] // kv_heads
@@ -122,9 +120,7 @@ def fake(
     window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    _check(
-        q, k_cache, v_cache, block_table, sequence_lengths, query_starts, scale, window, softcap
-    )
+    _check(q, k_cache, v_cache, block_table, sequence_lengths, query_starts, scale, window, softcap)
     return torch.empty_like(q)
 
 
@@ -309,7 +305,9 @@ def floor(
     softcap: float | None = None,
 ) -> Floor:
     keys = pairs = 0
-    for length, queries in zip(sequence_lengths.tolist(), query_starts.diff().tolist(), strict=True):
+    for length, queries in zip(
+        sequence_lengths.tolist(), query_starts.diff().tolist(), strict=True
+    ):
         if queries == 0:
             continue
         most = length if window is None else min(window, length)

@@ -283,9 +283,7 @@ def benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
 
 def feedback_benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
     error = torch.zeros(2048, 1024, device=device)
-    return [
-        (label, (*args[:3], error, 0.75, *args[3:])) for label, args in benchmarks(device)[1:]
-    ]
+    return [(label, (*args[:3], error, 0.75, *args[3:])) for label, args in benchmarks(device)[1:]]
 
 
 OPS = (

@@ -176,9 +176,7 @@ class FusedOptimizer(Optimizer):
                 self._step_group(group, request)
         return loss
 
-    def _amp(
-        self, scale: torch.Tensor | float | None
-    ) -> tuple[bool, torch.Tensor | float | None]:
+    def _amp(self, scale: torch.Tensor | float | None) -> tuple[bool, torch.Tensor | float | None]:
         """(whether to leave the step out, factor) after `torch.amp.GradScaler`'s two attributes."""
         found_inf = getattr(self, "found_inf", None)
         divisor = getattr(self, "grad_scale", None)
