@@ -84,7 +84,8 @@ class FusedLamb(FusedOptimizer):
         squares = lamb_update_(
             update.param,
             update.grad,
-            *update.states,
+            update.states[0],
+            update.states[1],
             direction,
             step=update.step,
             beta1=group["betas"][0],
