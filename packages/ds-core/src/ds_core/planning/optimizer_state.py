@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from ds_core import optimizers
+from ds_core import ops, optimizers
 from ds_core.errors import PlanError
 
 #: Sizes of a tiny tensor's dimensions, all different, so that a state's dimensions tell whose.
@@ -70,7 +70,9 @@ class OptimizerState:
                 built = optimizers.build(self._choice, named)
             for _, param in named:
                 param.grad = torch.zeros_like(param)
-            built.step()
+            # What is asked is what it keeps: no kernel need be built for that.
+            with ops.use(**dict.fromkeys(getattr(built, "ops", ()), "reference")):
+                built.step()
         sizes = []
         for (_, param), (_, shape, _) in zip(named, tensors, strict=True):
             values = built.state.get(param, {}).values()

@@ -37,7 +37,7 @@ class FusedAdam(FusedOptimizer):
     Decay Regularization", Algorithm 2.
     """
 
-    op = "adam_step_"
+    ops = ("adam_step_",)
     state_keys = ("exp_avg", "exp_avg_sq")
     step_options = FusedOptimizer.step_options | {"undo"}
 

@@ -28,7 +28,7 @@ class Adam8bit(FusedOptimizer):
     Source: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2.
     """
 
-    op = "adam8bit_step_"
+    ops = ("adam8bit_step_",)
     state_keys = ("exp_avg_codes", "exp_avg_sq_codes")
     _SCALES = ("exp_avg_scales", "exp_avg_sq_scales")
 
