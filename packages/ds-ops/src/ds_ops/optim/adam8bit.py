@@ -63,6 +63,10 @@ class Adam8bit(FusedOptimizer):
             state[scales] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
         return state
 
+    def state_bytes(self, numel: int) -> int:
+        """Bytes of state of a tensor of `numel` elements, for plans: blocks have scales."""
+        return 2 * numel + 8 * -(-numel // BLOCK)
+
     def _states(self, param: torch.Tensor) -> list[torch.Tensor]:
         state, found = self.state[param], []
         for codes, scales in zip(self.state_keys, self._SCALES, strict=True):
