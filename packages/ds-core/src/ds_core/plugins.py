@@ -16,6 +16,7 @@ Seam = Literal[
     "runners",
     "transports",
     "ops",
+    "op_tools",
     "observers",
     "config",
     "accelerators",
@@ -44,6 +45,8 @@ KNOWN_PROVIDERS: dict[Seam, dict[str, str]] = {
         ),
         "ds-ops",
     ),
+    "ops": {"ds_ops": "ds-ops"},
+    "op_tools": {"ds_ops": "ds-ops"},
 }
 
 

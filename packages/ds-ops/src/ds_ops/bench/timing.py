@@ -15,12 +15,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from ds_ops._version import __version__
-from ds_ops.native import library, sources
+from ds_ops.native import library, processor, sources
 
 #: Measures for about that many seconds per row, and yields rows as they are ready.
 Rows = Callable[[float], Iterator["Row"]]
@@ -221,20 +220,11 @@ def header() -> Header:
     return Header(
         __version__,
         torch.__version__,
-        _processor(),
+        f"{processor.name()} x{os.cpu_count()}",
         library.isa(),
         sources.digest()[:12],
         os.getloadavg()[0],
     )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else sources.machine()} x{os.cpu_count()}"
 
 
 _COLUMNS = ("op", "shape", "dtype", "thr", "ms", "floor ms", "x floor", "peer", "peer ms", "x peer")
