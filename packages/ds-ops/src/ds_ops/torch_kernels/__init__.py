@@ -1,0 +1,1 @@
+"""Kernels of torch itself, as implementations of ds-core's ops."""
