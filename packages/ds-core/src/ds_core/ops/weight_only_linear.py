@@ -18,9 +18,12 @@ from ds_core.ops.arguments import (
     wide,
 )
 from ds_core.ops.quantized_weight import (
+    BITS,
     QuantizedWeight,
     check_packed,
+    codes_shape,
     quantize_weight,
+    room,
     unpack,
 )
 from ds_core.ops.registry import run
@@ -252,10 +255,12 @@ def backward_floor(
 
 def benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
     found: list[tuple[str, tuple[Any, ...]]] = []
-    for format in ("int8", "int4", "fp6_e3m2"):
-        codes, scales, zeros, bits = _packed_fields(device, 4096, 4096, 128, format, True)
-        x = randn(device, torch.bfloat16, 1, 4096)
-        found.append((f"{format} 1x4096x4096", (x, codes, scales, zeros, None, 4096, bits)))
+    x = randn(device, torch.bfloat16, 1, 4096)
+    scales = randn(device, torch.bfloat16, 256, 32, 16)
+    for format, bits in BITS.items():
+        shape = codes_shape(4096, 4096, bits)
+        codes = room(shape, torch.int8 if bits == 8 else torch.int32, device).random_()
+        found.append((f"{format} 1x4096x4096", (x, codes, scales, None, None, 4096, bits)))
     return found
 
 
