@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ds_core.ops.arguments import expect
 from ds_core.ops.quantized_weight import QuantizedWeight, quantize_weight
 from ds_core.ops.registry import run
 
@@ -66,6 +67,13 @@ class WeightOnlyLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` to `[..., out]` of the same dtype."""
+        expect(
+            x.dim() >= 1 and x.shape[-1] == self.in_features,
+            "weight_only_linear",
+            "x",
+            f"shape {list(x.shape)}",
+            f"[..., {self.in_features}]",
+        )
         packed = (self.codes, self.scales, self.zeros)
         y: torch.Tensor = run(
             "weight_only_linear", x.contiguous(), *packed, self.bias, self.out_features, self.bits

@@ -218,7 +218,8 @@ def _blocked(t: torch.Tensor) -> torch.Tensor:
 
 def _packed(values: torch.Tensor, bits: int) -> torch.Tensor:
     """The codes of integers `[out, depth]`, int32, of which only the lowest `bits` count."""
-    codes = room(codes_shape(*values.shape, bits), _codes_dtype(bits), values.device)
+    out, depth = values.shape
+    codes = room(codes_shape(out, depth, bits), _codes_dtype(bits), values.device)
     blocked = _blocked(values)
     if bits == 8:
         return codes.copy_(blocked)

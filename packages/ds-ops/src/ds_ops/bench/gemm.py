@@ -12,6 +12,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,8 +64,7 @@ def _layer(format: str, out: int, depth: int, num_rows: int, seconds: float) -> 
     weight = quantize_weight(dense, format, group=_GROUP)
     x = torch.randn(num_rows, depth, generator=generator)
     peers = _peers(format, dense, x)
-    cache = os.sysconf("SC_LEVEL3_CACHE_SIZE") if hasattr(os, "sysconf") else 0
-    count = _CACHES * max(cache, 32 << 20) // (weight.codes.nbytes * (2 + len(peers))) + 2
+    count = _CACHES * _last_cache_bytes() // (weight.codes.nbytes * (1 + len(peers))) + 2
     copies = [_copy(weight) for _ in range(count)]
     # The floor is half a round behind, so that it finds nothing that the kernel left in the cache.
     floors = read_floors([c.codes for c in (*copies[count // 2 :], *copies[: count // 2])])
@@ -130,6 +130,16 @@ def _copy(weight: QuantizedWeight) -> QuantizedWeight:
         weight.format,
         weight.group,
     )
+
+
+def _last_cache_bytes() -> int:
+    """Of the largest cache of a processor; 32 MiB where Linux does not say."""
+    found = [32 << 20]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text(encoding="ascii").strip()
+        if text.endswith("K"):
+            found.append(int(text[:-1]) << 10)
+    return max(found)
 
 
 def _in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
