@@ -34,7 +34,8 @@ Chunks chunks_of(const char* op, int64_t numel, int64_t chunk) {
 // `body(chunk, part, begin, count)` for every part of every chunk, by all threads.
 template <typename Body>
 void for_parts(const Chunks& chunks, const Body& body) {
-  parallel(chunks.count * chunks.parts, 4, [&](int64_t first, int64_t last) {
+  const int64_t grain = chunks.parts > 1 ? 4 : 4 * kSignPart / (chunks.length + 1) + 1;
+  parallel(chunks.count * chunks.parts, grain, [&](int64_t first, int64_t last) {
     for (int64_t index = first; index < last; ++index) {
       const int64_t chunk = index / chunks.parts;
       const int64_t at = index % chunks.parts * kSignPart;
@@ -42,6 +43,16 @@ void for_parts(const Chunks& chunks, const Body& body) {
       body(chunk, index, chunk * chunks.length + at, rest < kSignPart ? rest : kSignPart);
     }
   });
+}
+
+// Of a chunk of `length` numbers; NaN if it is not finite.
+float scale_of(const double* sums, int64_t parts, int64_t length, bool squares) {
+  double sum = 0.0;
+  for (int64_t part = 0; part < parts; ++part) sum += sums[part];
+  const double mean = sum / static_cast<double>(length);
+  const double found = squares ? std::sqrt(mean) : mean;
+  return std::isfinite(found) ? static_cast<float>(found)
+                              : std::numeric_limits<float>::quiet_NaN();
 }
 
 std::tuple<Tensor, Tensor> pack(const char* op, const Tensor& x, const Tensor* error, int64_t chunk,
@@ -65,23 +76,24 @@ std::tuple<Tensor, Tensor> pack(const char* op, const Tensor& x, const Tensor* e
   float* scale = static_cast<float*>(scales.mutable_data_ptr());
   std::vector<double> sums(static_cast<size_t>(chunks.count * chunks.parts));
   const auto pack_part = DS_BEST(pack_signs);
-  for_parts(chunks, [&](int64_t, int64_t part, int64_t begin, int64_t count) {
-    sums[part] = pack_part(call, begin, count, bytes + begin / 8);
-  });
-  for (int64_t index = 0; index < chunks.count; ++index) {
-    double sum = 0.0;
-    for (int64_t part = 0; part < chunks.parts; ++part) sum += sums[index * chunks.parts + part];
-    const double mean = sum / static_cast<double>(chunks.length);
-    const double found = squares ? std::sqrt(mean) : mean;
-    scale[index] = std::isfinite(found) ? static_cast<float>(found)
-                                        : std::numeric_limits<float>::quiet_NaN();
-  }
-  if (error == nullptr) return {codes, scales};
   const auto update = DS_BEST(update_sign_error);
-  for_parts(chunks, [&](int64_t index, int64_t, int64_t begin, int64_t count) {
-    // What was not finite leaves the error as it was: the step will be skipped.
+  // What is not finite leaves the error as it was: the step will be skipped.
+  const auto update_part = [&](int64_t index, int64_t, int64_t begin, int64_t count) {
     if (scale[index] == scale[index]) update(call, begin, count, scale[index]);
+  };
+  for_parts(chunks, [&](int64_t index, int64_t part, int64_t begin, int64_t count) {
+    sums[part] = pack_part(call, begin, count, bytes + begin / 8);
+    if (chunks.parts > 1) return;
+    // The whole chunk is still in the cache.
+    scale[index] = scale_of(&sums[part], 1, count, squares);
+    if (error != nullptr) update_part(index, part, begin, count);
   });
+  if (chunks.parts <= 1) return {codes, scales};
+  for (int64_t index = 0; index < chunks.count; ++index) {
+    const double* found = &sums[index * chunks.parts];
+    scale[index] = scale_of(found, chunks.parts, chunks.length, squares);
+  }
+  if (error != nullptr) for_parts(chunks, update_part);
   return {codes, scales};
 }
 
