@@ -17,13 +17,13 @@ void widen(const T* from, float* to, int64_t count) {
   if (i < count) store(to + i, load_some(from + i, count - i));
 }
 
-void load_floats(const void* from, ElementType type, int64_t at, float* to, int64_t count) {
+void load_floats(const void* from, FloatType type, int64_t at, float* to, int64_t count) {
   switch (type) {
-    case ElementType::fp32:
+    case FloatType::fp32:
       return widen(static_cast<const float*>(from) + at, to, count);
-    case ElementType::bf16:
+    case FloatType::bf16:
       return widen(static_cast<const bf16*>(from) + at, to, count);
-    case ElementType::fp16:
+    case FloatType::fp16:
       return widen(static_cast<const fp16*>(from) + at, to, count);
   }
 }
@@ -35,13 +35,13 @@ void narrow(const float* from, T* to, int64_t count) {
   if (i < count) store_some(to + i, load(from + i), count - i);
 }
 
-void store_floats(const float* from, void* to, ElementType type, int64_t at, int64_t count) {
+void store_floats(const float* from, void* to, FloatType type, int64_t at, int64_t count) {
   switch (type) {
-    case ElementType::fp32:
+    case FloatType::fp32:
       return narrow(from, static_cast<float*>(to) + at, count);
-    case ElementType::bf16:
+    case FloatType::bf16:
       return narrow(from, static_cast<bf16*>(to) + at, count);
-    case ElementType::fp16:
+    case FloatType::fp16:
       return narrow(from, static_cast<fp16*>(to) + at, count);
   }
 }

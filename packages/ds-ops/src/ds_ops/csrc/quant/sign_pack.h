@@ -11,9 +11,9 @@ namespace ds {
 
 struct SignCall {
   const void* x;
-  ElementType x_type;
+  FloatType x_type;
   void* error;  // null if there is none; added to x
-  ElementType error_type;
+  FloatType error_type;
   bool squares;  // sum x^2, not |x|
 };
 
@@ -25,7 +25,7 @@ DS_KERNEL(double, pack_signs, const SignCall& call, int64_t begin, int64_t count
 // error = (x + error) - (scale, with the sign of x + error), of the same numbers.
 DS_KERNEL(void, update_sign_error, const SignCall& call, int64_t begin, int64_t count, float scale)
 // y[begin + i] = scale with the sign of bit i.
-DS_KERNEL(void, unpack_signs, const uint8_t* codes, void* y, ElementType y_type, int64_t begin,
+DS_KERNEL(void, unpack_signs, const uint8_t* codes, void* y, FloatType y_type, int64_t begin,
           int64_t count, float scale)
 
 namespace ds {

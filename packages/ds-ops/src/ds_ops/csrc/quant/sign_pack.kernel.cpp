@@ -72,7 +72,7 @@ void update_sign_error(const SignCall& call, int64_t begin, int64_t count, float
   store_floats(values, call.error, call.error_type, begin, count);
 }
 
-void unpack_signs(const uint8_t* codes, void* y, ElementType y_type, int64_t begin, int64_t count,
+void unpack_signs(const uint8_t* codes, void* y, FloatType y_type, int64_t begin, int64_t count,
                   float scale) {
   float values[kSignPart + kGroup];
   I lane = {};

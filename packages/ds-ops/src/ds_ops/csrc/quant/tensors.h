@@ -8,14 +8,14 @@
 
 namespace ds {
 
-inline ElementType element_type(ScalarType dtype) {
+inline FloatType element_type(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float:
-      return ElementType::fp32;
+      return FloatType::fp32;
     case ScalarType::BFloat16:
-      return ElementType::bf16;
+      return FloatType::bf16;
     default:
-      return ElementType::fp16;
+      return FloatType::fp16;
   }
 }
 
