@@ -189,9 +189,7 @@ class SharedMemoryAllReduce:
             raise
         if outcome == _DIFFERS:
             other = _lib().ds_shm_waiting_for(self._view)
-            mine, theirs = self._message(self.rank), self._message(other)
-            self._give_up(_DIFFERENCE, other)
-            self._fail(f"rank {other} brings {theirs}, rank {self.rank} {mine}")
+            self._fail(self._told(self._give_up(_DIFFERENCE, other)))
         if outcome == _FAILED:
             self._fail(self._told(_lib().ds_shm_failure(self._view)))
 
@@ -211,11 +209,12 @@ class SharedMemoryAllReduce:
     def _told(self, failure: int) -> str:
         rank = failure & 0xFF
         who = f"rank {rank}" + (" (this rank)" if rank == self.rank else "")
+        brought = (f"rank {other} {self._message(other)}" for other in range(self.size))
         return {
             _TIMEOUT: f"{who} did not come within {self._timeout_s:g} s",
             _DEATH: f"the process of {who} has ended",
             _CLOSED: f"{who} has closed it",
-            _DIFFERENCE: f"{who} brings another number of elements or dtype",
+            _DIFFERENCE: f"ranks bring different tensors: {', '.join(brought)}",
             _INTERRUPT: f"{who} was interrupted",
         }[failure & ~0xFF]
 
@@ -268,7 +267,7 @@ def _this_process() -> _Peer:
 def _host() -> str:
     """Names this boot of this machine, which containers on it share."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         boot = ""
     return boot or socket.gethostname()
