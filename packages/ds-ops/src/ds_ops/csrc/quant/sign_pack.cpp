@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor> pack(const char* op, const Tensor& x, const Tensor* e
   call.x_type = element_type(x.scalar_type());
   call.squares = squares;
   if (error != nullptr) {
-    check_error(op, *error, x.numel(), x.scalar_type());
+    check_error(op, *error, shape_of(x), x.scalar_type());
     check_apart(op, "error", *error, "x", x);
     call.error = error->mutable_data_ptr();
     call.error_type = element_type(error->scalar_type());
