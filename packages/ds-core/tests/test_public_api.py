@@ -41,7 +41,7 @@ NAMES = {
     ],
     "ds_core.seams": [
         "Dense", "Event", "EventKind", "Implementation", "InputAdjuster", "Observer", "Op",
-        "Runner", "Sequential", "Sharding", "ShardingFactory", "Transport",
+        "OpTools", "Runner", "Sequential", "Sharding", "ShardingFactory", "Transport",
     ],
     "ds_core.observers": [
         "Comet", "CsvFiles", "JsonLines", "MemoryByPhase", "Metrics", "NvtxRanges", "Progress",
@@ -51,7 +51,10 @@ NAMES = {
         "Overlap", "RankTrace", "Recorder", "Slice", "Trace", "load_folder", "merge", "overlap_of",
         "record",
     ],
-    "ds_core.ops": ["available", "catalog", "run", "select"],
+    "ds_core.ops": [
+        "available", "catalog", "choose", "define", "get", "implementations", "names", "run",
+        "select", "use",
+    ],
     "ds_core.testing": [
         "Died", "Hung", "ObserverContract", "OpContract", "Raised", "RankFailure", "RankPool",
         "Returned", "RunnerContract", "ShardingContract", "TaskError", "TransportContract", "die",

@@ -19,8 +19,9 @@ import torch
 
 from ds_core import __version__, _env, plugins
 from ds_core.cli import installed, machine, main
-from ds_core.cli.installed import Installable, OpRow, Provided, installable, op_rows, provided
+from ds_core.cli.installed import Installable, Provided, installable, provided
 from ds_core.cli.machine import Device, examine
+from ds_core.cli.ops_report import OpRow, op_rows
 from ds_core.cli.report_warnings import warnings_of
 from ds_core.cli.reporting import collect, render
 from ds_core.ops import registry
@@ -82,12 +83,15 @@ def test_two_packages_that_claim_one_name_are_reported(monkeypatch):
 
 
 class Fused:
-    op, name = "rms_norm", "fused"
+    op, name, priority, devices = "rms_norm", "fused", 100, ()
 
-    def unavailable(self, device, dtype):
-        return None if dtype is torch.float32 else "no 16-bit kernel was built"
+    def unavailable(self, device_type):
+        return "no compiler"
 
-    def __call__(self, *args):
+    def state(self, device_type):
+        raise AssertionError("of one that cannot run")
+
+    def bind(self, namespace, device_type):
         raise AssertionError("a report computes nothing")
 
 
@@ -95,27 +99,40 @@ def implementations():
     return [Fused()]
 
 
-def test_ops_say_who_computes_them_and_why_not(report, monkeypatch):
-    monkeypatch.setitem(sys.modules, "a_pillar", sys.modules[__name__])
-    entries(monkeypatch, "ops", ours="a_pillar:implementations")
-    registry._implementations.cache_clear()
-    try:
-        shown = report()
-    finally:
-        registry._implementations.cache_clear()
-    assert "rms_norm fused float32; no 16-bit kernel was built" in shown
-    assert "rms_norm reference float32, bfloat16, float16" in shown
+@pytest.fixture
+def op_package(monkeypatch):
+    """Pretends that one package registers this for ops."""
+
+    def register(target):
+        monkeypatch.setitem(sys.modules, "a_pillar", sys.modules[__name__])
+        entries(monkeypatch, "ops", ours=target)
+        registry._installed.cache_clear()
+
+    yield register
+    registry._installed.cache_clear()
 
 
-def test_a_broken_op_package_is_reported(monkeypatch):
-    entries(monkeypatch, "ops", ours="no_such_module:ops")
-    registry._implementations.cache_clear()
+def test_ops_say_who_computes_them_and_why_not(report, op_package):
+    op_package("a_pillar:implementations")
+    shown = report()
+    assert "Slower than it could be: fused on cpu: no compiler" in shown
+    assert re.search(r"reference on cpu python: .*rms_norm", shown)
+
+
+def test_without_kernels_the_report_says_what_to_install(report, op_package):
+    op_package("a_pillar:list")
+    sys.modules[__name__].list = list
     try:
-        rows = op_rows()
+        assert "For fast kernels: pip install ds-ops" in report()
     finally:
-        registry._implementations.cache_clear()
-    assert rows[0].implementation == "*"
-    assert "no_such_module" in rows[0].problem
+        del sys.modules[__name__].list
+
+
+def test_a_broken_op_package_is_reported(report, op_package):
+    op_package("no_such_module:ops")
+    (row,) = op_rows()
+    assert "no_such_module" in row.problem
+    assert "ops: ds_core.ops: 'ours' of" in report().split("Warnings")[1]
 
 
 def test_what_could_be_installed_comes_with_its_command(monkeypatch):
@@ -197,8 +214,8 @@ def test_a_gpu_that_torch_is_not_built_for_is_warned_of(monkeypatch):
 
 def test_broken_packages_are_warned_of_once():
     rows = [Provided("ops", "x", "ds-x 1", "torn"), Provided("ops", "y", "ds-x 1", "torn")]
-    ops = [OpRow("rms_norm", "*", "cpu", "float32", "torn")]
-    assert warnings_of(examine(), rows, ops, {})[-2:] == ["ds-x 1: torn", "op rms_norm: torn"]
+    ops = [OpRow("*", "*", problem="torn"), OpRow("*", "*", problem="torn")]
+    assert warnings_of(examine(), rows, ops, {})[-2:] == ["ds-x 1: torn", "ops: torn"]
 
 
 def test_variables_of_effect_are_shown_and_secrets_are_not(monkeypatch):

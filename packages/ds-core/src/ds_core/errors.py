@@ -55,3 +55,7 @@ class BuildError(DsError, RuntimeError):
 
 class OpError(DsError, RuntimeError):
     """An operation has no implementation that can run here, or was misused."""
+
+
+class OptimizerError(DsError, ValueError):
+    """An optimizer is given arguments, parameters, gradients or state that it cannot work with."""

@@ -1,14 +1,27 @@
-"""torch's fused optimizer kernels: chosen where they run, with the gradient's scale folded in."""
+"""Steps in one pass over memory: torch's fused kernels where they run, and richer ones.
+
+An optimizer may do more in its pass than `torch.optim` has words for. It says what by an attribute
+`step_options`, names of keyword arguments that its `step` takes:
+
+| option       | what it is                                                              |
+|--------------|-------------------------------------------------------------------------|
+| `gradients`  | by parameter, used in place of `.grad`; in any float format             |
+| `grad_scale` | one number that gradients are multiplied by                             |
+| `copies`     | by parameter, tensors that receive its new value, rounded               |
+| `undo`       | whether to keep what the optimizer's `rollback()` needs                 |
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+#: With these, a step from low-precision gradients to low-precision weights is one pass.
+_ONE_PASS = frozenset({"gradients", "grad_scale", "copies"})
 #: How a caller chooses a kernel; whoever does is left alone.
 _CHOICES = ("fused", "foreach", "capturable", "differentiable")
 
@@ -35,6 +48,25 @@ def prefer_fused(optimizer: Optimizer) -> None:
         group["fused"] = True
     told: Any = optimizer
     told._step_supports_amp_scaling = True
+
+
+def is_one_pass(optimizer: Optimizer) -> bool:
+    """Whether `step_in_one_pass` may be called."""
+    return getattr(optimizer, "step_options", frozenset()) >= _ONE_PASS
+
+
+def step_in_one_pass(
+    optimizer: Optimizer,
+    gradients: Mapping[torch.Tensor, torch.Tensor],
+    copies: Mapping[torch.Tensor, torch.Tensor],
+    grad_scale: float | torch.Tensor = 1.0,
+) -> None:
+    """`optimizer.step()` of the parameters in `gradients`, which writes their `copies` as well."""
+    is_one = isinstance(grad_scale, float) and grad_scale == 1.0
+    target: Any = optimizer
+    target.step(
+        gradients=gradients, copies=copies or None, grad_scale=None if is_one else grad_scale
+    )
 
 
 def fuses_scale(optimizer: Optimizer) -> bool:

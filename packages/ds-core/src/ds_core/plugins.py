@@ -16,6 +16,7 @@ Seam = Literal[
     "runners",
     "transports",
     "ops",
+    "op_tools",
     "observers",
     "config",
     "accelerators",
@@ -36,6 +37,8 @@ KNOWN_PROVIDERS: dict[Seam, dict[str, str]] = {
         "hybrid_engine": "ds-inference",
     },
     "sharding": {"zero_optimization": "ds-zero"},
+    "ops": {"ds_ops": "ds-ops"},
+    "op_tools": {"ds_ops": "ds-ops"},
 }
 
 

@@ -25,6 +25,7 @@ _HOMES = {
     "FusedAdam": "ds_ops.optim",
     "FusedLamb": "ds_ops.optim",
     "FusedLion": "ds_ops.optim",
+    "FusedSGD": "ds_ops.optim",
     "Muon": "ds_ops.optim",
     # files
     "AsyncFile": "ds_ops.aio",

@@ -1,12 +1,15 @@
 """Every environment variable that ds-ops reads; nothing else reads one.
 
 DS_OPS_CACHE       where built libraries are kept; default: ds_ops in $XDG_CACHE_HOME or ~/.cache.
-CXX                the C++ compiler; default: the first of c++, g++, clang++ on PATH.
+CXX                the C++ compiler, with options if need be ("ccache g++"); default: the first of
+    c++, g++, clang++ on PATH.
 DS_OPS_SANITIZE    address: build with AddressSanitizer, for tests.
 DS_OPS_BUILD_TIMEOUT   seconds to wait for another process that builds the same library; 600.
 
-The library itself reads DS_OPS_ISA (baseline, avx2, avx512), the best instruction set to use. Which
-implementation computes an op is said to ds-core: DS_OPS_IMPL and DS_OPS_FALLBACK.
+DS_OPS_ISA         baseline, avx2 or avx512: the best instruction set to use; the library reads it
+    when it is loaded. Default: the best that the processor has.
+
+Which implementation computes an op is said to ds-core: DS_OPS_IMPL and DS_OPS_FALLBACK.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ import os
 from pathlib import Path
 
 from ds_core.errors import BuildError
+
+#: From the least to the best, on x86_64.
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 
 def cache_folder() -> Path | None:
@@ -32,6 +38,21 @@ def default_cache_folder() -> Path:
 def compiler() -> str | None:
     """The compiler that CXX names."""
     return os.environ.get("CXX") or None
+
+
+def search_path() -> str:
+    """Where programs are looked for."""
+    return os.environ.get("PATH", "")
+
+
+def instruction_set() -> str | None:
+    """The instruction set that DS_OPS_ISA names. Raises BuildError for one that does not exist."""
+    chosen = os.environ.get("DS_OPS_ISA") or None
+    if chosen not in (None, *INSTRUCTION_SETS):
+        raise BuildError(
+            f"DS_OPS_ISA={chosen!r} in the environment: expected {', '.join(INSTRUCTION_SETS)}"
+        )
+    return chosen
 
 
 def sanitizer() -> str | None:

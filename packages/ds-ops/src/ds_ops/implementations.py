@@ -20,13 +20,14 @@ class Cpp:
 
     name = "cpp"
     priority = 100
+    devices: tuple[str, ...] = ("cpu",)
 
     def __init__(self, op: str) -> None:
         self.op = op
 
     def unavailable(self, device_type: str) -> str | None:
         """Why it cannot run there; builds nothing."""
-        return library.unavailable() if device_type == "cpu" else "the C++ kernels are for CPUs"
+        return library.unavailable()
 
     def state(self, device_type: str) -> str:
         """Either "prebuilt", "cached" or "will build"."""
@@ -44,12 +45,10 @@ class Torch:
 
     def __init__(self, op: str, kernel: str, devices: tuple[str, ...], priority: int = 50) -> None:
         self.op, self.priority = op, priority
-        self._kernel, self._devices = kernel, devices
+        self.devices, self._kernel = devices, kernel
 
     def unavailable(self, device_type: str) -> str | None:
-        """Why it cannot run there."""
-        if self._devices and device_type not in self._devices:
-            return f"torch has it for {', '.join(self._devices)} only"
+        """Always None: it runs wherever it is meant to."""
         return None
 
     def state(self, device_type: str) -> str:

@@ -13,6 +13,7 @@ from ds_core.cli import (
     elastic_command,
     env_command,
     hosts_command,
+    ops_command,
     plan_command,
     report_command,
     run_command,
@@ -34,6 +35,7 @@ OWN_COMMANDS = {
     "tune": tune_command,
     "elastic": elastic_command,
     "trace": trace_command,
+    "ops": ops_command,
 }
 
 

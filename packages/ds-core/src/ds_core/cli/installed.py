@@ -11,7 +11,7 @@ from typing import get_args
 import torch
 from torch.torch_version import TorchVersion
 
-from ds_core import accelerator, plugins
+from ds_core import plugins
 from ds_core.errors import DsError, PluginError
 
 #: The packages of the suite and what each is for.
@@ -42,17 +42,6 @@ class Provided:
     seam: str
     name: str
     package: str
-    problem: str = ""
-
-
-@dataclass(frozen=True)
-class OpRow:
-    """One implementation of an op, and why it cannot run here for a dtype; empty if it can."""
-
-    op: str
-    implementation: str
-    device: str
-    dtype: str
     problem: str = ""
 
 
@@ -92,27 +81,6 @@ def _provided_on(seam: plugins.Seam) -> list[Provided]:
         except DsError as error:
             problem = _one_line(error)
         rows.append(Provided(seam, name, package, problem))
-    return rows
-
-
-def op_rows() -> list[OpRow]:
-    """Every implementation of every op on this process's device, for the usual dtypes."""
-    from ds_core import ops
-
-    device = accelerator.current().device()
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    rows = []
-    for op in sorted(ops.catalog()):
-        for dtype in dtypes:
-            told = str(dtype).removeprefix("torch.")
-            try:
-                found = ops.available(op, device, dtype)
-            except DsError as error:
-                rows.append(OpRow(op, "*", device.type, told, _one_line(error)))
-                continue
-            rows += [
-                OpRow(op, name, device.type, told, problem or "") for name, problem in found.items()
-            ]
     return rows
 
 

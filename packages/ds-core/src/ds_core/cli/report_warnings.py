@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from ds_core.cli.installed import OpRow, Provided, range_problems
+from ds_core.cli.installed import Provided, range_problems
 from ds_core.cli.machine import Machine
+from ds_core.cli.ops_report import OpRow
 
 #: Below this, data loader workers and NCCL run out of shared memory.
 _SMALL_SHM_BYTES = 2**30
@@ -25,7 +26,7 @@ def warnings_of(
     """Everything that is likely to hurt, each with what to do about it."""
     found = [*range_problems(), *_limits(machine), *_torch_build(machine, environment)]
     found += [f"{row.package or row.seam}: {row.problem}" for row in provided if row.problem]
-    found += [f"op {row.op}: {row.problem}" for row in ops if row.implementation == "*"]
+    found += [f"ops: {row.problem}" for row in ops if row.problem]
     if "RANK" in environment and "WORLD_SIZE" not in environment:
         found.append("RANK is set and WORLD_SIZE is not: unset it, or start with `ds run`")
     return list(dict.fromkeys(found))

@@ -16,14 +16,13 @@ from ds_core import _env
 from ds_core.cli.installed import (
     SUITE,
     Installable,
-    OpRow,
     Provided,
     installable,
-    op_rows,
     provided,
     version_of,
 )
 from ds_core.cli.machine import Machine, examine
+from ds_core.cli.ops_report import OpRow, advice, op_rows, summary
 from ds_core.cli.report_warnings import warnings_of
 from ds_core.cli.tables import table
 from ds_core.launcher.environment import is_secret
@@ -50,7 +49,7 @@ class Findings:
         installed: versions of the suite's packages that are installed.
         others: versions of other packages that matter.
         provided: what packages register on each seam, and what of it is broken.
-        ops: every implementation of every op here.
+        ops: who computes each op here.
         installable: what could be installed.
         environment: the variables of effect that are set.
         warnings: what hurts.
@@ -102,7 +101,8 @@ def render(findings: Findings) -> str:
             ],
         )
     )
-    parts.append(table("Ops", _op_rows(findings.ops)))
+    told = [("", text) for text in advice(findings.ops)]
+    parts.append(table("Ops", [*told, *summary(findings.ops), ("more", "ds ops report")]))
     if findings.installable:
         rows = [(row.name, row.purpose, row.command) for row in findings.installable]
         parts.append(table("Could be installed", rows))
@@ -158,22 +158,6 @@ def _machine_rows(findings: Findings) -> dict[str, str]:
 
 def _told(num_bytes: int | None) -> str:
     return "unknown" if num_bytes is None else told_bytes(num_bytes)
-
-
-def _op_rows(ops: list[OpRow]) -> list[tuple[str, str, str]]:
-    """One row per op and implementation: for which dtypes it runs, or why it does not."""
-    dtypes: dict[tuple[str, str], list[str]] = {}
-    problems: dict[tuple[str, str], list[str]] = {}
-    for row in ops:
-        key = (row.op, row.implementation)
-        held = problems if row.problem else dtypes
-        held.setdefault(key, []).append(row.problem or row.dtype)
-    rows = []
-    for op, name in dict.fromkeys((row.op, row.implementation) for row in ops):
-        runs = ", ".join(dtypes.get((op, name), []))
-        why = "; ".join(dict.fromkeys(problems.get((op, name), [])))
-        rows.append((op, name, "; ".join(filter(None, (runs, why)))))
-    return rows
 
 
 def _installed(names: Mapping[str, str]) -> dict[str, str]:

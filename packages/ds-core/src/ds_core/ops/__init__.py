@@ -12,6 +12,7 @@ has it as a typed function. Implementations register under the entry-point group
 from ds_core.ops.registry import (
     available,
     catalog,
+    choose,
     define,
     get,
     implementations,
@@ -24,6 +25,7 @@ from ds_core.ops.registry import (
 __all__ = [
     "available",
     "catalog",
+    "choose",
     "define",
     "get",
     "implementations",

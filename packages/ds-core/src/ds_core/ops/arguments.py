@@ -28,11 +28,22 @@ def expect_shape(op: str, argument: str, t: torch.Tensor, shape: Any) -> None:
     expect(tuple(t.shape) == tuple(shape), op, argument, f"shape {list(t.shape)}", list(shape))
 
 
+def expect_like(op: str, argument: str, t: torch.Tensor, like: torch.Tensor) -> None:
+    """Raise OpError unless `t` has the shape and dtype of another tensor."""
+    expect_shape(op, argument, t, like.shape)
+    expect(t.dtype == like.dtype, op, argument, t.dtype, like.dtype)
+
+
 def expect_together(op: str, first: torch.Tensor, **others: torch.Tensor | None) -> None:
     """Raise OpError unless all tensors are on the device of the first."""
     for argument, t in others.items():
         if t is not None and t.device != first.device:
             raise OpError(f"{op}: {argument}: on {t.device}, expected {first.device}")
+
+
+def compact(t: torch.Tensor | None) -> torch.Tensor | None:
+    """A contiguous tensor of the same values; None stays None."""
+    return None if t is None else t.contiguous()
 
 
 def wide(t: torch.Tensor) -> torch.Tensor:

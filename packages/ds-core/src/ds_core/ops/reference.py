@@ -13,6 +13,7 @@ class Reference:
 
     name = REFERENCE
     priority = 0
+    devices: tuple[str, ...] = ()
 
     def __init__(self, op: Op) -> None:
         self.op = op.name

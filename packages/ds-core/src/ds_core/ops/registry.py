@@ -8,8 +8,8 @@ can run. Three things override it:
 * `ops.run("rms_norm", ..., impl="torch")` for a call.
 
 What is named so and cannot run is an error. So is an implementation that should build and does
-not: it is never passed over. One that cannot exist here (no compiler, no such device) is passed
-over with a warning, or refused with `DS_OPS_FALLBACK=error`.
+not: it is never passed over. One that is meant for such a device and cannot exist here (no
+compiler) is passed over with a warning, once, or refused with `DS_OPS_FALLBACK=error`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import importlib
 import importlib.util
 import logging
 import pkgutil
+import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
@@ -95,12 +97,34 @@ def implementations(name: str) -> list[Implementation]:
 
 def available(name: str, device_type: str) -> dict[str, str | None]:
     """Implementations of an op, best first, each with why it cannot run there, or None."""
-    return {impl.name: impl.unavailable(device_type) for impl in implementations(name)}
+    return {impl.name: _reason(impl, device_type) for impl in implementations(name)}
 
 
-@cache
-def select(name: str, device_type: str, impl: str | None = None) -> Implementation:
-    """Who computes op `name` on such devices.
+def _reason(impl: Implementation, device_type: str) -> str | None:
+    if not _is_for(impl, device_type):
+        return f"for {', '.join(impl.devices)} only"
+    return impl.unavailable(device_type)
+
+
+def _is_for(impl: Implementation, device_type: str) -> bool:
+    return not impl.devices or device_type in impl.devices
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Who computes an op on a kind of device.
+
+    Attributes:
+        implementation: that was chosen.
+        passed: better ones that are meant for such devices and cannot run here, each with why.
+    """
+
+    implementation: Implementation
+    passed: Mapping[str, str]
+
+
+def choose(name: str, device_type: str, impl: str | None = None) -> Choice:
+    """Who would compute op `name` on such devices, without saying or binding anything.
 
     Args:
         impl: which implementation; None: what DS_OPS_IMPL names, else the best that can run.
@@ -110,23 +134,36 @@ def select(name: str, device_type: str, impl: str | None = None) -> Implementati
     offered = implementations(name)
     asked = impl or _named(_env.ops_implementations(), name)
     if asked is not None:
-        return _by_name(name, device_type, asked, offered)
-    passed: list[str] = []
+        return Choice(_by_name(name, device_type, asked, offered), {})
+    passed: dict[str, str] = {}
     for candidate in offered:
+        if not _is_for(candidate, device_type):
+            continue
         reason = candidate.unavailable(device_type)
         if reason is None:
             break
-        passed.append(f"{candidate.name}: {reason}")
+        passed[candidate.name] = reason
     if passed and _env.ops_fallback() == "error":
+        told = "; ".join(f"{other}: {reason}" for other, reason in passed.items())
         raise OpError(
-            f"op {name!r} on {device_type}: {'; '.join(passed)}; DS_OPS_FALLBACK=error forbids to "
-            f"use {candidate.name!r} in its place: mend that, or name it by "
+            f"op {name!r} on {device_type}: {told}; DS_OPS_FALLBACK=error forbids to use "
+            f"{candidate.name!r} in its place: mend that, or name it by "
             f"DS_OPS_IMPL={name}={candidate.name}"
         )
-    logger.info("op %s on %s: %s", name, device_type, candidate.name)
-    for reason in passed:
-        _warn_once(device_type, reason)
-    return candidate
+    return Choice(candidate, passed)
+
+
+@cache
+def select(name: str, device_type: str, impl: str | None = None) -> Implementation:
+    """As `choose`, once per op and kind of device: says what was chosen, and warns if it is slow.
+
+    Raises OpError as `choose` does.
+    """
+    chosen = choose(name, device_type, impl)
+    logger.info("op %s on %s: %s", name, device_type, chosen.implementation.name)
+    for other, reason in chosen.passed.items():
+        _warn_once(device_type, f"{other}: {reason}")
+    return chosen.implementation
 
 
 def _by_name(
@@ -134,7 +171,7 @@ def _by_name(
 ) -> Implementation:
     for candidate in offered:
         if candidate.name == asked:
-            reason = candidate.unavailable(device_type)
+            reason = _reason(candidate, device_type)
             if reason is not None:
                 raise OpError(f"op {name!r}: {asked!r} cannot run on {device_type}: {reason}")
             return candidate
@@ -144,9 +181,14 @@ def _by_name(
 
 @cache
 def _warn_once(device_type: str, reason: str) -> None:
-    """Say once, not per op, why something faster is not used."""
-    logger.warning(
-        "ops on %s run slower than they could: %s (`ds ops report`)", device_type, reason
+    """Say once, not per op, why something faster is not used.
+
+    A warning, not a line in a log: a program that does not set up logging would fall back silently.
+    """
+    warnings.warn(
+        f"ops on {device_type} run slower than they could: {reason} (see `ds ops report`)",
+        RuntimeWarning,
+        stacklevel=2,
     )
 
 

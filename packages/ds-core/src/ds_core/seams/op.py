@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -87,14 +88,20 @@ class Implementation(Protocol):
         op: the op's name.
         name: of the implementation: "cpp", "triton", "cuda", "torch".
         priority: the highest that can run is chosen; the reference has 0.
+        devices: kinds of device that it is meant for; empty: all. On others it is not missed.
     """
 
     op: str
     name: str
     priority: int
+    devices: tuple[str, ...]
 
     def unavailable(self, device_type: str) -> str | None:
-        """Why it cannot run on such a device here, or None if it can. Builds nothing."""
+        """Why it cannot run on such a device here, or None if it can. Builds nothing.
+
+        What could be built here is available, even if its build then fails: that is an error of
+        the first call, with its cause, and no reason to compute by something slower.
+        """
 
     def state(self, device_type: str) -> str:
         """What using it would take: "python", "prebuilt", "cached" or "will build"."""
@@ -103,4 +110,45 @@ class Implementation(Protocol):
         """Make it the kernel of `torch.ops.<namespace>.<op>` on such devices, building it first.
 
         Raises BuildError if it should build and does not.
+        """
+
+
+@runtime_checkable
+class OpTools(Protocol):
+    """What a package of implementations adds to `ds ops`; registered under `ds_core.op_tools`."""
+
+    def version(self) -> str:
+        """Changes with what its implementations are made from; findings of checks carry it."""
+
+    def folder(self) -> Path:
+        """Where it keeps what it builds; `ds ops check` keeps its findings there too.
+
+        Raises BuildError if there is no such folder.
+        """
+
+    def facts(self) -> Mapping[str, str]:
+        """What its implementations depend on here, by name: compilers, limits. Builds nothing."""
+
+    def build(
+        self, architectures: Sequence[str], *, everything: bool, into_package: bool
+    ) -> Sequence[str]:
+        """Build now what would be built at first use; a line for each thing that was made.
+
+        Args:
+            architectures: to build for; empty: this machine's.
+            everything: also what this machine would not use.
+            into_package: beside the package's own files, from where it goes into a wheel.
+
+        Raises BuildError for what cannot be built.
+        """
+
+    def benchmarks(self) -> Sequence[str]:
+        """The families that `bench` measures."""
+
+    def bench(self, families: Sequence[str], *, seconds: float, only: str, as_json: bool) -> bool:
+        """Measure and print families; whether every target was reached.
+
+        Args:
+            seconds: per row.
+            only: rows of ops whose name contains it.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -21,7 +22,6 @@ META = "meta.json"
 PREBUILT = Path(__file__).resolve().parent.parent / "_lib"
 
 
-@cache
 def root() -> Path:
     """The folder of all built libraries, which exists and can be written.
 
@@ -30,27 +30,47 @@ def root() -> Path:
 
     Raises BuildError if DS_OPS_CACHE cannot be written, or no folder can.
     """
+    return _root(_env.cache_folder(), _env.default_cache_folder())
+
+
+def readable() -> list[Path]:
+    """The folders in which libraries may lie, written or not: a shared one may be read-only."""
     given = _env.cache_folder()
+    if given is not None:
+        return [given]
+    other = _temporary()
+    return [_env.default_cache_folder(), *([other] if _is_private(other) else [])]
+
+
+@cache
+def _root(given: Path | None, usual: Path) -> Path:
     if given is not None:
         problem = _unwritable(given)
         if problem:
             raise BuildError(f"DS_OPS_CACHE={given}: {problem}; name a folder that can be written")
         return given
-    usual = _env.default_cache_folder()
     problem = _unwritable(usual)
     if not problem:
         return usual
-    other = Path(tempfile.gettempdir()) / f"ds_ops-{os.getuid()}"
-    if _unwritable(other, private=True):
+    other = _temporary()
+    if _unwritable(other) or not _is_private(other):
         raise BuildError(
             f"no folder for built libraries: {usual}: {problem}; {other}: cannot be written, or "
             f"is another user's; set DS_OPS_CACHE to a folder that can be written"
         )
-    logger.warning("%s: %s; built libraries are kept in %s", usual, problem, other)
+    logger.warning(
+        "%s: %s; built libraries are kept in %s, until that is cleared (DS_OPS_CACHE names a "
+        "better place)",
+        *(usual, problem, other),
+    )
     return other
 
 
-def _unwritable(folder: Path, private: bool = False) -> str | None:
+def _temporary() -> Path:
+    return Path(tempfile.gettempdir()) / f"ds_ops-{os.getuid()}"
+
+
+def _unwritable(folder: Path) -> str | None:
     """Why nothing can be written there, or None; makes the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -58,13 +78,24 @@ def _unwritable(folder: Path, private: bool = False) -> str | None:
             pass
     except OSError as error:
         return error.strerror or str(error)
-    # Another user's library would run as us.
-    if private and (folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022):
-        return "another user can write there"
     return None
 
 
-def find_built(folder: Path, sources: str, compiler: str | None) -> Path | None:
+def _is_private(folder: Path) -> bool:
+    """Whether only this user can write there: another user's library would run as us."""
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    return found.st_uid == os.getuid() and found.st_mode & 0o022 == 0
+
+
+def key(sources: str, compiler: str) -> str:
+    """The name of the folder of what is built from these sources with that compiler."""
+    return hashlib.sha256(f"{sources} {compiler}".encode()).hexdigest()[:20]
+
+
+def built(folder: Path, sources: str, compiler: str | None = None) -> Path | None:
     """The library in `folder` that was built from these sources, or None.
 
     Args:
@@ -72,15 +103,38 @@ def find_built(folder: Path, sources: str, compiler: str | None) -> Path | None:
         sources: their digest.
         compiler: with which it was built; None: with any.
     """
-    if not folder.is_dir():
-        return None
-    for entry in sorted(folder.iterdir()):
-        meta = read_meta(entry)
-        if meta.get("sources") != sources or not (entry / LIBRARY).is_file():
+    if compiler is not None:
+        entries = [folder / key(sources, compiler)]
+    else:
+        try:
+            entries = sorted(entry for entry in folder.iterdir() if "." not in entry.name)
+        except OSError:
+            return None
+    for entry in entries:
+        library, meta = entry / LIBRARY, read_meta(entry)
+        try:
+            if meta.get("sources") == sources and library.stat().st_size == meta.get("bytes"):
+                return library
+        except OSError:
             continue
-        if compiler is None or meta.get("compiler") == compiler:
-            return entry / LIBRARY
     return None
+
+
+def is_whole(library: Path) -> bool:
+    """Whether a library is what its builder wrote, to the last byte.
+
+    To load one that is not may end the process.
+    """
+    try:
+        return read_meta(library.parent).get("sha256") == digest_of(library)
+    except OSError:
+        return False
+
+
+def digest_of(file: Path) -> str:
+    """The SHA-256 of a file."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
+from collections.abc import Iterator
 from functools import cache as once
 from pathlib import Path
 
 from ds_core.errors import BuildError
+from ds_ops import _env
 from ds_ops.native import cache, sources, toolchain
 from ds_ops.native.build import build
 
@@ -18,25 +20,45 @@ _lock = threading.Lock()
 
 
 def unavailable() -> str | None:
-    """Why there is no library and none can be built, or None."""
+    """Why there is no library and none can be built here, or None. Builds nothing.
+
+    One that should build is available, whatever comes of its build: see `Implementation`.
+    """
     reason = sources.unsupported()
-    if reason is not None or find() is not None:
+    if reason is not None:
         return reason
-    return toolchain.missing() if toolchain.find_compiler() is None else None
+    try:
+        found, compiler = find(), toolchain.find_compiler()
+    except BuildError:
+        return None  # said when it is built
+    return toolchain.missing() if found is None and compiler is None else None
 
 
 def find() -> Path | None:
-    """The library that was built from these sources: the wheel's own, else one in the cache."""
-    prebuilt = cache.find_built(cache.PREBUILT, sources.digest(), None)
+    """The library that was built from these sources: the wheel's own, else one in the cache.
+
+    Raises BuildError if it depends on the compiler, and CXX names one that does not work.
+    """
+    return next(_found(), None)
+
+
+def _found() -> Iterator[Path]:
+    digest = sources.digest()
+    prebuilt = cache.built(cache.PREBUILT, digest)
     if prebuilt is not None:
-        return prebuilt
+        yield prebuilt
     compiler = toolchain.find_compiler()
-    version = compiler.version if compiler else None
-    return cache.find_built(cache.root(), sources.digest(), version)
+    for folder in cache.readable():
+        cached = cache.built(folder, digest, compiler.version if compiler else None)
+        if cached is not None:
+            yield cached
 
 
 def state() -> str:
-    """Either "prebuilt", "cached" or "will build"."""
+    """Either "prebuilt", "cached" or "will build".
+
+    Raises BuildError as `find` does.
+    """
     found = find()
     if found is None:
         return "will build"
@@ -48,34 +70,56 @@ def ensure() -> Path:
 
     Raises BuildError if it cannot be built.
     """
-    found = find()
-    if found is not None:
-        return found
+    for found in _found():
+        if cache.is_whole(found):
+            return found
+        logger.warning("%s is not as it was built, and is built anew", found)
     compiler = toolchain.find_compiler()
     if compiler is None:
         raise BuildError(f"the C++ kernels of ds-ops: {toolchain.missing()}")
     return build(compiler, cache.root())
 
 
-@once
 def load() -> ctypes.CDLL:
-    """The loaded library. Raises BuildError if it does not build or load."""
+    """The loaded library. Raises BuildError, at every call, if it does not build or load."""
     with _lock:
-        path = ensure()
-        try:
-            loaded = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise BuildError(
-                f"{path} does not load: {error}; delete its folder to build it anew"
-            ) from error
-        for name in ("ds_ops_error", "ds_ops_name", "ds_ops_isa"):
-            getattr(loaded, name).restype = ctypes.c_char_p
-        logger.info("loaded the C++ kernels (%s) from %s", loaded.ds_ops_isa().decode(), path)
-        return loaded
+        outcome = _outcome()
+    if isinstance(outcome, ctypes.CDLL):
+        return outcome
+    raise BuildError(str(outcome)) from outcome
+
+
+@once
+def _outcome() -> ctypes.CDLL | BuildError:
+    """What comes of loading it, once: a build that fails takes as long as one that does not."""
+    try:
+        _env.instruction_set()  # which the library reads by itself: refused here if it is wrong
+        return _open(ensure())
+    except BuildError as error:
+        return error
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(
+            f"the C++ kernels do not load: {error}; it was built by "
+            f"{cache.read_meta(path.parent).get('compiler', 'an unknown compiler')}; to build it "
+            f"for this machine delete {path.parent} and call `ds ops build`; to do without set "
+            f"DS_OPS_IMPL='*=reference'"
+        ) from error
+    for name in ("ds_ops_error", "ds_ops_name", "ds_ops_isa"):
+        getattr(loaded, name).restype = ctypes.c_char_p
+    logger.info("loaded the C++ kernels (%s) from %s", loaded.ds_ops_isa().decode(), path)
+    return loaded
 
 
 def bind(op: str, namespace: str, key: str) -> None:
-    """Make the library's kernel that of `<namespace>::<op>` under a dispatch key."""
+    """Make the library's kernel that of `<namespace>::<op>` under a dispatch key.
+
+    Raises BuildError if there is no library, or torch refuses the kernel.
+    """
     loaded = load()
     code = loaded.ds_ops_bind(op.encode(), namespace.encode(), key.encode())
     if code == 1:

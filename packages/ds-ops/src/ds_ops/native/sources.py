@@ -81,6 +81,11 @@ def unsupported() -> str | None:
     return None
 
 
+def instruction_sets() -> tuple[str, ...]:
+    """Those that kernels are compiled for on this kind of machine."""
+    return tuple(_INSTRUCTION_SETS[machine()])
+
+
 def units() -> list[Unit]:
     """Everything that is compiled for this machine."""
     found: list[Unit] = []
@@ -118,9 +123,14 @@ def torch_folders() -> tuple[Path, Path]:
     return root / "include", root / "lib"
 
 
-@cache
 def digest() -> str:
     """Changes with every source, header and flag; the same on every machine of this kind."""
+    return _digest(_env.sanitizer())
+
+
+@cache
+def _digest(sanitizer: str | None) -> str:
+    """As `digest`; the one flag that depends on the environment is an argument, to be cached."""
     found = hashlib.sha256(machine().encode())
     for path in sorted(p for p in CSRC.rglob("*") if p.suffix in (".cpp", ".h")):
         found.update(path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())

@@ -106,13 +106,13 @@ class OpContract:
         return ops.get(self.op)
 
     def _runnable(self, device: str) -> list[tuple[str, Callable[..., Any]]]:
-        found, reasons = [], []
-        for impl in ops.implementations(self.op):
-            reason = impl.unavailable(device)
+        found: list[tuple[str, Callable[..., Any]]] = []
+        reasons = []
+        for name, reason in ops.available(self.op, device).items():
             if reason is None:
-                found.append((impl.name, functools.partial(ops.run, self.op, impl=impl.name)))
+                found.append((name, functools.partial(ops.run, self.op, impl=name)))
             else:
-                reasons.append(f"{impl.name} on {device}: {reason}")
+                reasons.append(f"{name} on {device}: {reason}")
         if len(found) == 1 and reasons:  # the reference only
             pytest.skip("; ".join(reasons))
         return found

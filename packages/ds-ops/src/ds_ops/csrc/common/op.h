@@ -12,6 +12,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/float_type.h"
 #include "common/half.h"
 #include "common/isa.h"
 
@@ -59,6 +60,18 @@ void with_float(ScalarType dtype, Body&& body) {
       return body(bf16{});
     default:
       return body(fp16{});
+  }
+}
+
+// The same for a kernel, which is given a type as a value.
+inline FloatType float_type(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return FloatType::fp32;
+    case ScalarType::BFloat16:
+      return FloatType::bf16;
+    default:
+      return FloatType::fp16;
   }
 }
 

@@ -66,10 +66,19 @@ DS_INLINE F from_bf16_bits(H bits) {
 // Nearest, ties to even; a NaN stays one.
 DS_INLINE H to_bf16_bits(F v) {
   const U bits = (U)v;
+#if defined(__AVX512F__)
+  // Where v is a NaN, the last addition leaves this one in its place.
+  const __m512i nan = _mm512_set1_epi32(0x7fc00000);
+  const __mmask16 number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
+  const U half = ((bits >> 16) & 1u) + 0x7fffu;
+  const __m512i rounded = _mm512_mask_add_epi32(nan, number, (__m512i)bits, (__m512i)half);
+  return (H)_mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#else
   const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const U quiet = (bits >> 16) | 0x40u;
   const U chosen = (U)(v == v) ? rounded : quiet;
   return __builtin_convertvector(chosen, H);
+#endif
 }
 
 DS_INLINE F load(const bf16* from) {
@@ -175,21 +184,74 @@ DS_INLINE F exponential(F v) {
   return p * (F)exponent;
 }
 
+// Pairwise, the upper half onto the lower one, in the same order everywhere.
 DS_INLINE float sum_of(F v) {
-  float total = 0.0f;
-  // Pairwise, so that the result does not lean on the order of one long chain.
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)v),
+                                     _mm512_extractf32x8_ps((__m512)v, 1));
+#else
+  const __m256 eight = (__m256)v;
+#endif
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+#else
   float lanes[kWidth];
   store(lanes, v);
   for (int step = kWidth / 2; step > 0; step /= 2)
     for (int lane = 0; lane < step; ++lane) lanes[lane] += lanes[lane + step];
-  total = lanes[0];
-  return total;
+  return lanes[0];
+#endif
 }
 
 DS_INLINE float max_of(F v) {
   float largest = v[0];
   for (int lane = 1; lane < kWidth; ++lane) largest = v[lane] > largest ? v[lane] : largest;
   return largest;
+}
+
+// --- Rows of any length -------------------------------------------------------------------------
+
+// How much of a vector a step works on; lanes behind the end read as 0 and are not written.
+struct Whole {};
+struct Some {
+  int count;
+};
+
+template <typename T>
+DS_INLINE F load(const T* from, Whole) {
+  return load(from);
+}
+
+template <typename T>
+DS_INLINE F load(const T* from, Some part) {
+  return load_some(from, part.count);
+}
+
+template <typename T>
+DS_INLINE void store(T* to, F v, Whole) {
+  store(to, v);
+}
+
+template <typename T>
+DS_INLINE void store(T* to, F v, Some part) {
+  store_some(to, v, part.count);
+}
+
+// `v`, with 0 in the lanes behind the end.
+DS_INLINE F inside(F v, Whole) { return v; }
+DS_INLINE F inside(F v, Some part) {
+  for (int lane = 0; lane < kWidth; ++lane) v[lane] = lane < part.count ? v[lane] : 0.0f;
+  return v;
+}
+
+// `body(i, part)` for each vector of [0, count): whole ones, then the rest.
+template <typename Body>
+DS_INLINE void for_vectors(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) body(i, Whole{});
+  if (i < count) body(i, Some{(int)(count - i)});
 }
 
 }  // namespace DS_ISA

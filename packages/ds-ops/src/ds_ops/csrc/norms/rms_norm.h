@@ -3,18 +3,18 @@
 
 #include <stdint.h>
 
-#include "common/half.h"
+#include "common/float_type.h"
 #include "common/isa.h"
 
 namespace ds {
 
-enum class FloatType { fp32, bf16, fp16 };
-
 struct RmsNormForward {
-  const void* x;       // [rows, width], of type `x_type`
-  const void* weight;  // [width], of type `weight_type`
-  void* y;             // [rows, width], of type `x_type`
-  float* scale;        // [rows]
+  const void* x;         // [rows, width], of type `x_type`
+  const void* weight;    // [width], of type `weight_type`
+  const void* residual;  // [rows, width] or null
+  void* y;               // [rows, width]
+  void* sum;             // [rows, width]: x + residual, what is then normalized; null as residual
+  float* scale;          // [rows]
   int64_t width;
   float eps;
   FloatType x_type;
@@ -22,11 +22,12 @@ struct RmsNormForward {
 };
 
 struct RmsNormBackward {
-  const void* grad;    // [rows, width], of type `x_type`
-  const void* x;       // [rows, width]
-  const void* weight;  // [width]
-  const float* scale;  // [rows]
-  void* dx;            // [rows, width]
+  const void* grad;      // [rows, width], of type `x_type`
+  const void* x;         // [rows, width]: what was normalized
+  const void* weight;    // [width]
+  const float* scale;    // [rows]
+  const void* grad_sum;  // [rows, width] or null: added to dx
+  void* dx;              // [rows, width]
   int64_t width;
   FloatType x_type;
   FloatType weight_type;

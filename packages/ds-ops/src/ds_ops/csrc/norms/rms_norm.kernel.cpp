@@ -1,91 +1,87 @@
 #include "norms/rms_norm.h"
 
 #include "common/simd.h"
+#include "norms/rows.h"
 
 namespace ds {
 namespace DS_ISA {
 namespace {
 
-// Four sums side by side: one addition takes four cycles, and two can begin in each.
-template <typename T>
-float sum_of_squares(const T* x, int64_t width) {
-  F sums[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * kWidth <= width; i += 4 * kWidth) {
-    for (int j = 0; j < 4; ++j) {
-      const F v = load(x + i + j * kWidth);
-      sums[j] += v * v;
-    }
-  }
-  for (; i + kWidth <= width; i += kWidth) {
-    const F v = load(x + i);
-    sums[0] += v * v;
-  }
-  if (i < width) {
-    const F v = load_some(x + i, width - i);
-    sums[1] += v * v;
-  }
-  return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
-}
-
 template <typename T, typename W>
 void forward(const RmsNormForward& call, int64_t begin, int64_t end) {
   const int64_t width = call.width;
   const W* weight = static_cast<const W*>(call.weight);
-  for (int64_t row = begin; row < end; ++row) {
-    const T* x = static_cast<const T*>(call.x) + row * width;
-    T* y = static_cast<T*>(call.y) + row * width;
-    const float mean = sum_of_squares(x, width) / (float)width;
-    const float scale = 1.0f / __builtin_sqrtf(mean + call.eps);
-    call.scale[row] = scale;
-    int64_t i = 0;
-    for (; i + kWidth <= width; i += kWidth) {
-      store(y + i, load(x + i) * scale * load(weight + i));
+  // Of short rows a few at once: the square root of one need not be awaited.
+  constexpr int kMost = 8;
+  const int64_t size = width * sizeof(T) <= 1024 ? kMost : 1;
+  for (int64_t first = begin; first < end; first += size) {
+    const int64_t count = first + size <= end ? size : end - first;
+    const T* x = static_cast<const T*>(call.x) + first * width;
+    T* y = static_cast<T*>(call.y) + first * width;
+    if (call.residual != nullptr) {
+      T* sum = static_cast<T*>(call.sum) + first * width;
+      add(x, static_cast<const T*>(call.residual) + first * width, sum, count * width);
+      x = sum;
     }
-    if (i < width) {
-      const int rest = width - i;
-      store_some(y + i, load_some(x + i, rest) * scale * load_some(weight + i, rest), rest);
+    float scale[kMost];
+    for (int64_t r = 0; r < count; ++r) {
+      const float mean = sum_of_squares(x + r * width, width) / (float)width;
+      scale[r] = call.scale[first + r] = 1.0f / __builtin_sqrtf(mean + call.eps);
+    }
+    for (int64_t r = 0; r < count; ++r, x += width, y += width) {
+      const F s = splat(scale[r]);
+      for_vectors(width, [&](int64_t i, auto part) {
+        store(y + i, load(x + i, part) * s * load(weight + i, part), part);
+      });
     }
   }
 }
 
-template <typename T, typename W>
-void backward(const RmsNormBackward& call, float* dweight, int64_t begin, int64_t end) {
+// R rows at once, so that the weight and its gradient are loaded and stored once for all of them.
+template <int R, typename T, typename W>
+DS_INLINE void backward_block(const RmsNormBackward& call, float* dweight, int64_t first) {
   const int64_t width = call.width;
   const W* weight = static_cast<const W*>(call.weight);
-  for (int64_t row = begin; row < end; ++row) {
-    const T* x = static_cast<const T*>(call.x) + row * width;
-    const T* grad = static_cast<const T*>(call.grad) + row * width;
-    T* dx = static_cast<T*>(call.dx) + row * width;
-    const float scale = call.scale[row];
-    F sums[2] = {};
-    int64_t i = 0;
-    for (; i + 2 * kWidth <= width; i += 2 * kWidth) {
-      for (int j = 0; j < 2; ++j) {
-        const int64_t at = i + j * kWidth;
-        sums[j] += load(grad + at) * load(weight + at) * load(x + at);
-      }
+  const T* grad = static_cast<const T*>(call.grad) + first * width;
+  const T* x = static_cast<const T*>(call.x) + first * width;
+  const T* grad_sum = static_cast<const T*>(call.grad_sum);
+  if (grad_sum != nullptr) grad_sum += first * width;
+  T* dx = static_cast<T*>(call.dx) + first * width;
+  F sums[R] = {};
+  for_vectors(width, [&](int64_t i, auto part) {
+    const F w = load(weight + i, part);
+    for (int r = 0; r < R; ++r) {
+      const int64_t at = r * width + i;
+      sums[r] += load(grad + at, part) * w * load(x + at, part);
     }
-    for (; i < width; i += kWidth) {
-      const int rest = width - i < kWidth ? width - i : kWidth;
-      sums[0] += load_some(grad + i, rest) * load_some(weight + i, rest) * load_some(x + i, rest);
-    }
+  });
+  float scale[R], inner[R];
+  for (int r = 0; r < R; ++r) {
+    scale[r] = call.scale[first + r];
     // mean(g * n) * scale, with n = x * scale.
-    const float inner = sum_of(sums[0] + sums[1]) * scale * scale / (float)width;
-    for (i = 0; i + kWidth <= width; i += kWidth) {
-      const F g = load(grad + i);
-      const F v = load(x + i);
-      store(dx + i, (g * load(weight + i) - v * inner) * scale);
-      store(dweight + i, load(dweight + i) + g * v * scale);
-    }
-    if (i < width) {
-      const int rest = width - i;
-      const F g = load_some(grad + i, rest);
-      const F v = load_some(x + i, rest);
-      store_some(dx + i, (g * load_some(weight + i, rest) - v * inner) * scale, rest);
-      store_some(dweight + i, load_some(dweight + i, rest) + g * v * scale, rest);
-    }
+    inner[r] = sum_of(sums[r]) * scale[r] * scale[r] / (float)width;
   }
+  for_vectors(width, [&](int64_t i, auto part) {
+    const F w = load(weight + i, part);
+    F d[R], dw[R];  // stored behind all loads: rows lie a multiple of 4096 bytes apart (see rows.h)
+    for (int r = 0; r < R; ++r) {
+      const int64_t at = r * width + i;
+      const F g = load(grad + at, part);
+      const F v = load(x + at, part);
+      dw[r] = g * (v * scale[r]);
+      d[r] = (g * w - v * inner[r]) * scale[r];
+      if (grad_sum != nullptr) d[r] += load(grad_sum + at, part);
+    }
+    for (int r = 0; r < R; ++r) store(dx + r * width + i, d[r], part);
+    store(dweight + i, load(dweight + i, part) + sum_of_rows<R>(dw), part);
+  });
+}
+
+template <typename T, typename W>
+void backward(const RmsNormBackward& call, float* dweight, int64_t begin, int64_t end) {
+  int64_t row = begin;
+  for (; row + 4 <= end; row += 4) backward_block<4, T, W>(call, dweight, row);
+  for (; row < end; ++row) backward_block<1, T, W>(call, dweight, row);
 }
 
 }  // namespace

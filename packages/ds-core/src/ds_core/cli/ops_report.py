@@ -1,0 +1,175 @@
+"""`ds ops report`, and the ops in `ds report`: who computes each, and why not something faster."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ds_core import ops
+from ds_core.cli import ops_tools
+from ds_core.cli.ops_checks import Check, device_types, recorded
+from ds_core.cli.tables import table
+from ds_core.errors import DsError
+from ds_core.ops.reference import REFERENCE
+
+
+@dataclass(frozen=True)
+class OpRow:
+    """Who computes an op on a kind of device.
+
+    Attributes:
+        op, device: "*" for both if nothing can be said of any op.
+        implementation: that would be chosen; empty if none can be.
+        state: "python", "prebuilt", "cached" or "will build".
+        unavailable: those that cannot run there, each with why.
+        others: those that could, were they asked for by name.
+        problem: why none can be chosen, or the chosen one will fail; empty if all is well.
+        checked: what `ds ops check` found last; empty if it never ran.
+    """
+
+    op: str
+    device: str
+    implementation: str = ""
+    state: str = ""
+    unavailable: dict[str, str] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+    problem: str = ""
+    checked: str = ""
+
+
+@dataclass(frozen=True)
+class OpFindings:
+    """Everything that `ds ops report` shows.
+
+    Attributes:
+        advice: what to do, in a line or two.
+        rows: one per op and kind of device.
+        facts: what building depends on here.
+    """
+
+    advice: list[str]
+    rows: list[OpRow]
+    facts: dict[str, str]
+
+    def as_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+def collect() -> OpFindings:
+    """Look at every op on every kind of device here. Builds nothing and computes nothing."""
+    rows = op_rows()
+    facts: dict[str, str] = {}
+    try:
+        for tool in ops_tools.installed():
+            facts |= tool.facts()
+    except DsError as error:
+        facts["problem"] = _one_line(error)
+    return OpFindings(advice(rows), rows, facts)
+
+
+def op_rows() -> list[OpRow]:
+    """Who computes each op on this process's kinds of device."""
+    try:
+        names = ops.names()
+        ops.implementations(names[0])
+        known, version = recorded(), ops_tools.version()
+    except DsError as error:
+        return [OpRow("*", "*", problem=_one_line(error))]
+    return [_row(op, device, known, version) for op in names for device in device_types()]
+
+
+def _row(op: str, device: str, known: dict[tuple[str, str, str], Check], version: str) -> OpRow:
+    offered = ops.available(op, device)
+    unavailable = {name: reason for name, reason in offered.items() if reason is not None}
+    try:
+        chosen = ops.choose(op, device).implementation
+    except DsError as error:
+        return OpRow(op, device, unavailable=unavailable, problem=_one_line(error))
+    others = tuple(n for n in offered if n != chosen.name and n not in unavailable)
+    state, problem = "", ""
+    try:
+        state = chosen.state(device)
+    except DsError as error:
+        state, problem = "cannot build", _one_line(error)
+    checked = _told(known.get((op, chosen.name, device)), version)
+    return OpRow(op, device, chosen.name, state, unavailable, others, problem, checked)
+
+
+def _told(check: Check | None, version: str) -> str:
+    if check is None:
+        return ""
+    if check.version != version:
+        return "not checked at this version"
+    return f"{check}, {check.when[:10]}, at {check.version}"
+
+
+def advice(rows: Sequence[OpRow]) -> list[str]:
+    """What a newcomer should know and do, in a line for each thing."""
+    problems = list(dict.fromkeys(row.problem for row in rows if row.problem))
+    if problems:
+        return problems
+    if all(row.implementation == REFERENCE and not row.unavailable for row in rows):
+        return [
+            "All ops are computed by plain torch, the reference. For fast kernels: pip install "
+            "ds-ops"
+        ]
+    found = []
+    missed = {
+        f"{name} on {row.device}: {reason}"
+        for row in rows
+        for name, reason in row.unavailable.items()
+        if not reason.startswith("for ")  # another kind of device
+    }
+    found += [f"Slower than it could be: {text}" for text in sorted(missed)]
+    building = sum(row.state == "will build" for row in rows)
+    if building:
+        found.append(
+            f"{building} ops have a fast implementation that is built when it is first used, once, "
+            f"in up to a minute; `ds ops build` does it now"
+        )
+    ready = sum(row.implementation != REFERENCE and row.state != "will build" for row in rows)
+    if ready and not missed:
+        found.append(f"{ready} of {len(rows)} ops have a fast implementation that is ready")
+    return found
+
+
+def render(findings: OpFindings) -> str:
+    """The findings as text for a terminal or an issue."""
+    reasons: dict[str, int] = {}
+    body = []
+    for row in findings.rows:
+        why = []
+        for name, reason in row.unavailable.items():
+            why.append(f"{name} [{reasons.setdefault(reason, len(reasons) + 1)}]")
+        if row.others:
+            why.append(f"{', '.join(row.others)} on request")
+        state = row.state or "none"
+        body.append(
+            (row.op, row.device, row.implementation, state, row.checked or "-", "; ".join(why))
+        )
+    header = ("op", "on", "by", "state", "last check", "not")
+    parts = ["".join(f"{line}\n" for line in findings.advice), table("", body, header=header)]
+    if reasons:
+        parts.append(table("Why not", [(f"[{n}]", reason) for reason, n in reasons.items()]))
+    if findings.facts:
+        parts.append(table("Here", findings.facts.items()))
+    return "\n".join(parts)
+
+
+def summary(rows: Sequence[OpRow]) -> list[tuple[str, str]]:
+    """The rows in short, for `ds report`: ops by who computes them."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        groups.setdefault((row.implementation or "nothing", row.device, row.state), []).append(
+            row.op
+        )
+    return [
+        (f"{name} on {device}", f"{f'{state}: ' if state else ''}{', '.join(names)}")
+        for (name, device, state), names in groups.items()
+    ]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,237 @@
+"""A step of LAMB in two passes: a direction with its norm, then the step along it.
+
+Source: You et al. 2020, Algorithm 2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from ds_core.ops import optimizer_step as common
+from ds_core.ops.arguments import (
+    FLOATS,
+    expect,
+    expect_float,
+    expect_shape,
+    expect_together,
+    randn,
+    wide,
+    wide_dtype,
+)
+from ds_core.ops.registry import run
+from ds_core.ops.tolerance import CLASS
+from ds_core.seams.op import Floor, Op
+
+NAME, APPLY = "lamb_update_", "lamb_apply_"
+
+
+def lamb_update_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    update: torch.Tensor,
+    *,
+    step: int,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    bias_correction: bool = True,
+    grad_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Update the averages as `adam_step_` does, and write Adam's direction to `update`, in fp32.
+
+    `update`: fp32 in the shape of `param`, gets `m / (sqrt(v) + eps) + wd p`, with m and v bias-
+    corrected. Returns `[|param|^2, |update|^2]`, fp32 `[2]`, for the trust ratio.
+    """
+    result: torch.Tensor = run(
+        NAME,
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        update,
+        grad_scale,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        step,
+        bias_correction,
+    )
+    return result
+
+
+def lamb_apply_(
+    param: torch.Tensor, update: torch.Tensor, step_size: float, copy: torch.Tensor | None = None
+) -> None:
+    """`param -= step_size * update`; `copy` gets the new parameter, rounded to nearest."""
+    run(APPLY, param, update, copy, step_size)
+
+
+def reference(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    update: torch.Tensor,
+    grad_scale: torch.Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    bias_correction: bool,
+) -> torch.Tensor:
+    """As `lamb_update_`."""
+    states = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    common.check_step(NAME, param, grad, states, grad_scale=grad_scale)
+    common.check_rates(NAME, beta1=beta1, beta2=beta2, eps=eps, step=step)
+    _check_update(NAME, param, update)
+    g, p = common.effective_gradient(grad, grad_scale), wide(param)
+    mean = beta1 * wide(exp_avg) + (1 - beta1) * g
+    square = beta2 * wide(exp_avg_sq) + (1 - beta2) * g * g
+    first = 1 - beta1**step if bias_correction else 1.0
+    second = 1 - beta2**step if bias_correction else 1.0
+    direction = mean / first / (square.sqrt() / math.sqrt(second) + eps) + weight_decay * p
+    exp_avg.copy_(mean)
+    exp_avg_sq.copy_(square)
+    update.copy_(direction)
+    sums = [t.double().square().sum() for t in (p, direction)]
+    return torch.stack(sums).to(wide_dtype(param.dtype))
+
+
+def _check_update(op: str, param: torch.Tensor, update: torch.Tensor) -> None:
+    expected = wide_dtype(param.dtype)
+    expect(update.dtype is expected, op, "update", update.dtype, expected)
+    expect_shape(op, "update", update, param.shape)
+    expect_together(op, param, update=update)
+    expect(update.is_contiguous(), op, "update", "a tensor with gaps", "a contiguous one")
+
+
+def fake(*args: Any) -> torch.Tensor:
+    param: torch.Tensor = args[0]
+    return param.new_empty(2, dtype=wide_dtype(param.dtype))
+
+
+def apply_reference(
+    param: torch.Tensor, update: torch.Tensor, copy: torch.Tensor | None, step_size: float
+) -> None:
+    """As `lamb_apply_`."""
+    expect_float(APPLY, "param", param)
+    expect(param.is_contiguous(), APPLY, "param", "a tensor with gaps", "a contiguous one")
+    _check_update(APPLY, param, update)
+    if copy is not None:
+        expect_float(APPLY, "copy", copy)
+        expect_shape(APPLY, "copy", copy, param.shape)
+        expect_together(APPLY, param, copy=copy)
+    common.finish(param, wide(param) - step_size * update, copy, None)
+
+
+def apply_fake(*args: Any) -> None:
+    """It returns nothing."""
+
+
+#: beta1, beta2, eps, weight_decay, step, bias_correction.
+_SETTINGS = ((0.9, 0.999, 1e-8, 0.01, 1, True), (0.8, 0.95, 1e-6, 0.0, 9, False))
+
+
+def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    """Odd, single and empty sizes; mixed formats; a gradient scale."""
+    scale = torch.tensor(0.25, device=device)
+    found: list[tuple[Any, ...]] = []
+    for index, (param, grad, (mean, square), _) in enumerate(
+        common.tensors_of_cases(device, dtype, (False, True))
+    ):
+        update = torch.zeros(param.shape, device=device)
+        factor = scale if index % 2 else None
+        found.append((param, grad, mean, square, update, factor, *_SETTINGS[index % 2]))
+    return found
+
+
+def apply_cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    found: list[tuple[Any, ...]] = []
+    for param, _, (update,), copy in common.tensors_of_cases(device, dtype, (False,)):
+        found.append((param, update.float(), copy, 0.125))
+    return found
+
+
+def refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
+    a, b, c, d, e = (torch.ones(8, device=device) for _ in range(5))
+    return [
+        ("grad: (got shape|has)", (a, b[:7], c, d, e, None, *_SETTINGS[0])),
+        ("update: got torch.bfloat16", (a, b, c, d, e.bfloat16(), None, *_SETTINGS[0])),
+        ("update: (got shape|has)", (a, b, c, d, e[:7], None, *_SETTINGS[0])),
+        ("step: got 0", (a, b, c, d, e, None, 0.9, 0.999, 1e-8, 0.0, 0, True)),
+    ]
+
+
+def apply_refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
+    a, b = torch.ones(8, device=device), torch.ones(8, device=device)
+    return [
+        ("update: got torch.bfloat16", (a, b.bfloat16(), None, 0.1)),
+        ("copy: (got shape|has)", (a, b, torch.ones(7, device=device), 0.1)),
+    ]
+
+
+def floor(*args: Any) -> Floor:
+    param, grad, exp_avg, exp_avg_sq, update = args[:5]
+    states = exp_avg.nbytes + exp_avg_sq.nbytes
+    read = param.nbytes + grad.nbytes + states
+    return Floor(read, states + update.nbytes, 16 * param.numel())
+
+
+def apply_floor(
+    param: torch.Tensor, update: torch.Tensor, copy: torch.Tensor | None, step_size: float
+) -> Floor:
+    written = param.nbytes + (copy.nbytes if copy is not None else 0)
+    return Floor(param.nbytes + update.nbytes, written, 2 * param.numel())
+
+
+def benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
+    return [
+        (label, (param, grad, mean, square, torch.empty_like(mean), None, *_SETTINGS[0]))
+        for label, param, grad, (mean, square), copy in common.benchmark_tensors(device, 2)
+        if copy is None
+    ]
+
+
+def apply_benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
+    numel = 10_000_000
+    param, update = (randn(device, torch.float32, numel, seed=seed) for seed in (0, 1))
+    copy = torch.empty(numel, dtype=torch.bfloat16, device=device)
+    return [("10M float32, bfloat16 copy", (param, update, copy, 1e-6))]
+
+
+OPS = (
+    Op(
+        name=NAME,
+        schema="(Tensor param, Tensor grad, Tensor(a!) exp_avg, Tensor(b!) exp_avg_sq, "
+        "Tensor(c!) update, Tensor? grad_scale, float beta1, float beta2, float eps, "
+        "float weight_decay, int step, bool bias_correction) -> Tensor",
+        reference=reference,
+        fake=fake,
+        dtypes=FLOATS,
+        tolerance=CLASS,
+        cases=cases,
+        refused=refused,
+        floor=floor,
+        benchmarks=benchmarks,
+    ),
+    Op(
+        name=APPLY,
+        schema="(Tensor(a!) param, Tensor update, Tensor(b!)? copy, float step_size) -> ()",
+        reference=apply_reference,
+        fake=apply_fake,
+        dtypes=FLOATS,
+        tolerance=CLASS,
+        cases=apply_cases,
+        refused=apply_refused,
+        floor=apply_floor,
+        benchmarks=apply_benchmarks,
+    ),
+)

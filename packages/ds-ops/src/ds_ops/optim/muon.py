@@ -1,0 +1,23 @@
+"""Muon with a fused step for the parameters that are no hidden matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch.optim import Optimizer
+
+from ds_core import optim
+from ds_ops.optim.adam import FusedAdam
+
+
+class Muon(optim.Muon):
+    """`ds_core.optim.Muon` whose AdamW is `FusedAdam`; arguments and arithmetic are its own.
+
+    `step` also takes gradients in another format, a gradient scale and low-precision copies, as
+    `FusedAdam.step` does.
+    """
+
+    _rest_class: ClassVar[Callable[..., Optimizer]] = FusedAdam
+    step_options: ClassVar[frozenset[str]] = frozenset({"gradients", "copies", "grad_scale"})
+    op = FusedAdam.op
