@@ -19,17 +19,6 @@ constexpr const char* kOp = "paged_attention";
 constexpr int64_t kFewTiles = 4 * kAttentionRows;
 constexpr int64_t kKeysOfPart = 512;
 
-FloatType element_type(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return FloatType::fp32;
-    case ScalarType::BFloat16:
-      return FloatType::bf16;
-    default:
-      return FloatType::fp16;
-  }
-}
-
 // --- Checks ---------------------------------------------------------------------------------------
 
 // Caches may be views of one another's interleaved memory, but heads are contiguous.
@@ -300,7 +289,7 @@ Tensor paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_ta
                             window.value_or(INT64_C(1) << 40),
                             static_cast<float>(scale),
                             static_cast<float>(softcap.value_or(0.0)),
-                            element_type(q)};
+                            float_type(q)};
   if (q.numel() > 0) compute(call, make_plan(call, sequences));
   return out;
 }

@@ -13,17 +13,6 @@ constexpr const char* kOp = "moe_gate";
 // Tokens of fewer experts in all than this cost more to hand to a thread than to compute.
 constexpr int64_t kGrain = 4096;
 
-FloatType element_type(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return FloatType::fp32;
-    case ScalarType::BFloat16:
-      return FloatType::bf16;
-    default:
-      return FloatType::fp16;
-  }
-}
-
 void check_logits(const Tensor& logits, int64_t k) {
   check_float(kOp, "logits", logits);
   check_plain(kOp, "logits", logits);
@@ -77,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_gate(Tensor logits, int64_t k, bo
                      static_cast<float>(scale),
                      normalize,
                      is_sigmoid(scoring),
-                     element_type(logits)};
+                     float_type(logits)};
   const auto kernel = DS_BEST(moe_gate_rows);
   const int64_t grain = kGrain / experts + 1;
   const int64_t parts = (tokens + grain - 1) / grain;
@@ -138,7 +127,7 @@ Tensor moe_gate_backward(std::optional<Tensor> grad_weights,
       static_cast<float>(scale),
       normalize,
       is_sigmoid(scoring),
-      element_type(logits)};
+      float_type(logits)};
   const auto kernel = DS_BEST(moe_gate_backward_rows);
   parallel(tokens, kGrain / experts + 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(static_cast<size_t>(gate_scratch(experts, 1)));

@@ -13,17 +13,6 @@ constexpr const char* kUnpermute = "moe_unpermute";
 // Rows of fewer bytes in all than this cost more to hand to a thread than to copy.
 constexpr int64_t kGrainBytes = 65536;
 
-FloatType element_type(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return FloatType::fp32;
-    case ScalarType::BFloat16:
-      return FloatType::bf16;
-    default:
-      return FloatType::fp16;
-  }
-}
-
 int64_t grain(int64_t row_bytes) { return kGrainBytes / (row_bytes + 1) + 1; }
 
 // Where each slot of each token goes: first the ones that find room, then their places in order.
@@ -142,7 +131,7 @@ Tensor moe_unpermute(Tensor y, Tensor row_map, std::optional<Tensor> weights) {
                           out.mutable_data_ptr(),
                           k,
                           width,
-                          element_type(y)};
+                          float_type(y)};
   const auto kernel = DS_BEST(moe_unpermute_rows);
   parallel(tokens, grain(width * y.element_size() * (k + 1)),
            [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
@@ -191,7 +180,7 @@ std::tuple<Tensor, Tensor> moe_unpermute_backward(Tensor grad, std::optional<Ten
                                   static_cast<float*>(dweights.mutable_data_ptr()),
                                   k,
                                   width,
-                                  element_type(grad)};
+                                  float_type(grad)};
   const int64_t bytes = width * grad.element_size();
   for (int64_t row = 0; row < rows; ++row) {
     if (!taken[row]) std::memset(static_cast<char*>(call.dy) + row * bytes, 0, bytes);
