@@ -128,7 +128,8 @@ def _bench_on(path: Path, size: int, block: int) -> Any:
             whole = min(size, file.stat().st_size) // block * block
             if whole == 0:
                 raise OpError(f"{file}: shorter than one block of {block} bytes; give a larger one")
-            yield Bench(file, whole), ["read", "write"] if may_write else ["read"]
+            with contextlib.closing(Bench(file, whole)) as bench:
+                yield bench, ["read", "write"] if may_write else ["read"]
 
     return opened()
 

@@ -143,6 +143,7 @@ class Bench:
         self.path, self.size = path, size
         self._memory = aligned_empty(size)
         self._memory.fill_(1)
+        self._engines: dict[Setting, AsyncIO] = {}
 
     def measure(
         self,
@@ -167,20 +168,33 @@ class Bench:
             for verb in verbs:
                 record.samples.setdefault(verb, []).append(self._fio(setting, verb))
             return
-        name, depth = cast(EngineName, setting.engine), setting.queue_depth
-        block = setting.block_bytes
-        with AsyncIO(name, queue_depth=depth, block_bytes=block, threads=depth) as engine:
-            for verb in verbs:
-                record.samples.setdefault(verb, []).append(self._pass(engine, verb))
+        for verb in verbs:
+            record.samples.setdefault(verb, []).append(self._pass(self._engine(setting), verb))
+
+    def _engine(self, setting: Setting) -> AsyncIO:
+        """Of that setting, the same in every round: how long it takes to start is not measured."""
+        if setting not in self._engines:
+            self._engines[setting] = AsyncIO(
+                cast(EngineName, setting.engine),
+                queue_depth=setting.queue_depth,
+                block_bytes=setting.block_bytes,
+                threads=setting.queue_depth,
+            )
+        return self._engines[setting]
+
+    def close(self) -> None:
+        """End its engines."""
+        for engine in self._engines.values():
+            engine.close()
 
     def _pass(self, engine: AsyncIO, verb: Verb) -> Sample:
         with AsyncFile(self.path, "r" if verb == "read" else "rw", engine=engine) as file:
-            cpu, begin = _cpu_seconds(), time.perf_counter()
+            cpu, begin = cpu_seconds(), time.perf_counter()
             if verb == "read":
                 file.read_sync(self._memory)
             else:
                 file.write_sync(self._memory)
-            return Sample(time.perf_counter() - begin, _cpu_seconds() - cpu)
+            return Sample(time.perf_counter() - begin, cpu_seconds() - cpu)
 
     def _fio(self, setting: Setting, verb: Verb) -> Sample:
         engine = setting.engine.removeprefix("fio ")
@@ -199,7 +213,8 @@ class Bench:
         return Sample(seconds, (job["usr_cpu"] + job["sys_cpu"]) / 100 * job[verb]["runtime"] / 1e3)
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
+    """The processor time that this process has used."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
