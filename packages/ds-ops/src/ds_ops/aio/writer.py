@@ -24,7 +24,7 @@ _GROWTH = 1 << 30
 _LARGE: Mapping[str, int] = MappingProxyType({"block_bytes": 8 << 20, "queue_depth": 16})
 
 
-class FastFileWriter(io.RawIOBase, BinaryIO):  # type: ignore[misc]  # as io's own classes
+class FastFileWriter(io.RawIOBase, BinaryIO):
     """A file to write to, for torch.save and whatever else takes a binary file.
 
         with ds_ops.FastFileWriter("model.pt") as file:

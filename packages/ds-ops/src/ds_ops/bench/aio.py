@@ -58,8 +58,9 @@ def _shape_rows(bench: Bench, block: int, depth: int, seconds: float) -> Iterato
     while rounds < 5 or time.perf_counter() < deadline:
         for record in records:
             bench.add(record, verbs)
-        for verb in verbs if peer is not None else ():
-            theirs.samples.setdefault(verb, []).append(peer(verb))
+        if peer is not None:
+            for verb in verbs:
+                theirs.samples.setdefault(verb, []).append(peer(verb))
         records.append(records.pop(0))
         rounds += 1
     by_setting = {record.setting: record for record in records}
