@@ -32,13 +32,21 @@ def test_restricted_process_uses_threads_and_says_why(tmp_path: Path) -> None:
     done = run(
         _SECCOMP
         + """
-import resource, sys, torch
+import os, resource, sys, torch
 from ds_core.errors import OpError
 from ds_ops.aio import AsyncFile, AsyncIO, engines
 path = sys.argv[1]
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]))
 with AsyncFile(path, "rw") as file:   # no locked memory: works with either engine
     file.write_sync(torch.arange(100_000))
+child = os.fork()
+if child == 0:  # as an ordinary user, whom the limit binds
+    if os.geteuid() == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+    engine = AsyncIO()
+    os._exit(0 if engine.reason is None or "ulimit -l" in engine.reason else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 forbid_io_uring()
 with AsyncFile(path, "rw") as file:
     found = torch.zeros(100_000, dtype=torch.int64)
@@ -55,7 +63,7 @@ except OpError as error:
     )
     assert done.returncode == 0, done.stderr
     assert 'engine "io_uring" cannot run here: Operation not permitted (EPERM)' in done.stdout
-    assert done.stderr.count("file I/O runs on threads") == 1
+    assert "file I/O runs on threads: no io_uring here: Operation not permitted" in done.stderr
 
 
 def test_process_that_ends_or_forks_with_requests_in_flight(tmp_path: Path) -> None:
