@@ -538,33 +538,33 @@ def _quantized_bytes(count: int, format: int, block: int) -> int:
 
 
 def benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
-    """16 M numbers in blocks of 128: bf16 in every format, and the variants of int8."""
-    x = randn(device, torch.bfloat16, 4096, 4096)
+    """8 M numbers in blocks of 128: bf16 in every format, and the variants of int8."""
+    x = randn(device, torch.bfloat16, 2048, 4096)
     found = [
-        (f"16M bf16 {name}", (x, fmt.number, 128, True, None, 1, 1))
+        (f"8M bf16 {name}", (x, fmt.number, 128, True, None, 1, 1))
         for name, fmt in bf.FORMATS.items()
     ]
     return [
         *found,
-        ("16M bf16 int8 asymmetric", (x, 0, 128, False, None, 1, 1)),
-        ("16M bf16 int8 stochastic", (x, 0, 128, True, 1, 1, 1)),
-        ("16M fp32 int8", (x.float(), 0, 128, True, None, 1, 1)),
+        ("8M bf16 int8 asymmetric", (x, 0, 128, False, None, 1, 1)),
+        ("8M bf16 int8 stochastic", (x, 0, 128, True, 1, 1, 1)),
+        ("8M fp32 int8", (x.float(), 0, 128, True, None, 1, 1)),
     ]
 
 
 def feedback_benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
-    x = randn(device, torch.bfloat16, 4096, 4096)
+    x = randn(device, torch.bfloat16, 2048, 4096)
     error = torch.zeros_like(x, dtype=torch.float32)
-    return [("16M bf16 int4, fp32 error", (x, error, 0.75, 1, 128, True, None, 1, 1))]
+    return [("8M bf16 int4, fp32 error", (x, error, 0.75, 1, 128, True, None, 1, 1))]
 
 
 def dequantize_benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
     found = []
     for name, fmt in bf.FORMATS.items():
-        codes = torch.randint(0, 255, (4096, fmt.packed_bytes(4096)), device=device)
-        scales = torch.ones(4096, 32, device=device)
+        codes = torch.randint(0, 255, (2048, fmt.packed_bytes(4096)), device=device)
+        scales = torch.ones(2048, 32, device=device)
         args = (codes.to(torch.uint8), scales, None, fmt.number, 128, torch.bfloat16, False)
-        found.append((f"16M {name} to bf16", args))
+        found.append((f"8M bf16 {name}", args))
     return found
 
 
