@@ -171,7 +171,9 @@ def _all_reduces() -> Iterator[timing.Row]:
 def _measure(sizes: Sequence[int]) -> list[tuple[int, float, float, float]]:
     """(bytes, ms of ours, gloo and the floor), each the best of several runs side by side."""
     found = []
-    with SharedMemoryAllReduce(dist.group.WORLD) as reducer:
+    world = dist.group.WORLD
+    assert world is not None
+    with SharedMemoryAllReduce(world) as reducer:
         for size in sizes:
             x = torch.zeros(size // 4)
             spare = torch.zeros(size // 4)
@@ -190,7 +192,7 @@ def _measure(sizes: Sequence[int]) -> list[tuple[int, float, float, float]]:
                     for _ in range(repeats):
                         call()
                     best[index] = min(best[index], (time.perf_counter() - begin) / repeats * 1e3)
-            found.append((size, *best))
+            found.append((size, best[0], best[1], best[2]))
     return found
 
 
