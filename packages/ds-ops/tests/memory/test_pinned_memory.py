@@ -6,6 +6,7 @@ import gc
 import mmap
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -29,9 +30,9 @@ def test_is_a_tensor_like_any_other(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", [0, (0,), (4, 0, 2), (), 1, [2, 2]])
-def test_any_shape(shape: object) -> None:
-    t = ds_ops.pinned_empty(shape, accelerator=False)  # type: ignore[arg-type]
-    assert t.shape == torch.Size((shape,) if isinstance(shape, int) else shape)  # type: ignore[arg-type]
+def test_any_shape(shape: int | Sequence[int]) -> None:
+    t = ds_ops.pinned_empty(shape, accelerator=False)
+    assert t.shape == torch.Size((shape,) if isinstance(shape, int) else shape)
 
 
 def test_pages_are_locked_for_as_long_as_a_tensor_uses_them() -> None:
@@ -54,9 +55,9 @@ def test_default_uses_the_accelerator_if_there_is_one() -> None:
 
 
 def test_bad_shapes_are_refused() -> None:
-    with pytest.raises(OpError, match="shape: got .-1., expected no negative"):
+    with pytest.raises(OpError, match="expected no negative dimension"):
         ds_ops.pinned_empty(-1)
-    with pytest.raises(OpError, match="cannot map|more than can be addressed"):
+    with pytest.raises(OpError, match=r"cannot map|more than can be addressed"):
         ds_ops.pinned_empty(1 << 61, accelerator=False)
 
 

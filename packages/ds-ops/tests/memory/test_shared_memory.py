@@ -1,4 +1,4 @@
-"""SharedMemoryAllReduce with real processes: the same bits everywhere, and no rank waits for ever."""
+"""SharedMemoryAllReduce with real processes: the same bits everywhere, and no wait without end."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def _does_not_fit() -> str:
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    os.posix_fallocate = no_space  # type: ignore[assignment]
+    os.posix_fallocate = no_space
     with pytest.raises(OpError) as told:
         ds_ops.SharedMemoryAllReduce(dist.group.WORLD)
     return str(told.value)

@@ -270,20 +270,20 @@ def unpack_floor(codes: torch.Tensor, scales: torch.Tensor, numel: int, dtype: A
 
 
 def benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
-    return [("16M fp32", (randn(device, torch.float32, 1 << 24), 0, False))]
+    return [("4M fp32", (randn(device, torch.float32, 1 << 22), 0, False))]
 
 
 def feedback_benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
-    x = randn(device, torch.float32, 1 << 24)
+    x = randn(device, torch.float32, 1 << 22)
     return [
-        ("16M fp32, one scale", (x, torch.zeros_like(x), 0, True)),
-        ("16M fp32, chunks of 4096", (x, torch.zeros_like(x), 4096, True)),
+        ("4M fp32 one scale", (x, torch.zeros_like(x), 0, True)),
+        ("4M fp32 chunks of 4096", (x, torch.zeros_like(x), 4096, True)),
     ]
 
 
 def unpack_benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
-    codes = torch.randint(0, 255, (1 << 21,), device=device).to(torch.uint8)
-    return [("16M fp32", (codes, torch.ones(1, device=device), 1 << 24, torch.float32))]
+    codes = torch.randint(0, 255, (1 << 19,), device=device).to(torch.uint8)
+    return [("4M fp32", (codes, torch.ones(1, device=device), 1 << 22, torch.float32))]
 
 
 OPS = (

@@ -8,11 +8,11 @@
 // Both give the same bits on every rank.
 //
 // Why nothing is overwritten too early: a rank says "arrived" of turn t only after it has finished
-// turn t - 1. Who has seen all arrive at turn t may therefore overwrite what was read in turn t - 1:
-// the buffer of the turn before the last (they alternate), and the added-up part.
+// turn t - 1. Who has seen all arrive at turn t may therefore overwrite what was read in turn
+// t - 1: the buffer of the turn before the last (they alternate), and the added-up part.
 //
-// The functions here wait for a slice of time at most. The caller, in Python, calls again, and looks
-// after signals, deadlines and dead processes in between; it says through `ds_shm_fail` that the
+// The functions here wait for a slice of time at most. The caller, in Python, calls again, and
+// looks after signals, deadlines and dead processes in between; it says through `ds_shm_fail` that the
 // ranks have to give up, which all of them see.
 #include <linux/futex.h>
 #include <sys/syscall.h>
@@ -131,8 +131,8 @@ void sleep_until_change(Reducer& self, int other, int64_t limit_ns) {
   self.header->sleepers.fetch_sub(1, std::memory_order_seq_cst);
 }
 
-// Until all have arrived, for a slice of time: looking first, for as long as a rank that is about to
-// arrive may take, and asleep after that.
+// Until all have arrived, for a slice of time: looking first, for as long as a rank that is about
+// to arrive may take, and asleep after that.
 Outcome wait(Reducer& self, int64_t slice_ns) {
   const int64_t deadline = now_ns() + slice_ns;
   for (int other = 0; other < self.ranks; ++other) {
@@ -223,8 +223,8 @@ DS_EXPORT int64_t ds_shm_bytes(int ranks, int64_t buffer_bytes) {
   return kHeader + ranks * (2 * buffer_bytes + part);
 }
 
-// A view of a mapped segment, which was all zeros when the first rank mapped it. `buffer_bytes` is a
-// multiple of 128; `spins`: how often to look before sleeping.
+// A view of a mapped segment, which was all zeros when the first rank mapped it. `buffer_bytes` is
+// a multiple of 128; `spins`: how often to look before sleeping.
 DS_EXPORT void* ds_shm_open(void* base, int64_t buffer_bytes, int ranks, int rank, int spins) {
   auto* self = new Reducer{};
   self->header = static_cast<Header*>(base);

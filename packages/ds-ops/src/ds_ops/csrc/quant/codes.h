@@ -137,8 +137,8 @@ DS_INLINE I integer_codes(F v, const BlockFormat& format, U place, Key key) {
 }
 
 // With E = max(exponent of v, that of the smallest normal number), |v| = n * 2^(E - mantissa) where
-// n is rounded to an integer. The code is n behind the exponent E: n's leading one, if there is one,
-// adds 1 to it, and so does rounding up to the next power of two.
+// n is rounded to an integer. The code is n behind the exponent E: n's leading one, if there is
+// one, adds 1 to it, and so does rounding up to the next power of two.
 template <bool kStochastic>
 DS_INLINE I float_codes(F v, const BlockFormat& format, U place, Key key) {
   const I magnitude = (I)((U)v & 0x7fffffffu);

@@ -91,8 +91,8 @@ void check_per_block(const char* op, const char* argument, const Tensor& t, cons
   bool fits = t.dim() == codes.dim() && t.size(t.dim() - 1) == blocks;
   for (int64_t dim = 0; fits && dim + 1 < t.dim(); ++dim) fits = t.size(dim) == codes.size(dim);
   STD_TORCH_CHECK(fits, op, ": ", argument, ": got shape ", shape_text(t),
-                  ", expected one number per block of codes of shape ", shape_text(codes), ": [..., ",
-                  blocks, "]");
+                  ", expected [..., ", blocks, "], one number per block of codes of shape ",
+                  shape_text(codes));
 }
 
 // Quantized numbers as an operator gets them. Returns the numbers in a row.

@@ -1,5 +1,5 @@
-// The signs of numbers, eight to a byte (the first in the lowest bit, 1 for >= 0), and one scale per
-// chunk.
+// The signs of numbers, eight to a byte (the first in the lowest bit, 1 for >= 0), and one scale
+// per chunk.
 #pragma once
 
 #include <stdint.h>
@@ -19,8 +19,8 @@ struct SignCall {
 
 }  // namespace ds
 
-// Numbers [begin, begin + count) of x + error; returns the sum of |.| or squares. `count` is at most
-// kSignPart. Writes the signs to `codes`, (count + 7) / 8 bytes, the last filled up with zero bits.
+// Numbers [begin, begin + count) of x + error; returns the sum of |.| or squares. `count` is at
+// most kSignPart. Writes the signs to `codes`, (count + 7) / 8 bytes, filled up with zeros.
 DS_KERNEL(double, pack_signs, const SignCall& call, int64_t begin, int64_t count, uint8_t* codes)
 // error = (x + error) - (scale, with the sign of x + error), of the same numbers.
 DS_KERNEL(void, update_sign_error, const SignCall& call, int64_t begin, int64_t count, float scale)
