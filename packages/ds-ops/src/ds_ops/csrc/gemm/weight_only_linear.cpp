@@ -72,7 +72,8 @@ void multiply_few(const PackedWeight& weight, const Tensor& x, const void* bias,
   const int64_t blocks = (weight.outputs + kBlock - 1) / kBlock;
   // A part takes some ten microseconds, or waking a thread for it costs more than it saves.
   const int64_t grain = (1 << 17) / (weight.depth * kBlock) + 1;
-  parallel(blocks, grain, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+  // In pairs, as the kernel takes them: the order of its sums must not depend on the threads.
+  parallel(blocks, grain, [&](int64_t begin, int64_t end) { kernel(call, begin, end); }, 2);
 }
 
 // y = x W^T or, transposed, y = x W, by tiles of W: of some outputs, or of some inputs. Each is one
