@@ -146,3 +146,71 @@ def losses_are_those_of_torch(stage: int) -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_losses_are_those_with_torchs_adam(stage: int):
     run_ranks(2, losses_are_those_of_torch, stage, timeout_s=120)
+
+
+def goes_on_as_if_never_stopped(stage: int, name: str) -> None:
+    """What a checkpoint does: state by parameter name, filled in place, in another unit layout."""
+    first, second = nets()
+    optimizer = ds_zero.shard(first, MAKERS[name](first), stage, min_unit_numel=0)
+    train(first, optimizer, 3, 1.0)
+    saved = optimizer.state_dict()
+    kept = {
+        key: {param: _whole(value) for param, value in by_name.items()}
+        for key, by_name in saved["state"].items()
+    }
+    values = optimizer.full_state_dict()
+
+    second.load_state_dict(values)
+    again = ds_zero.shard(second, MAKERS[name](second), stage, min_unit_numel=0)
+    again.prepare_load()
+    published = again.state_dict()
+    for key, by_name in published["state"].items():
+        for param, value in by_name.items():
+            getattr(value, "local", value).copy_(kept[key][param])
+    again.load_state_dict(published)
+    for key in ("exp_avg", "exp_avg_sq"):
+        mine = again.full_optimizer_state("layers.0.weight", key)
+        assert torch.equal(mine, optimizer.full_optimizer_state("layers.0.weight", key))
+        assert float(mine.norm()) > 0
+    assert train(first, optimizer, 3, 1.0) == train(second, again, 3, 1.0)
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return getattr(value, "local", value).clone()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("name", ["adam", "adam8bit"])
+def test_a_run_goes_on_from_its_saved_state(name: str, stage: int):
+    run_ranks(2, goes_on_as_if_never_stopped, stage, name, timeout_s=120)
+
+
+def some_are_not_used(name: str) -> None:
+    """Parameters that skip a step get states of their own, cut out of packed ones."""
+    model, _ = nets()
+    optimizer = ds_zero.shard(model, MAKERS[name](model), 2)
+    train(model, optimizer, 2, 1.0)
+    before = optimizer.full_parameter("layers.2.weight")
+    model.embed(torch.arange(3)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert torch.equal(optimizer.full_parameter("layers.2.weight"), before)
+    assert train(model, optimizer, 10, 1.0)[-1] < 2.2
+
+
+@pytest.mark.parametrize("name", ["adam", "adam8bit", "muon"])
+def test_parameters_that_no_rank_used_are_left_alone(name: str):
+    run_ranks(2, some_are_not_used, name, timeout_s=120)
+
+
+def packed_state_can_be_edited() -> None:
+    model, _ = nets()
+    optimizer = ds_zero.shard(model, MAKERS["adam8bit"](model), 3, min_unit_numel=0)
+    train(model, optimizer, 1, 1.0)
+    value = torch.full((37, 19), 0.25)
+    optimizer.set_full_optimizer_state("layers.0.weight", "exp_avg", value)
+    assert torch.equal(optimizer.full_optimizer_state("layers.0.weight", "exp_avg"), value)
+
+
+def test_packed_state_can_be_edited_by_name():
+    run_ranks(2, packed_state_can_be_edited, timeout_s=120)

@@ -253,6 +253,20 @@ def test_eight_bit_states_are_loaded_as_they_are():
     assert_same_state(again.state_dict(), optimizer.state_dict())
 
 
+def test_packed_state_is_given_and_taken_exactly():
+    ours = [nn.Parameter(torch.randn(4, 3, 9, 7).to(memory_format=torch.channels_last))]
+    optimizer = ds_ops.Adam8bit(ours)
+    for step in range(3):
+        take(optimizer, ours, step)
+    before = copy.deepcopy(optimizer.state_dict())
+    portable = optimizer.portable_state(ours[0])
+    theirs = torch.optim.AdamW(ours)
+    theirs.state[ours[0]] = portable
+    take(theirs, ours, 4)  # it is a state of torch's AdamW
+    optimizer.load_portable_state(ours[0], optimizer.portable_state(ours[0]))
+    assert_same_state(optimizer.state_dict(), before)
+
+
 def test_an_optimizer_is_saved_and_copied_like_any_other():
     ours = parameters()
     optimizer = ds_ops.FusedAdam(ours, set_grad_none=False)

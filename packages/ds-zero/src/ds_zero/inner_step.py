@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ds_core import fused
+from ds_core.optimizer_state import PortableState, state_of
 from ds_core.whole_matrices import WholeMatrices
 from ds_zero.unit import OptimizerPiece, Unit
 
@@ -129,16 +130,19 @@ def split_by_parameter(optimizer: torch.optim.Optimizer, unit: Unit) -> None:
         return
     cut: list[OptimizerPiece] = []
     for whole in unit.optimizer_pieces:
-        state = optimizer.state.pop(whole.weights, {})
+        state = state_of(optimizer, whole.weights)
+        optimizer.state.pop(whole.weights, None)
         shape = whole.weights.shape
         for part in unit.parts_of(whole):
             start, stop = part.offset, part.offset + part.stop - part.start
             own = slice(start - whole.start, stop - whole.start)
             weights = nn.Parameter(whole.weights.detach()[own])
             if state:
-                optimizer.state[weights] = {
-                    key: _part(value, shape, own) for key, value in state.items()
-                }
+                parts = {key: _part(value, shape, own) for key, value in state.items()}
+                if isinstance(optimizer, PortableState):
+                    optimizer.load_portable_state(weights, parts)
+                else:
+                    optimizer.state[weights] = parts
             cut.append(OptimizerPiece(whole.group_index, weights, start, stop, part.slot.name))
     _replace(optimizer, unit.optimizer_pieces, cut)
     unit.optimizer_pieces = cut

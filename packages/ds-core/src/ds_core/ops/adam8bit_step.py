@@ -89,17 +89,18 @@ def adam8bit_step_(
 
 
 def decoded(codes: torch.Tensor, scales: torch.Tensor, *, signed: bool) -> torch.Tensor:
-    """The state that codes stand for, in their shape; code 0 is 0.
+    """The state that codes stand for, in their shape.
 
     With T(n) the fp32 number whose bits are `n << 20`: signed, as exp_avg is, `scale * T(c + 889)`
-    with c the low seven bits, negative if the eighth is set; else `scale * T(code + 761)`.
+    with c the low seven bits, negative if the eighth is set, and 0 for c = 0; else
+    `scale * T(code + 761)`.
     """
     flat = codes.reshape(-1).to(torch.int32)
     size = flat & 127 if signed else flat
     value = ((size + _lowest(signed)) << 20).view(torch.float32)
-    value = torch.where(size == 0, 0.0, value).to(scales.dtype) * _spread(scales, flat.numel())
     if signed:
-        value = torch.where(flat >= 128, -value, value)
+        value = torch.where(size == 0, 0.0, torch.where(flat >= 128, -value, value))
+    value = value.to(scales.dtype) * _spread(scales, flat.numel())
     return value.view(codes.shape)
 
 
@@ -108,8 +109,8 @@ def encoded(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes in the shape of `values`, scales) of a state.
 
-    The scale is the largest size of a block; what is positive in an unsigned state is never rounded
-    to 0, by which a step would divide.
+    The scale is the largest size of a block. No code of an unsigned state is 0 while the scale is
+    not: a step would divide by it.
 
     bits: 32 random ones per element, as int64, for unbiased rounding; None: to nearest.
     """
@@ -117,16 +118,14 @@ def encoded(
     blocks = _blocks(flat)
     scales = blocks.abs().amax(1) if len(blocks) else flat.new_empty(0)
     scales = torch.where(scales > 0, scales.clamp(min=_SMALLEST), scales)
-    ratio = flat.abs() * _spread(1 / scales, flat.numel())
+    ratio = flat.abs() / _spread(torch.where(scales > 0, scales, 1.0), flat.numel())
     added: torch.Tensor | int = 1 << 19
     if bits is not None:
         added = bits & 0xFFFFF if signed else bits >> 12
     raw = ratio.view(torch.int32).to(torch.int64)
-    size = ((raw + added) >> 20) - _lowest(signed)
+    codes = (((raw + added) >> 20) - _lowest(signed)).clamp(0, 127 if signed else 255)
     if signed:
-        codes = size.clamp(0, 127) + 128 * torch.signbit(flat)
-    else:
-        codes = torch.where(flat == 0, 0, size.clamp(1, 255))
+        codes = codes + 128 * torch.signbit(flat)
     return codes.to(torch.uint8).view(values.shape), scales
 
 

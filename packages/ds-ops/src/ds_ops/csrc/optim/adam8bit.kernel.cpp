@@ -15,7 +15,19 @@ constexpr float kSmallestScale = 1.17549435e-38f;
 
 // --- Bytes ----------------------------------------------------------------------------------------
 
-DS_INLINE I load_bytes(const uint8_t* from) {
+DS_INLINE I load_signed(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return (I)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__AVX2__)
+  return (I)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+  B bytes;
+  memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(bytes, I);
+#endif
+}
+
+DS_INLINE I load_unsigned(const uint8_t* from) {
 #if defined(__AVX512F__)
   return (I)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
 #elif defined(__AVX2__)
@@ -82,9 +94,15 @@ DS_INLINE void store_bytes(uint8_t* to, W low, W high) {
 
 // --- The code, as adam8bit.h has it ---------------------------------------------------------------
 
+// Bytes with their sign extended, so that the sign is already where a float has it.
 DS_INLINE F decode_mean(I codes, float scale) {
-  const I bits = (((codes & 127) + kShiftMean) << kLowBits) | ((codes & 128) << 24);
-  return (F)(codes == 0 ? I{} : bits) * scale;
+  const I bits = ((codes << kLowBits) & (I)((U{} + 0x87f00000u))) + (kShiftMean << kLowBits);
+#if defined(__AVX512F__)
+  const __mmask16 any = _mm512_test_epi32_mask((__m512i)codes, _mm512_set1_epi32(127));
+  return (F)_mm512_maskz_mov_epi32(any, (__m512i)bits) * scale;
+#else
+  return (F)((codes & 127) == 0 ? I{} : bits) * scale;
+#endif
 }
 
 DS_INLINE F decode_square(I codes, float scale) {
@@ -123,7 +141,12 @@ DS_INLINE float inverse_of(float scale) {
 // than all the rest of a step, so both begin with the processor's estimate. `v` is taken as at
 // least 2^-126, whose root vanishes beside any eps in use; for infinity the result is NaN.
 DS_INLINE F inverse_denominator(F v, const AdamStep& step) {
+#if defined(__AVX512F__)
+  // The compiler makes two instructions of `maximum`, because of what it says of NaN.
+  v = (F)_mm512_max_ps((__m512)v, (__m512)splat(kSmallestScale));
+#else
   v = maximum(v, splat(kSmallestScale));
+#endif
 #if defined(__AVX512F__)
   F y = (F)_mm512_rsqrt14_ps((__m512)v);
 #elif defined(__AVX2__)
@@ -164,8 +187,10 @@ struct Largest {
 };
 
 // The new moments of elements i .. i + kBlock.
-DS_INLINE Largest advance(const StepStreams& s, const CodedStates& states, const AdamStep& step,
-                          int64_t i, Room& room) {
+DS_INLINE Largest advance(const StepStreams& streams, const CodedStates& states,
+                          const AdamStep& of, int64_t i, Room& room) {
+  const StepStreams s = streams;
+  const AdamStep step = of;
   // A decoded moment comes out as what the step keeps of it.
   const float mean_scale = states.mean_scales[i / kBlock] * (1.0f - step.one_minus_beta1);
   const float square_scale = states.square_scales[i / kBlock] * step.beta2;
@@ -175,9 +200,9 @@ DS_INLINE Largest advance(const StepStreams& s, const CodedStates& states, const
     F g = load_as(s.grad_type, s.grad, at) * s.grad_scale;
     if (step.l2 != 0.0f) g += load_as(s.param_type, s.param, at) * step.l2;
     const F mean =
-        decode_mean(load_bytes(states.mean + at), mean_scale) + g * step.one_minus_beta1;
+        decode_mean(load_signed(states.mean + at), mean_scale) + g * step.one_minus_beta1;
     const F square =
-        decode_square(load_bytes(states.square + at), square_scale) + g * g * step.one_minus_beta2;
+        decode_square(load_unsigned(states.square + at), square_scale) + g * g * step.one_minus_beta2;
     store(room.mean + j, mean);
     store(room.square + j, square);
     largest.mean = larger(largest.mean, (U)absolute(mean));
@@ -186,21 +211,25 @@ DS_INLINE Largest advance(const StepStreams& s, const CodedStates& states, const
   return largest;
 }
 
-// The new parameters, and the random bits; `number` is that of element i for those.
-DS_INLINE void move(const StepStreams& s, const AdamStep& step, int64_t i, int64_t number,
-                    bool copy_around, Room& room) {
-  const RoundingKeys keys = rounding_keys(s.seed, number);
+// The new parameters, and the random bits; `number` is that of element i for those. What is random
+// is decided before the loop, and what the loop needs is copied: its constants stay in registers.
+template <bool kRandom>
+DS_INLINE void move_by(const StepStreams& streams, const AdamStep& of, int64_t i, int64_t number,
+                       bool copy_around, Room& room) {
+  const StepStreams s = streams;
+  const AdamStep step = of;
+  RandomBits random(s.seed, number);
   for (int j = 0; j < kBlock; j += kWidth) {
     const int64_t at = i + j;
     const F mean = load(room.mean + j), square = load(room.square + j);
     F p = load_as(s.param_type, s.param, at);
     p = p * step.decay - mean * step.step_size * inverse_denominator(square, step);
     U bits = {};
-    if (s.stochastic) {
-      bits = random_bits(keys, number + j);
+    if (kRandom) {
+      bits = random.next();
       memcpy(room.bits + j, &bits, sizeof bits);
     }
-    store_rounded(s.param_type, s.param, at, p, s.stochastic, bits & 0xffffu);
+    store_rounded(s.param_type, s.param, at, p, kRandom, bits & 0xffffu);
     if (!s.copy) continue;
     if (s.param_type != Dtype::fp32) p = load_as(s.param_type, s.param, at);
     if (copy_around) {
@@ -209,6 +238,12 @@ DS_INLINE void move(const StepStreams& s, const AdamStep& step, int64_t i, int64
       store_as(s.copy_type, s.copy, at, p);
     }
   }
+}
+
+DS_INLINE void move(const StepStreams& s, const AdamStep& step, int64_t i, int64_t number,
+                    bool copy_around, Room& room) {
+  if (s.stochastic) return move_by<true>(s, step, i, number, copy_around, room);
+  move_by<false>(s, step, i, number, copy_around, room);
 }
 
 // The new codes, to `to` and what follows it.
