@@ -85,8 +85,8 @@ def reference(
 
     `lse - (1 - s) z[target] - s mean(z) + z_loss lse^2`, s = label_smoothing; ignored: 0.
 
-    total = sum(losses * scale), a scalar, NaN for a scale of 1 / 0; losses `[n]`, both fp32. Only with_gradient: gradient of
-    the total in the logits, like logits; else empty, `[0]`.
+    total = sum(losses * scale), a scalar, NaN for a scale of 1 / 0; losses `[n]`, both fp32. Only
+    with_gradient: the gradient of the total, like logits; else empty, `[0]`.
     """
     _check(logits, targets, scale, label_smoothing, z_loss, softcap)
     check_targets(NAME, targets, logits.shape[1], ignore_index)
