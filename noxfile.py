@@ -273,7 +273,97 @@ def _smoke(session: nox.Session, package: str, closure: Sequence[str]) -> None:
         smoke = shutil.copy(ROOT / "packages" / package / "tests" / "smoke" / "smoke.py", folder)
         with session.chdir(folder):
             session.run("python", "-I", check, *closure)
-            session.run("python", "-I", smoke, env={"OMP_NUM_THREADS": "1"})
+            # What the wheel built, the source distribution finds: it holds the same sources.
+            cache = str(ROOT / ".nox" / "ops-cache")
+            env = {"OMP_NUM_THREADS": "1", "DS_OPS_CACHE": cache}
+            session.run("python", "-I", smoke, env=env)
+
+
+# --- The C++ library of ds-ops --------------------------------------------------------------------
+
+#: Reads one float behind a buffer: a run that finds no fault with it finds none with anything.
+READ_BEHIND = """
+import ctypes, torch
+from ds_ops.native import library
+t = torch.ones(64)
+address, size = (ctypes.c_uint64 * 1)(t.data_ptr()), (ctypes.c_int64 * 1)(t.nbytes + 64)
+library.load().ds_ops_stream(address, size, 1, 0, ctypes.c_int64(4096), 0)
+"""
+
+
+@nox.session(python=False)
+def asan(session: nox.Session) -> None:
+    """The tests of ds-ops with its C++ code under AddressSanitizer. Needs g++."""
+    scripts = _shared(session)
+    compiler = os.environ.get("CXX", "g++").split()
+    if shutil.which(compiler[0]) is None:
+        session.skip(f"{compiler[0]} is not there")
+    env = {"DS_OPS_SANITIZE": "address", "DS_OPS_CACHE": str(ROOT / ".nox" / "ops-cache")}
+    _run(session, scripts / "ds", "ops", "build", **env)
+    # Python itself is not built for it, so the sanitizer has to be there first, and the C++
+    # library, whose exceptions it looks into, right after. Python's own leaks are not ours.
+    names = ("libasan.so", "libstdc++.so.6")
+    command = [*compiler, "-print-file-name="]
+    env["LD_PRELOAD"] = " ".join(
+        subprocess.run(
+            [*command[:-1], command[-1] + name], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        for name in names
+    )
+    env["ASAN_OPTIONS"] = "detect_leaks=0"
+    _fails(session, scripts / "python", "-c", READ_BEHIND, says="heap-buffer-overflow", **env)
+    # Not what is about processes and compilers: those run with the sanitizer inside them.
+    folder = "packages/ds-ops/tests"
+    options = ("--ignore", f"{folder}/native", "-k", "not compile", "-p", "no:cacheprovider")
+    _run(session, scripts / "python", "-m", "pytest", folder, *options, *session.posargs, **env)
+
+
+def _fails(session: nox.Session, command: Path, *arguments: str, says: str, **env: str) -> None:
+    done = subprocess.run(
+        [str(command), *arguments], check=False, capture_output=True, text=True,
+        env=os.environ | env,
+    )  # fmt: skip
+    if done.returncode == 0 or says not in done.stderr:
+        session.error(f"expected {says!r}, got exit code {done.returncode}:\n{done.stderr}")
+
+
+@nox.session(python=False)
+def abi(session: nox.Session) -> None:
+    """Build the C++ library with this torch, and check every op of it with torch 2.11.
+
+    `-- 2.12` checks another version; `-- /path/to/python` an interpreter that has one, with
+    ds-core's dependencies.
+    """
+    scripts = _shared(session)
+    cache = {"DS_OPS_CACHE": str(ROOT / ".nox" / "ops-cache")}
+    _run(session, scripts / "ds", "ops", "build", **cache)
+    wanted = session.posargs[0] if session.posargs else "2.11"
+    if Path(wanted).is_file():
+        python = wanted
+    else:
+        python = _create(session, ROOT / ".nox" / f"abi-{wanted}")
+        sources = [str(ROOT / "packages" / name) for name in ("ds-core", "ds-ops")]
+        editable = [word for path in sources for word in ("-e", path)]
+        install = ("-m", "pip", "install", "-q", f"torch=={wanted}.*", *editable)
+        session.run(python, *install, external=True)
+    check = "import torch; print('torch', torch.__version__); from ds_core.cli import main; main()"
+    # Without a compiler there is only the library that this torch's headers made.
+    session.run(
+        python, *("-c", check, "ops", "check", "--impl", "cpp"), external=True,
+        env=cache | {"PATH": "", "CXX": "", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@nox.session(python=False)
+def neon(session: nox.Session) -> None:
+    """Compile the C++ sources for ARM, and run the checks of their vectors in an emulator."""
+    compiler = "aarch64-linux-gnu-g++"
+    if shutil.which(compiler) is None:
+        session.skip(f"{compiler} is not there (Debian: apt install g++-aarch64-linux-gnu)")
+    scripts = _shared(session)
+    _run(session, scripts / "python", "scripts/cross_compile.py", compiler, "aarch64")
+    test = "packages/ds-ops/tests/native/test_simd.py"
+    _run(session, scripts / "python", "-m", "pytest", test, *session.posargs)
 
 
 # --- Other versions, other machines ---------------------------------------------------------------

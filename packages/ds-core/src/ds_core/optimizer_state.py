@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ds_core.errors import CheckpointError
+from ds_core.whole_matrices import WholeMatrices
 
 
 @torch.no_grad()
@@ -28,7 +29,11 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
         for param in before["params"]:
             value, param.grad = param.detach().clone(), torch.zeros_like(param)
             group["params"] = [param]
-            optimizer.step()
+            if isinstance(optimizer, WholeMatrices) and optimizer.is_whole(group):
+                # It may be a part of a matrix, of which there is no whole step.
+                optimizer.direction(group, param, torch.zeros_like(param))
+            else:
+                optimizer.step()
             param.grad = None
             param.copy_(value)
         group["params"] = []

@@ -86,8 +86,8 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(_INSTRUCTION_SETS[machine()])
 
 
-def units() -> list[Unit]:
-    """Everything that is compiled for this machine."""
+def units(kind: str | None = None) -> list[Unit]:
+    """Everything that is compiled for a kind of processor; None: for that of this machine."""
     found: list[Unit] = []
     extra = _sanitizer_flags()
     for path in sorted(CSRC.rglob("*.cpp")):
@@ -96,7 +96,7 @@ def units() -> list[Unit]:
         if not name.endswith(".kernel.cpp"):
             found.append(Unit(name, f"{stem}.o", (*_COMMON, "-O2", *extra)))
             continue
-        for isa, flags in _INSTRUCTION_SETS[machine()].items():
+        for isa, flags in _INSTRUCTION_SETS[kind or machine()].items():
             own = (*_COMMON, *_ARITHMETIC, *flags, f"-DDS_ISA={isa}", *extra)
             found.append(Unit(name, f"{stem}.{isa}.o", own))
     return found

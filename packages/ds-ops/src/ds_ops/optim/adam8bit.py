@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import ParamsT
 
-from ds_core.ops.adam8bit_step import BLOCK, ZERO_CODES, adam8bit_step_
+from ds_core.ops.adam8bit_step import BLOCK, adam8bit_step_
 from ds_ops.optim.arguments import check_betas, check_not_negative
 from ds_ops.optim.fused_optimizer import FusedOptimizer, Update
 
@@ -28,7 +28,7 @@ class Adam8bit(FusedOptimizer):
     Source: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2.
     """
 
-    op = "adam8bit_step_"
+    ops = ("adam8bit_step_",)
     state_keys = ("exp_avg_codes", "exp_avg_sq_codes")
     _SCALES = ("exp_avg_scales", "exp_avg_sq_scales")
 
@@ -58,10 +58,14 @@ class Adam8bit(FusedOptimizer):
     def _new_state(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, torch.Tensor]:
         blocks = -(-param.numel() // BLOCK)
         state = {"step": torch.zeros((), dtype=torch.float32)}
-        for codes, scales, zero in zip(self.state_keys, self._SCALES, ZERO_CODES, strict=True):
-            state[codes] = torch.full_like(param, zero, dtype=torch.uint8)
+        for codes, scales in zip(self.state_keys, self._SCALES, strict=True):
+            state[codes] = torch.zeros_like(param, dtype=torch.uint8)
             state[scales] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
         return state
+
+    def state_bytes(self, numel: int) -> int:
+        """Bytes of state of a tensor of `numel` elements, for plans: blocks have scales."""
+        return 2 * numel + 8 * -(-numel // BLOCK)
 
     def _states(self, param: torch.Tensor) -> list[torch.Tensor]:
         state, found = self.state[param], []

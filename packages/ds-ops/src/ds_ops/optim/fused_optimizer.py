@@ -71,12 +71,12 @@ class Request:
 class FusedOptimizer(Optimizer):
     """Base: parameters go one by one through a kernel, which `_update` calls.
 
-    Subclasses set `state_keys` (tensors with a number for each of the parameter's), `op` (the
-    kernel's name) and `_update`. `step_options` says which arguments `step` takes, for callers
+    Subclasses set `state_keys` (tensors with a number for each of the parameter's), `ops` (the
+    kernels' names) and `_update`. `step_options` says which arguments `step` takes, for callers
     that fuse more into it than `torch.optim` has words for.
     """
 
-    op: ClassVar[str]
+    ops: ClassVar[tuple[str, ...]]
     state_keys: ClassVar[tuple[str, ...]] = ()
     step_options: ClassVar[frozenset[str]] = frozenset({"gradients", "copies", "grad_scale"})
     #: `torch.amp.GradScaler` then leaves unscaling, and leaving out a step, to `step`.
@@ -141,7 +141,7 @@ class FusedOptimizer(Optimizer):
     # ------------------------------------------------------------------ step
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
+    def step(
         self,
         closure: Callable[[], Any] | None = None,
         *,
@@ -176,9 +176,7 @@ class FusedOptimizer(Optimizer):
                 self._step_group(group, request)
         return loss
 
-    def _amp(
-        self, scale: torch.Tensor | float | None
-    ) -> tuple[bool, torch.Tensor | float | None]:
+    def _amp(self, scale: torch.Tensor | float | None) -> tuple[bool, torch.Tensor | float | None]:
         """(whether to leave the step out, factor) after `torch.amp.GradScaler`'s two attributes."""
         found_inf = getattr(self, "found_inf", None)
         divisor = getattr(self, "grad_scale", None)
@@ -206,7 +204,7 @@ class FusedOptimizer(Optimizer):
         if request.undo:
             size = sum(t.nbytes for t in (param, *states))
             buffer = torch.empty(size, dtype=torch.uint8, device=param.device)
-        options = {
+        options: dict[str, Any] = {
             "copy": None if own is None else _flat(own),
             "grad_scale": request.scale_on(param.device),
         }

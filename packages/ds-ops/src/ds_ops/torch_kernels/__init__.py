@@ -1,1 +1,1 @@
-"""Kernels of torch itself, as implementations of ds-core's ops."""
+"""Ops that torch computes as well as we could: calls of its own kernels."""

@@ -54,7 +54,14 @@ DS_INLINE F load(const float* from) {
 
 DS_INLINE void store(float* to, F v) { memcpy(to, &v, sizeof v); }
 
-DS_INLINE F from_bf16_bits(H bits) { return (F)(__builtin_convertvector(bits, U) << 16); }
+DS_INLINE F from_bf16_bits(H bits) {
+#if defined(__AVX512F__)
+  // One instruction, where GCC 12 makes five of the conversion below.
+  return (F)((U)_mm512_cvtepu16_epi32((__m256i)bits) << 16);
+#else
+  return (F)(__builtin_convertvector(bits, U) << 16);
+#endif
+}
 
 // Nearest, ties to even; a NaN stays one.
 DS_INLINE H to_bf16_bits(F v) {

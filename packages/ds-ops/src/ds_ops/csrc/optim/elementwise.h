@@ -35,11 +35,17 @@ DS_INLINE U random_bits(RoundingKeys keys, int64_t element) {
   return x ^ (x >> 16);
 }
 
-// bf16 below or above `v`, by 16 random bits. Infinities stay, and NaN.
+// bf16 below or above `v`, the result of a computation, by 16 random bits. Infinities stay, and so
+// does NaN, which is quiet after any computation: without its low bits it still is a NaN.
 DS_INLINE void store_random(bf16* to, F v, U bits16) {
-  const U rounded = ((U)v + bits16) >> 16;
-  const U quiet = ((U)v >> 16) | 0x40u;
-  const H bits = __builtin_convertvector((U)(v == v) ? rounded : quiet, H);
+#if defined(__AVX512F__)
+  const __mmask16 number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
+  const U sum = (U)_mm512_mask_add_epi32((__m512i)v, number, (__m512i)v, (__m512i)bits16);
+#else
+  const U sum = (U)v + (bits16 & (U)(v == v));
+#endif
+  const U rounded = sum >> 16;
+  const H bits = __builtin_convertvector(rounded, H);
   memcpy(to, &bits, sizeof bits);
 }
 

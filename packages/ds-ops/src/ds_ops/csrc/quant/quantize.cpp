@@ -156,7 +156,7 @@ Quantized quantize(const char* op, const Tensor& x, const Tensor* error, double 
   QuantizeCall call{};
   if (error != nullptr) {
     check_beta(op, beta);
-    check_error(op, *error, x.numel(), x.scalar_type());
+    check_error(op, *error, shape_of(x), x.scalar_type());
     check_apart(op, "error", *error, "x", x);
     call.error = error->mutable_data_ptr();
     call.error_type = element_type(error->scalar_type());
@@ -206,7 +206,7 @@ Quantized reduce(const char* op, const Tensor& codes, const Tensor& scales,
   call.pieces.factor = mean ? static_cast<float>(1.0 / static_cast<double>(ranks)) : 1.0f;
   if (error != nullptr) {
     check_beta(op, beta);
-    check_error(op, *error, codes.numel() / ranks * 8 / from.bits, ScalarType::Float);
+    check_error(op, *error, shape, ScalarType::Float);
     check_apart(op, "error", *error, "codes", codes);
     check_apart(op, "error", *error, "scales", scales);
     if (zeros.has_value()) check_apart(op, "error", *error, "zeros", *zeros);
