@@ -20,6 +20,7 @@ from ds_core.ops.loss_arguments import (
     reduction_scale,
     row_factors,
     scaled,
+    weighted_sum,
 )
 from ds_core.ops.registry import run
 from ds_core.ops.tolerance import CLASS
@@ -84,8 +85,8 @@ def reference(
 
     `lse - (1 - s) z[target] - s mean(z) + z_loss lse^2`, s = label_smoothing; ignored: 0.
 
-    total = sum(losses * scale), a scalar; losses `[n]`, both fp32. Only with_gradient: gradient of
-    the total in the logits, like logits; else empty, `[0]`.
+    total = sum(losses * scale), a scalar, NaN for a scale of 1 / 0; losses `[n]`, both fp32. Only
+    with_gradient: the gradient of the total, like logits; else empty, `[0]`.
     """
     _check(logits, targets, scale, label_smoothing, z_loss, softcap)
     check_targets(NAME, targets, logits.shape[1], ignore_index)
@@ -98,7 +99,7 @@ def reference(
     losses = lse - (1 - label_smoothing) * values.gather(-1, target).squeeze(-1)
     losses = losses - label_smoothing * values.mean(-1) if label_smoothing else losses
     losses = torch.where(counts, losses + z_loss * lse.square(), 0.0)
-    total = (losses * scale.detach()).sum()
+    total = weighted_sum(losses, scale.detach())
     if not with_gradient:
         return total, losses, logits.new_empty(0)
     gradient = torch.softmax(values.detach(), dim=-1) * (1 + 2 * z_loss * lse.detach()).unsqueeze(

@@ -61,6 +61,13 @@ def reduction_scale(targets: torch.Tensor, ignore_index: int, reduction: str) ->
     return torch.ones(1, device=targets.device)
 
 
+def weighted_sum(losses: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The sum of losses times scale; of no loss at an infinite scale it is NaN."""
+    if scale.numel() == 1:
+        return losses.sum() * scale.view(())
+    return (losses * scale).sum()
+
+
 def row_factors(
     grad_total: torch.Tensor | None, grad_losses: torch.Tensor | None, scale: torch.Tensor
 ) -> torch.Tensor | None:

@@ -6,7 +6,7 @@ import torch
 
 from ds_core.ops import run
 from ds_core.ops.linear_cross_entropy import NAME, chunk_of, fake
-from ds_core.ops.loss_arguments import check_targets
+from ds_core.ops.loss_arguments import check_targets, weighted_sum
 
 
 def linear_cross_entropy(
@@ -38,7 +38,6 @@ def linear_cross_entropy(
     room = hidden.new_empty(size, weight.shape[0])
     sums = torch.zeros_like(dweight, dtype=torch.float32) if tokens > size else dweight
     bias_sums = torch.zeros_like(dbias, dtype=torch.float32)
-    total.zero_()
     if tokens == 0:
         dweight.zero_()
     for begin in range(0, tokens, size):
@@ -53,7 +52,6 @@ def linear_cross_entropy(
             found = run("cross_entropy_", logits, targets[part], factors, *numbers)
         else:
             found = run("cross_entropy", logits, targets[part], factors, *numbers, False)
-        total += found[0]
         losses[part] = found[1]
         if gradients[0]:
             torch.mm(logits, weight, out=dhidden[part])
@@ -63,6 +61,7 @@ def linear_cross_entropy(
             bias_sums += logits.sum(0, dtype=torch.float32)
     if gradients[1] and sums is not dweight:
         dweight = sums.to(weight.dtype)
+    total.copy_(weighted_sum(losses, scale))
     return total, losses, dhidden, dweight, bias_sums.to(weight.dtype)
 
 

@@ -224,7 +224,7 @@ DS_INLINE float sum_of(F v) {
 #endif
 }
 
-// 1 / v to 1 ulp; 0 where that is not a normal number.
+// 1 / v to 1 ulp of finite v other than 0; 0 where that is not a normal number.
 DS_INLINE F reciprocal(F v) {
 #if defined(__AVX512F__)
   // One step of Newton's doubles the 14 bits; a division takes four times as long.
@@ -260,7 +260,9 @@ struct Normal {
 };
 
 DS_INLINE Normal normal(F v) {
-  const F t = reciprocal(1.0f + absolute(v) * 0.26870057686f);
+  // An infinity as a number that is as good: its reciprocal would be a NaN.
+  const F size = minimum(splat(1.0e9f), absolute(v));
+  const F t = reciprocal(1.0f + size * 0.26870057686f);
   F p = splat(0.05896539000f);
   p = p * t - 0.26227260085f;
   p = p * t + 0.36384067923f;

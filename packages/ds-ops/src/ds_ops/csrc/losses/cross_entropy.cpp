@@ -20,15 +20,17 @@ void check_targets(const int64_t* targets, int64_t rows, int64_t classes, int64_
   }
 }
 
-// The sum of losses times scale, added in order.
+// The sum of losses times scale, added in order. A scale for all is applied to their sum: the mean of
+// no row is 0 * infinity, a NaN.
 Tensor sum_up(const Tensor& losses, const Tensor& scale) {
   const auto* values = static_cast<const float*>(losses.const_data_ptr());
   const auto* factors = static_cast<const float*>(scale.const_data_ptr());
   const bool per_row = scale.numel() != 1;
   double sum = 0.0;
   for (int64_t row = 0; row < losses.numel(); ++row) {
-    sum += static_cast<double>(values[row]) * factors[per_row ? row : 0];
+    sum += per_row ? static_cast<double>(values[row]) * factors[row] : values[row];
   }
+  if (!per_row) sum *= factors[0];
   Tensor total = torch::stable::new_empty(losses, {}, ScalarType::Float);
   *static_cast<float*>(total.mutable_data_ptr()) = static_cast<float>(sum);
   return total;
