@@ -28,7 +28,7 @@ _MAX_X_FLOOR = 1.3
 
 
 def rows(seconds: float) -> Iterator[Row]:
-    """Decode and prefill at the sizes of a model with 8 key-value heads of 128, and cache writes."""
+    """Decode and prefill at the sizes of a model with 8 key-value heads, and cache writes."""
     for index, (label, args) in enumerate(paged_attention.benchmarks(_CPU)):
         shape, _, dtype = label.rpartition(" ")
         yield from _attention(shape, dtype, args, seconds, _MAX_X_FLOOR if index == 0 else None)

@@ -133,6 +133,36 @@ DS_INLINE void store_some(T* to, F v, int count) {
   for (int lane = 0; lane < count; ++lane) to[lane] = padded[lane];
 }
 
+#if defined(__AVX512F__)
+// The same by masks; lanes that a mask leaves out touch no memory.
+DS_INLINE __mmask16 first_lanes(int count) { return (__mmask16)((1u << count) - 1u); }
+
+DS_INLINE F load_some(const float* from, int count) {
+  return (F)_mm512_maskz_loadu_ps(first_lanes(count), from);
+}
+
+DS_INLINE F load_some(const bf16* from, int count) {
+  return from_bf16_bits((H)_mm256_maskz_loadu_epi16(first_lanes(count), from));
+}
+
+DS_INLINE F load_some(const fp16* from, int count) {
+  return (F)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), from));
+}
+
+DS_INLINE void store_some(float* to, F v, int count) {
+  _mm512_mask_storeu_ps(to, first_lanes(count), (__m512)v);
+}
+
+DS_INLINE void store_some(bf16* to, F v, int count) {
+  _mm256_mask_storeu_epi16(to, first_lanes(count), (__m256i)to_bf16_bits(v));
+}
+
+DS_INLINE void store_some(fp16* to, F v, int count) {
+  const __m256i bits = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  _mm256_mask_storeu_epi16(to, first_lanes(count), bits);
+}
+#endif
+
 // --- Arithmetic ---------------------------------------------------------------------------------
 
 // The second, if one of them is a NaN.
