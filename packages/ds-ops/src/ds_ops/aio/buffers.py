@@ -17,7 +17,8 @@ def aligned_empty(shape: int | Sequence[int], dtype: torch.dtype = torch.uint8) 
 
     `AsyncFile` reads and writes it without a copy, which a tensor of torch.empty needs: that is
     aligned to 64 bytes, and devices ask for 512 or more. Large ones are on huge pages where the
-    kernel offers them, which makes transfers cheaper.
+    kernel offers them, which makes transfers cheaper and faster; finding those can take the kernel
+    a second per GiB where memory is fragmented, so keep such tensors and use them again.
 
     Args:
         shape: as for torch.empty.

@@ -52,7 +52,7 @@ class FastFileWriter(io.RawIOBase, BinaryIO):
         self,
         path: str | os.PathLike[str],
         *,
-        buffer_bytes: int = 32 << 20,
+        buffer_bytes: int = 16 << 20,
         buffers: int = 4,
         fsync: bool = False,
         engine: AsyncIO | EngineName = "auto",
