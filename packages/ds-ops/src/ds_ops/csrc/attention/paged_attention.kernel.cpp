@@ -229,11 +229,25 @@ DS_INLINE float* weights_of(const AttentionPart& part, int64_t head) {
 
 // --- Few rows: keys and values are read where they lie --------------------------------------------
 //
-// Tokens are read in the order of memory, all heads of a few tokens before the next few: that is
-// what a processor reads ahead of by itself.
+// Tokens are read in the order of memory, all heads of some tokens before the next few, and while
+// they are used the next ones are fetched: else arithmetic and memory would wait for each other.
 
-constexpr int kKeyStep = 8;     // tokens whose keys are used before the next are
-constexpr int kValueStep = 16;  // as many for values: sums are loaded and stored once in each
+constexpr int kStep = 16;  // tokens
+
+// What the step after this one reads: rows of as many tokens, at these offsets.
+template <typename T>
+struct Ahead {
+  const T* base;
+  const int64_t* offsets;
+};
+
+// A part of one token's row, into the second cache: the first has no room for a step.
+template <typename T>
+DS_INLINE void fetch(const T* from, int count) {
+  for (int at = 0; at < count * (int)sizeof(T); at += 64) {
+    __builtin_prefetch((const char*)from + at, 0, 2);
+  }
+}
 
 // Adds to the products of `rows` queries and four keys those of one vector of each.
 template <typename T, int rows>
@@ -266,8 +280,9 @@ DS_INLINE void dot_four(const T* k, const int64_t* offsets, const Row& row, cons
 // sums[row] = sums[row] * factor[row] + weights[row] * values, of some consecutive vectors. `v` and
 // `sums` begin at the first of them.
 template <typename T, int rows, int vectors>
-DS_INLINE void add_values(const T* v, const int64_t* offsets, int count, const float* weights,
-                          const float* factors, float* sums, int64_t stride) {
+DS_INLINE void add_values(const T* v, const int64_t* offsets, int count, const Ahead<T>* ahead,
+                          const float* weights, const float* factors, float* sums,
+                          int64_t stride) {
   F total[rows][vectors];
   for (int j = 0; j < vectors; ++j) {
     for (int r = 0; r < rows; ++r) {
@@ -276,6 +291,7 @@ DS_INLINE void add_values(const T* v, const int64_t* offsets, int count, const f
   }
   for (int key = 0; key < count; ++key) {
     const T* value = v + offsets[key];
+    if (ahead) fetch(ahead->base + ahead->offsets[key], vectors * kWidth);
     F some[vectors];
     for (int j = 0; j < vectors; ++j) some[j] = load(value + j * kWidth);
     for (int r = 0; r < rows; ++r) {
@@ -289,16 +305,19 @@ DS_INLINE void add_values(const T* v, const int64_t* offsets, int count, const f
 }
 
 template <typename T, int rows>
-DS_INLINE void values_of(const T* v, const int64_t* offsets, int count, const Row& row,
-                         const float* weights, const float* factors, float* sums, int64_t stride) {
+DS_INLINE void values_of(const T* v, const int64_t* offsets, int count, const Ahead<T>* ahead,
+                         const Row& row, const float* weights, const float* factors, float* sums,
+                         int64_t stride) {
   int i = 0;
   for (; i + 4 <= row.whole; i += 4) {
-    add_values<T, rows, 4>(v + i * kWidth, offsets, count, weights, factors, sums + i * kWidth,
-                           stride);
+    const Ahead<T> next = ahead ? Ahead<T>{ahead->base + i * kWidth, ahead->offsets} : Ahead<T>{};
+    add_values<T, rows, 4>(v + i * kWidth, offsets, count, ahead ? &next : nullptr, weights,
+                           factors, sums + i * kWidth, stride);
   }
   for (; i < row.all; ++i) {
-    add_values<T, rows, 1>(v + row.at(i), offsets, count, weights, factors, sums + i * kWidth,
-                           stride);
+    const Ahead<T> next = ahead ? Ahead<T>{ahead->base + row.at(i), ahead->offsets} : Ahead<T>{};
+    add_values<T, rows, 1>(v + row.at(i), offsets, count, ahead ? &next : nullptr, weights, factors,
+                           sums + i * kWidth, stride);
   }
 }
 
@@ -316,28 +335,31 @@ struct Few {
 
   float* scores_of(int64_t head) const { return scores + (head - part.kv_begin) * rows * kKeys; }
 
-  void score(const int64_t* offsets, int count) const {
+  // `then` is read after the last step of these.
+  void score(const int64_t* offsets, int count, Ahead<T> then) const {
     const T* k = static_cast<const T*>(call.k);
-    for (int key = 0; key < count; key += kKeyStep) {
+    for (int key = 0; key < count; key += kStep) {
+      const Ahead<T> ahead = key + kStep < count ? Ahead<T>{k, offsets + key + kStep} : then;
       for (int64_t head = part.kv_begin; head < part.kv_end; ++head) {
-        const T* of_head = k + head * call.head_stride;
+        const int64_t at = head * call.head_stride;
         const float* query = q + (head - part.kv_begin) * rows * stride;
-        for (int some = key; some < key + kKeyStep && some < count; some += 4) {
-          float* to = scores_of(head) + some;
+        for (int some = 0; some < kStep && key + some < count; some += 4) {
+          for (int j = some; j < some + 4; ++j) {
+            fetch(ahead.base + at + ahead.offsets[j], row.dim);
+          }
+          const int64_t* four = offsets + key + some;
+          float* to = scores_of(head) + key + some;
           int r = 0;
           for (; r + kFewStep <= rows; r += kFewStep) {
-            dot_four<T, kFewStep>(of_head, offsets + some, row, query + r * stride, stride,
-                                  to + r * kKeys);
+            dot_four<T, kFewStep>(k + at, four, row, query + r * stride, stride, to + r * kKeys);
           }
           if constexpr (kFewStep > 2) {
             for (; r + 2 <= rows; r += 2) {
-              dot_four<T, 2>(of_head, offsets + some, row, query + r * stride, stride,
-                             to + r * kKeys);
+              dot_four<T, 2>(k + at, four, row, query + r * stride, stride, to + r * kKeys);
             }
           }
           for (; r < rows; ++r) {
-            dot_four<T, 1>(of_head, offsets + some, row, query + r * stride, stride,
-                           to + r * kKeys);
+            dot_four<T, 1>(k + at, four, row, query + r * stride, stride, to + r * kKeys);
           }
         }
       }
@@ -355,30 +377,33 @@ struct Few {
     }
   }
 
-  void add(const int64_t* offsets, int count) const {
+  void add(const int64_t* offsets, int count, Ahead<T> then) const {
     const T* v = static_cast<const T*>(call.v);
     float ones[kAttentionFewRows];
     for (int r = 0; r < kAttentionFewRows; ++r) ones[r] = 1.0f;
-    for (int key = 0; key < count; key += kValueStep) {
-      const int some = count - key < kValueStep ? count - key : kValueStep;
+    for (int key = 0; key < count; key += kStep) {
+      const int some = count - key < kStep ? count - key : kStep;
+      const Ahead<T> ahead = key + kStep < count ? Ahead<T>{v, offsets + key + kStep} : then;
       for (int64_t head = part.kv_begin; head < part.kv_end; ++head) {
-        const T* of_head = v + head * call.head_stride;
+        const int64_t at = head * call.head_stride;
+        const Ahead<T> own = {ahead.base + at, ahead.offsets};
+        const Ahead<T>* next = &own;  // once is enough
         const float* weights = scores_of(head) + key;
         const float* factor = key ? ones : factors + (head - part.kv_begin) * rows;
         float* sums = sums_of(call, part, head);
         int r = 0;
-        for (; r + kFewStep <= rows; r += kFewStep) {
-          values_of<T, kFewStep>(of_head, offsets + key, some, row, weights + r * kKeys, factor + r,
-                                 sums + r * stride, stride);
+        for (; r + kFewStep <= rows; r += kFewStep, next = nullptr) {
+          values_of<T, kFewStep>(v + at, offsets + key, some, next, row, weights + r * kKeys,
+                                 factor + r, sums + r * stride, stride);
         }
         if constexpr (kFewStep > 2) {
-          for (; r + 2 <= rows; r += 2) {
-            values_of<T, 2>(of_head, offsets + key, some, row, weights + r * kKeys, factor + r,
+          for (; r + 2 <= rows; r += 2, next = nullptr) {
+            values_of<T, 2>(v + at, offsets + key, some, next, row, weights + r * kKeys, factor + r,
                             sums + r * stride, stride);
           }
         }
-        for (; r < rows; ++r) {
-          values_of<T, 1>(of_head, offsets + key, some, row, weights + r * kKeys, factor + r,
+        for (; r < rows; ++r, next = nullptr) {
+          values_of<T, 1>(v + at, offsets + key, some, next, row, weights + r * kKeys, factor + r,
                           sums + r * stride, stride);
         }
       }
@@ -397,14 +422,27 @@ void few_rows(const PagedAttention& call, const AttentionPart& part, float* scra
     load_queries<T>(call, part, head, scratch + (head - part.kv_begin) * part.rows * stride, stride,
                     true);
   }
-  int64_t offsets[kKeys];
-  for (int64_t key = part.key_begin; key < part.key_end; key += kKeys) {
+  const T* k = static_cast<const T*>(call.k);
+  const T* v = static_cast<const T*>(call.v);
+  int64_t found[2][kKeys];
+  int64_t* offsets = found[0];
+  int64_t* next = found[1];
+  const auto count_from = [&](int64_t key) {
     const int64_t left = part.key_end - key;
-    const int count = left < kKeys ? left : kKeys;
-    find_keys(call, part, key, count, offsets);
-    few.score(offsets, count);
+    return (int)(left < kKeys ? left : kKeys);
+  };
+  int count = count_from(part.key_begin);
+  find_keys(call, part, part.key_begin, count, offsets);
+  for (int64_t key = part.key_begin; key < part.key_end; key += kKeys) {
+    const int next_count = count_from(key + kKeys);
+    if (next_count > 0) find_keys(call, part, key + kKeys, next_count, next);
+    few.score(offsets, count, {v, offsets});
     few.weigh(key, count);
-    few.add(offsets, count);
+    few.add(offsets, count, next_count > 0 ? Ahead<T>{k, next} : Ahead<T>{v, offsets});
+    int64_t* const used = offsets;
+    offsets = next;
+    next = used;
+    count = next_count;
   }
 }
 
