@@ -12,7 +12,7 @@ import torch
 
 from ds_core.ops import block_format as bf
 from ds_core.ops import quantize as q
-from ds_core.ops.arguments import FLOATS, expect, randn, unaligned, wide_dtype
+from ds_core.ops.arguments import FLOATS, expect, randn, unaligned
 from ds_core.ops.registry import run
 from ds_core.ops.tolerance import CLASS
 from ds_core.seams.op import Floor, Op

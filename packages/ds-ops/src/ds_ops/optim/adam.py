@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from ds_core.ops.adam_step import adam_step_
 from ds_ops.optim.arguments import check_betas, check_not_negative, check_on_cpu
-from ds_ops.optim.fused_optimizer import FusedOptimizer, Update, Request
+from ds_ops.optim.fused_optimizer import FusedOptimizer, Request, Update
 
 
 class FusedAdam(FusedOptimizer):
