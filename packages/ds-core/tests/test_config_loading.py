@@ -220,7 +220,9 @@ def test_auto_clipping_is_the_default():
         pytest.param({"gradient_predivide_factor": 2.0}, "no sum overflows", id="predivide"),
         pytest.param({"compile": {"deepcompile": True}}, "DeepCompile", id="deepcompile"),
         pytest.param(
-            {"bf16": {"bf16_optimizer_states": True}}, "ds-ops will bring", id="bf16-states"
+            {"bf16": {"bf16_optimizer_states": True}},
+            "fp32_optimizer_states to false",
+            id="bf16-states",
         ),
         pytest.param(
             {"torch_autocast": {"lower_precision_safe_modules": ["torch.nn.Linear"]}},

@@ -7,8 +7,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ds_core import optim, optimizers
+from ds_core import optim, optimizers, plugins
 from ds_core.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _nothing_installed(monkeypatch):
+    """ds-ops may be: what it changes is tested with it."""
+    found = plugins.entry_points
+    monkeypatch.setattr(
+        plugins,
+        "entry_points",
+        lambda group: () if group == "ds_core.optimizers" else found(group=group),
+    )
 
 
 def build(name: str, params: dict | None = None, over=None) -> torch.optim.Optimizer:
@@ -101,12 +112,17 @@ def test_parameter_groups_keep_their_own_options():
     [
         pytest.param("adamm", {}, "did you mean adam?", id="misspelt-type"),
         pytest.param("OneBitAdam", {}, "pip install ds-comm", id="ds-comm"),
-        pytest.param("FusedLion", {}, 'use "lion"', id="ds-ops"),
+        pytest.param("FusedLion", {}, 'pip install ds-ops; or use "lion"', id="ds-ops"),
+        pytest.param("DeepSpeedCPUAdam", {}, 'pip install ds-ops; or use "adamw"', id="cpu-adam"),
+        pytest.param("Adam8bit", {}, "not installed: pip install ds-ops", id="adam8bit"),
         pytest.param("MuAdam", {}, "pip install mup", id="mup"),
         pytest.param("LBFGS", {}, "needs a closure", id="closure"),
         pytest.param("sgd", {"momentun": 0.9}, "did you mean momentum?", id="misspelt-param"),
         pytest.param("sgd", {"adam_w_mode": True}, "adam_w_mode: unknown key", id="foreign-switch"),
         pytest.param("adam", {"bias_correction": False}, "always corrects", id="bias-correction"),
+        pytest.param(
+            "adam", {"fp32_optimizer_states": False}, "pip install ds-ops", id="bf16-states"
+        ),
         pytest.param("adam", {"torch_adam": 1}, "got 1, expected true or false", id="switch-type"),
         pytest.param("adamw", {"adam_w_mode": False}, 'use type "adam"', id="contradiction"),
         pytest.param("adamw", {"max_grad_norm": 1.0}, "use the top-level", id="max-grad-norm"),

@@ -80,6 +80,9 @@ class Alone(WholeModel):
     def update(self, grad_scale: float | torch.Tensor = 1.0) -> None:
         """Step with gradients times `grad_scale`; parameters that were not used are left alone."""
         self._settle_layouts()
+        if fused.is_one_pass(self.optimizer):
+            self._update_in_one_pass(grad_scale)
+            return
         for name, master in self._master.items():
             gradient = self._parameters[name].grad
             master.grad = None if gradient is None else gradient.to(master.dtype)
@@ -94,6 +97,16 @@ class Alone(WholeModel):
         for master in self._master.values():
             master.grad = None
         self._publish()
+
+    def _update_in_one_pass(self, grad_scale: float | torch.Tensor) -> None:
+        gradients: dict[torch.Tensor, torch.Tensor] = {}
+        copies: dict[torch.Tensor, torch.Tensor] = {}
+        for param, target in self._targets:
+            if param.grad is not None:
+                gradients[target] = param.grad
+                if target is not param:
+                    copies[target] = param.data
+        fused.step_in_one_pass(self.optimizer, gradients, copies, grad_scale)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""

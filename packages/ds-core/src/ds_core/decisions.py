@@ -77,14 +77,26 @@ def _device(device: torch.device) -> str:
 
 
 def _optimizer(optimizer: torch.optim.Optimizer) -> str:
-    """Its class, and which of torch's implementations updates the parameters."""
+    """Its class, and which implementation updates the parameters."""
     group = optimizer.param_groups[0]
     kernel = next((name for name in ("fused", "foreach") if group.get(name)), None)
-    shown = [f"{kernel} kernel"] if kernel else []
+    shown = [f"{kernel} kernel"] if kernel else _kernels(optimizer)
     names = ("betas", "momentum", "eps", "weight_decay")
     shown += [f"{name} {_short(group[name])}" for name in names if group.get(name)]
     name = type(optimizer).__name__
     return name + (f" ({', '.join(shown)})" if shown else "")
+
+
+def _kernels(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Which implementations compute the ops of an optimizer that says which it has."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    names = getattr(optimizer, "ops", ())
+    if not names or not params:
+        return []
+    from ds_core import ops
+
+    chosen = {ops.select(name, params[0].device.type).name for name in names}
+    return [f"{', '.join(sorted(chosen))} kernel"]
 
 
 def _short(value: Any) -> str:

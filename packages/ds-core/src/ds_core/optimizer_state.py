@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from ds_core.errors import CheckpointError
+from ds_core.whole_matrices import WholeMatrices
+
+
+@runtime_checkable
+class PortableState(Protocol):
+    """An optimizer that keeps its state packed, and can give and take it element by element.
+
+    Checkpoints and shards then hold it as any optimizer's: cut anywhere, in fp32.
+    """
+
+    def portable_state(self, param: torch.Tensor) -> dict[str, Any]:
+        """A copy of the state of a parameter: fp32 in its shape, and numbers; empty if none."""
+
+    def load_portable_state(self, param: torch.Tensor, values: Mapping[str, Any]) -> None:
+        """Take over what `portable_state` gave; exactly, if the parameter is the same."""
+
+
+def state_of(optimizer: torch.optim.Optimizer, param: torch.Tensor) -> dict[str, Any]:
+    """The state of a parameter, or a copy of it if it is packed; empty before its first step."""
+    if isinstance(optimizer, PortableState):
+        return optimizer.portable_state(param)
+    found: dict[str, Any] = optimizer.state.get(param, {})
+    return found
 
 
 @torch.no_grad()
@@ -28,7 +52,11 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
         for param in before["params"]:
             value, param.grad = param.detach().clone(), torch.zeros_like(param)
             group["params"] = [param]
-            optimizer.step()
+            if isinstance(optimizer, WholeMatrices) and optimizer.is_whole(group):
+                # It may be a part of a matrix, of which there is no whole step.
+                optimizer.direction(group, param, torch.zeros_like(param))
+            else:
+                optimizer.step()
             param.grad = None
             param.copy_(value)
         group["params"] = []

@@ -23,6 +23,7 @@ Seam = Literal[
     "commands",
     "planners",
     "launchers",
+    "optimizers",
 ]
 
 #: Where a name that nobody registered could come from: what users are told to install.
@@ -37,6 +38,13 @@ KNOWN_PROVIDERS: dict[Seam, dict[str, str]] = {
         "hybrid_engine": "ds-inference",
     },
     "sharding": {"zero_optimization": "ds-zero"},
+    "optimizers": dict.fromkeys(
+        (
+            *("adam8bit", "cpuadagrad", "cpuadam", "cpulion", "fusedadam", "fusedlamb"),
+            *("fusedlion", "fusedsgd"),
+        ),
+        "ds-ops",
+    ),
     "ops": {"ds_ops": "ds-ops"},
     "op_tools": {"ds_ops": "ds-ops"},
 }

@@ -181,6 +181,9 @@ class Replicated(WholeModel):
         """Step with gradients times `grad_scale`; parameters that no rank used are left alone."""
         self._settle()
         used = self._used_anywhere()
+        if fused.is_one_pass(self.optimizer):
+            self._update_in_one_pass(used, grad_scale)
+            return
         is_one = isinstance(grad_scale, float) and grad_scale == 1.0
         in_kernel = not is_one and fused.fuses_scale(self.optimizer)
         targets = []
@@ -198,6 +201,18 @@ class Replicated(WholeModel):
         for target in targets:
             target.grad = None
         self._publish()
+
+    def _update_in_one_pass(self, used: dict[str, bool], grad_scale: float | torch.Tensor) -> None:
+        gradients: dict[torch.Tensor, torch.Tensor] = {}
+        copies: dict[torch.Tensor, torch.Tensor] = {}
+        for bucket in self._buckets:
+            for name, view in zip(bucket.names, bucket.gradients(), strict=True):
+                if used[name]:
+                    target, param = self._target(name), self._parameters[name]
+                    gradients[target] = view
+                    if target is not param:
+                        copies[target] = param.data
+        fused.step_in_one_pass(self.optimizer, gradients, copies, grad_scale)
 
     def _used_anywhere(self) -> dict[str, bool]:
         if self._used is None:

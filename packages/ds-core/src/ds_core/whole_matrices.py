@@ -17,6 +17,10 @@ class WholeMatrices(Protocol):
     has the same bits as `step` on one rank.
     """
 
+    @property
+    def direction_dtype(self) -> torch.dtype:
+        """The format of directions and updates, in which they travel."""
+
     def is_whole(self, group: dict[str, Any]) -> bool:
         """Whether the parameters of a group are updated as whole matrices; the others are not."""
 
@@ -29,7 +33,7 @@ class WholeMatrices(Protocol):
     ) -> torch.Tensor:
         """Update the state of `param`, any part of a matrix, and return what becomes its update.
 
-        Elementwise. In the shape of `param`, in the format in which it travels.
+        Elementwise. In the shape of `param`.
         """
 
     def whole_update(self, group: dict[str, Any], direction: torch.Tensor) -> torch.Tensor:
@@ -42,7 +46,7 @@ class WholeMatrices(Protocol):
         update: torch.Tensor,
         shape: tuple[int, ...],
     ) -> None:
-        """Change `param`, any part of a matrix of `shape`, by its part of the update. Elementwise."""
+        """Change any part of a matrix of `shape` by the same part of its update. Elementwise."""
 
     def matrix_flops(self, group: dict[str, Any], shape: tuple[int, ...]) -> int:
         """What `whole_update` of a matrix costs."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from ds_core import comm
 from ds_core.agreement import check_same_model
-from ds_core.optimizer_state import allocate_state, load_groups
+from ds_core.optimizer_state import PortableState, allocate_state, load_groups, state_of
 from ds_core.precision import Precision
 
 
@@ -111,8 +111,8 @@ class WholeModel:
         """Optimizer state by parameter name."""
         names = {id(self._target(name)): name for name in self._parameters}
         state: dict[str, dict[str, Any]] = {}
-        for param, values in self.optimizer.state.items():
-            for key, value in values.items():
+        for param in self.optimizer.state:
+            for key, value in state_of(self.optimizer, param).items():
                 state.setdefault(key, {})[names[id(param)]] = value
         groups = [
             {
@@ -130,6 +130,11 @@ class WholeModel:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Adopt loaded state."""
         load_groups(self.param_groups, state_dict["groups"])
+        if isinstance(self.optimizer, PortableState):
+            for name in self._trained():
+                own = {k: by[name] for k, by in state_dict["state"].items() if name in by}
+                if own:
+                    self.optimizer.load_portable_state(self._target(name), own)
         self._publish()
 
     def memory(self) -> dict[str, int]:

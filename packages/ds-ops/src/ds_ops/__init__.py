@@ -47,7 +47,10 @@ _HOMES = {
     "quantized_reduce": "ds_core.ops.quantized_reduce",
     "sign_pack": "ds_core.ops.sign_pack",
     "sign_unpack": "ds_core.ops.sign_pack",
+    "quantize_weight": "ds_core.ops.quantized_weight",
+    "QuantizedWeight": "ds_core.ops.quantized_weight",
     "weight_only_linear": "ds_core.ops.weight_only_linear",
+    "WeightOnlyLinear": "ds_ops.weight_only",
     # attention and experts
     "grouped_mm": "ds_core.ops.grouped_mm",
     "moe_gate": "ds_core.ops.moe_gate",

@@ -12,7 +12,11 @@ from ds_ops.native import library, sources
 
 #: Ops that torch computes as well as we could: kernel by name, as "module:function" below
 #: `ds_ops.torch_kernels`, and the kinds of device that it runs on (empty: all).
-TORCH: dict[str, tuple[str, tuple[str, ...]]] = {}
+TORCH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "linear_cross_entropy": ("linear_cross_entropy:linear_cross_entropy", ()),
+    "grouped_mm": ("grouped_mm:grouped_mm", ("cpu",)),
+    "grouped_mm_backward": ("grouped_mm:grouped_mm_backward", ("cpu",)),
+}
 
 
 class Cpp:

@@ -1,10 +1,68 @@
-"""write_kv_cache: every implementation against the reference."""
+"""write_kv_cache: every implementation against the reference, and memory it must not touch."""
 
 from __future__ import annotations
 
+import pytest
+import torch
+
+import ds_ops
 from ds_core.testing.contracts import OpContract
 
 
 class TestWriteKvCache(OpContract):
     op = "write_kv_cache_"
     compiled = False
+
+
+def tokens(count: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    k, v = torch.randn(2, count, 2, 8)
+    return k, v, torch.arange(count)
+
+
+def test_caches_may_lie_side_by_side_in_one_tensor() -> None:
+    k, v, slots = tokens()
+    both = torch.zeros(2, 4, 2, 2, 8)
+    ds_ops.write_kv_cache(k, v, both[:, :, 0], both[:, :, 1], slots)
+    assert torch.equal(both[0, :3, 0], k)
+    assert torch.equal(both[0, :3, 1], v)
+    assert not both[1].any()
+
+
+def test_a_bad_slot_leaves_everything_as_it_was() -> None:
+    k, v, slots = tokens()
+    caches = torch.zeros(2, 2, 4, 2, 8)
+    slots[2] = 8
+    with pytest.raises(RuntimeError, match="slots: got 8 for token 2, expected 0 to 7"):
+        ds_ops.write_kv_cache(k, v, *caches, slots)
+    assert not caches.any()
+
+
+def test_memory_that_overlaps_is_refused() -> None:
+    k, v, slots = tokens()
+    cache, other = torch.zeros(2, 2, 4, 2, 8)
+    wide = torch.zeros(2, 4, 2, 17)
+    with pytest.raises(RuntimeError, match="k_cache and v_cache overlap"):
+        ds_ops.write_kv_cache(k, v, cache, cache, slots)
+    with pytest.raises(RuntimeError, match="k_cache and v_cache overlap"):
+        ds_ops.write_kv_cache(k, v, wide[..., :8], wide[..., 7:15], slots)
+    with pytest.raises(RuntimeError, match="k and k_cache overlap"):
+        ds_ops.write_kv_cache(cache[0, :3], v, cache, other, slots)
+    with pytest.raises(RuntimeError, match="k_cache: elements of dimension 0 overlap"):
+        ds_ops.write_kv_cache(k, v, cache[:1].expand(2, -1, -1, -1), other, slots)
+
+
+def test_threads_write_what_one_does() -> None:
+    k, v, _ = tokens(5000)
+    slots = torch.randperm(6000)[:5000]
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            caches = torch.zeros(2, 375, 16, 2, 8)
+            ds_ops.write_kv_cache(k, v, *caches, slots)
+            found.append(caches)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+    assert torch.equal(found[0][0].flatten(0, 1)[slots], k)

@@ -10,6 +10,7 @@ from torch import nn
 from ds_core import comm
 from ds_core.agreement import Entry, check_same_model
 from ds_core.checks import check_model, check_optimizer
+from ds_core.whole_matrices import WholeMatrices
 from ds_zero.errors import ShardError
 from ds_zero.plan import ParamSpec
 
@@ -18,16 +19,19 @@ OWNER = "_ds_zero_owner"
 
 # These compute an update from a whole matrix or from all parameters at once, not element by
 # element, so they would be wrong on a flat shard.
-NOT_ELEMENTWISE = ("LBFGS", "Adafactor", "Muon", "SparseAdam", "Shampoo", "SOAP", "LAMB", "Lamb")
+NOT_ELEMENTWISE = frozenset(
+    ("LBFGS", "Adafactor", "Muon", "SparseAdam", "Shampoo", "SOAP", "LAMB", "Lamb", "FusedLamb")
+)
 
 
 def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
     """Raise ShardError unless `optimizer` can step on flat shards, and has not stepped yet."""
     name = type(optimizer).__name__
-    if name in NOT_ELEMENTWISE:
+    if name in NOT_ELEMENTWISE and not isinstance(optimizer, WholeMatrices):
+        other = "ds_core.optim.Muon, or " if name == "Muon" else ""
         raise ShardError(
             f"optimizer: {name} computes its update from whole matrices, and ZeRO hands it flat "
-            f"shards; use an elementwise one (Adam, AdamW, SGD, Adagrad, RMSprop, ...)"
+            f"shards; use {other}an elementwise one (Adam, AdamW, SGD, Adagrad, RMSprop, ...)"
         )
     if any(int(values.get("step", 1)) > 0 for values in optimizer.state.values()):
         raise ShardError(

@@ -1,14 +1,18 @@
-"""Running the user's optimizer on one unit, with scaling fused where torch can."""
+"""Running the user's optimizer on one unit, in as few passes over memory as it can."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from ds_core import fused
+from ds_core.optimizer_state import PortableState, state_of
+from ds_core.whole_matrices import WholeMatrices
 from ds_zero.unit import OptimizerPiece, Unit
 
 
@@ -49,20 +53,45 @@ class InnerStep:
         self._optimizer = optimizer
         self._scale = grad_scale
         self._unit_scale = isinstance(grad_scale, float) and grad_scale == 1.0
+        self._one_pass = fused.is_one_pass(optimizer)
         self._fuses_scale = not self._unit_scale and fused.fuses_scale(optimizer)
 
-    def run(self, unit: Unit, used: list[bool]) -> None:
-        """Update the shard of `unit`; parameters that are not `used` keep value and state."""
+    def run(self, unit: Unit, used: list[bool]) -> bool:
+        """Update the shard of `unit`; parameters that are not `used` keep value and state.
+
+        Parameters that are updated as whole matrices are left out. Returns whether the
+        low-precision shard has the new values already.
+        """
         pieces = unit.optimizer_pieces
         if not all(used):
             split_by_parameter(self._optimizer, unit)
             names = {spec.name for spec, flag in zip(unit.specs, used, strict=True) if flag}
             pieces = [piece for piece in unit.optimizer_pieces if piece.name in names]
+        groups = self._optimizer.param_groups
+        pieces = [p for p in pieces if not is_whole(self._optimizer, groups[p.group_index])]
+        if self._one_pass:
+            self._step_in_one_pass(unit, pieces)
+            return all(used)
         for piece in pieces:
             piece.weights.grad = self._gradient(unit, piece)
-        self._step(pieces)
+        with self._only(pieces):
+            if self._fuses_scale and pieces:
+                fused.step_scaled(self._optimizer, self._scale, pieces[0].weights.device)
+            else:
+                self._optimizer.step()
         for piece in pieces:
             piece.weights.grad = None
+        return False
+
+    def _step_in_one_pass(self, unit: Unit, pieces: list[OptimizerPiece]) -> None:
+        gradients: dict[torch.Tensor, torch.Tensor] = {}
+        copies: dict[torch.Tensor, torch.Tensor] = {}
+        for piece in pieces:
+            gradients[piece.weights] = unit.grad[piece.start : piece.stop]
+            if unit.master is not None:
+                copies[piece.weights] = unit.shard[piece.start : piece.stop]
+        with self._only(pieces):
+            fused.step_in_one_pass(self._optimizer, gradients, copies, self._scale)
 
     def _gradient(self, unit: Unit, piece: OptimizerPiece) -> torch.Tensor:
         gradient = unit.grad[piece.start : piece.stop]
@@ -72,19 +101,23 @@ class InnerStep:
             gradient = gradient.mul(self._scale)
         return gradient
 
-    def _step(self, pieces: list[OptimizerPiece]) -> None:
-        optimizer: Any = self._optimizer
-        everything = [group["params"] for group in optimizer.param_groups]
+    @contextmanager
+    def _only(self, pieces: list[OptimizerPiece]) -> Iterator[None]:
+        """The optimizer's groups hold these pieces alone."""
+        groups = self._optimizer.param_groups
+        everything = [group["params"] for group in groups]
         try:
-            for index, group in enumerate(optimizer.param_groups):
+            for index, group in enumerate(groups):
                 group["params"] = [p.weights for p in pieces if p.group_index == index]
-            if self._fuses_scale and pieces:
-                fused.step_scaled(optimizer, self._scale, pieces[0].weights.device)
-            else:
-                optimizer.step()
+            yield
         finally:
-            for group, params in zip(optimizer.param_groups, everything, strict=True):
+            for group, params in zip(groups, everything, strict=True):
                 group["params"] = params
+
+
+def is_whole(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    """Whether the parameters of a group are updated as whole matrices."""
+    return isinstance(optimizer, WholeMatrices) and optimizer.is_whole(group)
 
 
 def split_by_parameter(optimizer: torch.optim.Optimizer, unit: Unit) -> None:
@@ -97,16 +130,19 @@ def split_by_parameter(optimizer: torch.optim.Optimizer, unit: Unit) -> None:
         return
     cut: list[OptimizerPiece] = []
     for whole in unit.optimizer_pieces:
-        state = optimizer.state.pop(whole.weights, {})
+        state = state_of(optimizer, whole.weights)
+        optimizer.state.pop(whole.weights, None)
         shape = whole.weights.shape
         for part in unit.parts_of(whole):
             start, stop = part.offset, part.offset + part.stop - part.start
             own = slice(start - whole.start, stop - whole.start)
             weights = nn.Parameter(whole.weights.detach()[own])
             if state:
-                optimizer.state[weights] = {
-                    key: _part(value, shape, own) for key, value in state.items()
-                }
+                parts = {key: _part(value, shape, own) for key, value in state.items()}
+                if isinstance(optimizer, PortableState):
+                    optimizer.load_portable_state(weights, parts)
+                else:
+                    optimizer.state[weights] = parts
             cut.append(OptimizerPiece(whole.group_index, weights, start, stop, part.slot.name))
     _replace(optimizer, unit.optimizer_pieces, cut)
     unit.optimizer_pieces = cut

@@ -22,6 +22,7 @@ from ds_zero.gather import GatherRuntime
 from ds_zero.plan import Selector, UnitSpec, plan_units
 from ds_zero.sharded_param import show_class
 from ds_zero.unit import Unit
+from ds_zero.whole_matrices import matrix_steps
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -72,6 +73,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         ]
         self._trainable = [unit for unit in self.units if unit.trainable]
         self._hand_over_to_inner()
+        self._matrices = matrix_steps(self._inner, self._trainable)
         self._watch = BackwardWatch(model, self._begin_backward, self._end_backward)
         self._gather: GatherRuntime | None = None
         sharded = [unit for unit in self.units if unit.stage == 3]
@@ -227,11 +229,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self._agreed is None:
             self._agreed = _agree(self._trainable, with_norm=False)
         used = self._agreed.used
+        for matrices in self._matrices:
+            matrices.run(used, grad_scale)
         step = inner_step.InnerStep(self._inner, grad_scale)
         pending = []
         for unit in self._trainable:
-            step.run(unit, used[unit.index])
-            pending.append(unit.publish())
+            written = step.run(unit, used[unit.index])
+            pending.append(unit.publish(cast=not written))
         for gather in pending:
             if gather is not None:
                 gather.wait()

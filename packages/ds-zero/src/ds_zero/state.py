@@ -9,6 +9,7 @@ from torch import nn
 
 from ds_core import comm
 from ds_core.flat import Piece
+from ds_core.optimizer_state import PortableState, state_of
 from ds_zero.errors import ShardError
 from ds_zero.inner_step import split_by_parameter
 from ds_zero.unit import OptimizerPiece, Unit
@@ -55,11 +56,12 @@ def _local(optimizer: ZeroOptimizer, unit: Unit, piece: Piece | None, kind: str)
     if kind == "gradient":
         return unit.grad[start:stop]
     mine = _optimizer_piece(unit, piece)
-    held = optimizer.state.get(mine.weights, {})
+    held = state_of(optimizer._inner, mine.weights)
     value = held.get(kind)
     if isinstance(value, torch.Tensor) and value.shape == mine.weights.shape:
         return value[start - mine.start : stop - mine.start]
-    keys = {k for values in optimizer.state.values() for k, v in values.items() if _is_wide(v)}
+    each = [state_of(optimizer._inner, weights) for weights in optimizer.state]
+    keys = {k for values in each for k, v in values.items() if _is_wide(v)}
     if kind in keys and not held:
         # No step has used the parameter yet.
         return torch.zeros_like(unit.weights[start:stop])
@@ -138,7 +140,10 @@ def set_full_value(
     if piece is not None:
         part = value.reshape(-1)[piece.start : piece.stop]
         with torch.no_grad():
-            _local(optimizer, unit, piece, kind).copy_(part)
+            if kind in ("parameter", "gradient"):
+                _local(optimizer, unit, piece, kind).copy_(part)
+            else:
+                _set_state(optimizer, unit, piece, kind, part)
     if kind == "parameter":
         pending = unit.publish()
         if pending is not None:
@@ -146,6 +151,21 @@ def set_full_value(
     if kind == "gradient":
         unit.has_grad = True
         unit.used[position] = True
+
+
+def _set_state(
+    optimizer: ZeroOptimizer, unit: Unit, piece: Piece, kind: str, part: torch.Tensor
+) -> None:
+    inner = optimizer._inner
+    if not isinstance(inner, PortableState):
+        _local(optimizer, unit, piece, kind).copy_(part)
+        return
+    mine = _optimizer_piece(unit, piece)
+    values = state_of(inner, mine.weights)
+    _local(optimizer, unit, piece, kind)  # raises where there is none
+    start = piece.offset - mine.start
+    values[kind][start : start + part.numel()].copy_(part)
+    inner.load_portable_state(mine.weights, values)
 
 
 def full_state_dict(optimizer: ZeroOptimizer) -> dict[str, torch.Tensor]:
@@ -177,12 +197,14 @@ def optimizer_state(optimizer: ZeroOptimizer) -> dict[str, Any]:
     """See `ZeroOptimizer.state_dict`: {"state": {key: {name: value}}, "groups": [...]}."""
     tensors: dict[str, dict[str, Any]] = {}
     for unit in optimizer.units:
+        held = {id(p): state_of(optimizer._inner, p.weights) for p in unit.optimizer_pieces}
         for piece in unit.layout.pieces(unit.group.rank) if unit.trainable else ():
             mine = _optimizer_piece(unit, piece)
-            for key, value in optimizer.state.get(mine.weights, {}).items():
+            own = slice(piece.offset - mine.start, piece.offset - mine.start + _numel(piece))
+            for key, value in held[id(mine)].items():
                 entries = tensors.setdefault(key, {})
                 if isinstance(value, torch.Tensor) and value.shape == mine.weights.shape:
-                    entries[piece.slot.name] = _shard(_local(optimizer, unit, piece, key), piece)
+                    entries[piece.slot.name] = _shard(value[own], piece)
                 else:
                     # One value for all parameters of the piece, such as the step count. Each
                     # gets its own, since those in a checkpoint may differ.
@@ -210,6 +232,9 @@ def adopt_loaded(optimizer: ZeroOptimizer, loaded: dict[str, dict[str, Any]]) ->
         if any(_differ(optimizer, unit, piece, loaded) for piece in unit.optimizer_pieces):
             split_by_parameter(optimizer._inner, unit)
         for piece in unit.optimizer_pieces:
+            if isinstance(optimizer._inner, PortableState):
+                _adopt_packed(optimizer._inner, unit, piece, loaded)
+                continue
             held = optimizer.state.get(piece.weights, {})
             for key in list(held):
                 if _is_wide(held[key]):
@@ -218,10 +243,33 @@ def adopt_loaded(optimizer: ZeroOptimizer, loaded: dict[str, dict[str, Any]]) ->
                     held[key] = value.clone() if isinstance(value, torch.Tensor) else value
 
 
+def _adopt_packed(
+    inner: PortableState, unit: Unit, piece: OptimizerPiece, loaded: dict[str, dict[str, Any]]
+) -> None:
+    """Put what a checkpoint has for the parameters of a piece into its packed state."""
+    values = inner.portable_state(piece.weights)
+    for part in unit.parts_of(piece):
+        start = part.offset - piece.start
+        for key, own in values.items():
+            value = loaded.get(key, {}).get(part.slot.name)
+            if value is None:
+                continue
+            if _is_wide(own):
+                own[start : start + _numel(part)].copy_(value.local.reshape(-1))
+            else:
+                values[key] = value
+    if values:
+        inner.load_portable_state(piece.weights, values)
+
+
+def _numel(piece: Piece) -> int:
+    return piece.stop - piece.start
+
+
 def _differ(
     optimizer: ZeroOptimizer, unit: Unit, piece: OptimizerPiece, loaded: dict[str, dict[str, Any]]
 ) -> bool:
-    for key, own in optimizer.state.get(piece.weights, {}).items():
+    for key, own in state_of(optimizer._inner, piece.weights).items():
         if not _is_wide(own):
             values = _loaded_values(optimizer, unit, piece, loaded, key)
             if any(value != values[0] for value in values):
@@ -255,5 +303,6 @@ def memory(optimizer: ZeroOptimizer) -> dict[str, int]:
             for value in optimizer.state.get(piece.weights, {}).values():
                 if isinstance(value, torch.Tensor) and value.dim():
                     total["optimizer"] += value.numel() * value.element_size()
-                    total["padding"] += gaps * value.element_size()
+                    if value.shape == piece.weights.shape:
+                        total["padding"] += gaps * value.element_size()
     return total

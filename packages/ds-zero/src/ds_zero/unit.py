@@ -171,12 +171,13 @@ class Unit:
             hide(param, keeper)
         self.full.untyped_storage().resize_(0)
 
-    def publish(self) -> comm.Pending | None:
+    def publish(self, *, cast: bool = True) -> comm.Pending | None:
         """Make updated weights visible: cast the master shard; at stages 1 and 2, start gathering.
 
-        Collective over the group where the full parameters are present.
+        `cast` is false if the optimizer wrote the low-precision shard itself. Collective over the
+        group where the full parameters are present.
         """
-        if self.master is not None:
+        if self.master is not None and cast:
             self.shard.copy_(self.master)
         if self.stage < 3 or self.is_full:
             return self.start_gather()

@@ -139,9 +139,8 @@ class Bf16Section(Section):
         bool,
         Only(
             False,
-            because=f"{_LATER}: ds-ops will bring low-precision states; optimizer states are fp32, "
-            "and zero_optimization.stage 1 or more holds 1/N of them. For bf16 states today, build "
-            "the model in bf16 and leave bf16 off",
+            because="they are a parameter of the optimizer here: with ds-ops installed, set "
+            "optimizer.params.fp32_optimizer_states to false",
         ),
     ] = Field(default=False, description="Only false: optimizer states are fp32.")
 

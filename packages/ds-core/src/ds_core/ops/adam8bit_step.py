@@ -1,7 +1,7 @@
 """One step of Adam whose two states take eight bits each, with a scale per 256 elements.
 
-Source: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2; the code
-is computed, not looked up in their table.
+Source: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2; the codes
+are the high bits of a float, in place of their table.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ NAME = "adam8bit_step_"
 
 #: Elements that share a scale.
 BLOCK = 256
-#: Codes of a state of zeros.
-ZERO_CODES = (0, 0)
 
 _SMALLEST = 2.0**-126
 #: Codes without a sign, by whether the state has one: the highest, and what is added to a code to
@@ -91,12 +89,19 @@ def adam8bit_step_(
 
 
 def decoded(codes: torch.Tensor, scales: torch.Tensor, *, signed: bool) -> torch.Tensor:
-    """The state that codes stand for, fp32 in their shape.
+    """The state that codes stand for, in their shape.
 
-    A code above 0 is `scale` times the float whose bits are `(code + shift) << 20`, with `shift`
-    such that the highest code is 1. Signed, as exp_avg is: seven bits, and a sign in the eighth.
+    With T(n) the fp32 number whose bits are `n << 20`: signed, as exp_avg is, `scale * T(c + 889)`
+    with c the low seven bits, negative if the eighth is set, and 0 for c = 0; else
+    `scale * T(code + 761)`.
     """
-    return _decode(codes.reshape(-1), scales, signed).view(codes.shape)
+    flat = codes.reshape(-1).to(torch.int32)
+    size = flat & 127 if signed else flat
+    value = ((size + _lowest(signed)) << 20).view(torch.float32)
+    if signed:
+        value = torch.where(size == 0, 0.0, torch.where(flat >= 128, -value, value))
+    value = value.to(scales.dtype) * _spread(scales, flat.numel())
+    return value.view(codes.shape)
 
 
 def encoded(
@@ -104,34 +109,29 @@ def encoded(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes in the shape of `values`, scales) of a state.
 
+    The scale is the largest size of a block. No code of an unsigned state is 0 while the scale is
+    not: a step would divide by it.
+
     bits: 32 random ones per element, as int64, for unbiased rounding; None: to nearest.
     """
-    flat = wide(values.reshape(-1))
+    flat = values.reshape(-1).float()
     blocks = _blocks(flat)
     scales = blocks.abs().amax(1) if len(blocks) else flat.new_empty(0)
     scales = torch.where(scales > 0, scales.clamp(min=_SMALLEST), scales)
-    inverse = torch.where(scales == 0, 0.0, 1 / scales)
-    ratio = (flat.abs() * _spread(inverse, flat.numel())).float()
-    top, shift = _CODES[signed]
-    noise: torch.Tensor | int = 1 << (_LOW_BITS - 1)
+    ratio = flat.abs() / _spread(torch.where(scales > 0, scales, 1.0), flat.numel())
+    added: torch.Tensor | int = 1 << 19
     if bits is not None:
-        noise = bits & 0xFFFFF if signed else bits >> 12
-    high = (ratio.view(torch.int32).to(torch.int64) + noise) >> _LOW_BITS
-    codes = (high - shift).clamp(0, top)
+        added = bits & 0xFFFFF if signed else bits >> 12
+    raw = ratio.view(torch.int32).to(torch.int64)
+    codes = (((raw + added) >> 20) - _lowest(signed)).clamp(0, 127 if signed else 255)
     if signed:
         codes = codes + 128 * torch.signbit(flat)
-    else:
-        codes = torch.where(flat > 0, codes.clamp(min=1), codes)
     return codes.to(torch.uint8).view(values.shape), scales
 
 
-def _decode(codes: torch.Tensor, scales: torch.Tensor, signed: bool) -> torch.Tensor:
-    scale = _spread(wide(scales), codes.numel())
-    top, shift = _CODES[signed]
-    magnitude = codes.to(torch.int32) & top
-    value = scale * ((magnitude + shift) << _LOW_BITS).view(torch.float32)
-    value = torch.where(magnitude == 0, 0.0, value)
-    return torch.where(codes > 127, -value, value) if signed else value
+def _lowest(signed: bool) -> int:
+    """Bits 20 and up of the float that code 0 would stand for."""
+    return 889 if signed else 761
 
 
 def _spread(scales: torch.Tensor, numel: int) -> torch.Tensor:
@@ -181,7 +181,7 @@ def reference(
     codes = (exp_avg_codes, exp_avg_sq_codes)
     scales = (exp_avg_scales, exp_avg_sq_scales)
     for index, value in enumerate((mean, square)):
-        found, scale = encoded(value, signed=index == 0, bits=bits)
+        found, scale = encoded(value.float(), signed=index == 0, bits=bits)
         codes[index].copy_(found)
         scales[index].copy_(scale)
     common.finish(param, p, copy, bits)

@@ -1,7 +1,8 @@
 """Number formats of block quantization, and plain-torch arithmetic on their codes.
 
-Here numbers are `[blocks, block]` and wide (fp32, or float64 for tests), codes are int32 of the same
-shape, and packed codes are bytes: one stream of bits per block, the first code in its lowest bits.
+Here numbers are `[blocks, block]` and wide (fp32, or float64 for tests), codes are int32 of the
+same shape, and packed codes are bytes: one stream of bits per block, the first code in its lowest
+bits.
 """
 
 from __future__ import annotations
@@ -69,25 +70,18 @@ class BlockFormat:
         return count * self.bits // 8
 
 
-#: By name. The numbers are those of the C++ library's table.
-FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
-    {
-        name: BlockFormat(name, number, *rest)
-        for number, (name, *rest) in enumerate(
-            (
-                ("int8", 8),
-                ("int4", 4),
-                ("fp8_e4m3", 8, 4, 1),
-                ("fp8_e5m2", 8, 5, 4),
-                ("fp6_e3m2", 6, 3),
-                ("fp6_e2m3", 6, 2),
-                ("fp4_e2m1", 4, 2),
-                ("fp12_e4m7", 12, 4),
-            )
-        )
-    }
+_BY_NUMBER = (
+    BlockFormat("int8", 0, 8),
+    BlockFormat("int4", 1, 4),
+    BlockFormat("fp8_e4m3", 2, 8, 4, 1),
+    BlockFormat("fp8_e5m2", 3, 8, 5, 4),
+    BlockFormat("fp6_e3m2", 4, 6, 3),
+    BlockFormat("fp6_e2m3", 5, 6, 2),
+    BlockFormat("fp4_e2m1", 6, 4, 2),
+    BlockFormat("fp12_e4m7", 7, 12, 4),
 )
-_BY_NUMBER = tuple(FORMATS.values())
+#: By name. The numbers are those of the C++ library's table.
+FORMATS: Mapping[str, BlockFormat] = MappingProxyType({fmt.name: fmt for fmt in _BY_NUMBER})
 
 
 def format_named(op: str, name: str) -> BlockFormat:

@@ -130,7 +130,7 @@ def refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
         ("v: got", (k, v.half(), k_cache, v_cache, slots)),
         ("v: got", (k, v[:4], k_cache, v_cache, slots)),
         ("cache: got", (k, v, k_cache.half(), v_cache, slots)),
-        ("cache: got", (k, v, k_cache[..., :8], v_cache[..., :8], slots)),
+        ("shape", (k, v, k_cache[..., :8], v_cache[..., :8], slots)),
         ("v_cache: got shape", (k, v, k_cache, v_cache[:2], slots)),
         ("slots: got torch.int32", (k, v, k_cache, v_cache, slots.int())),
         ("slots: got shape", (k, v, k_cache, v_cache, slots[:3])),

@@ -102,7 +102,7 @@ def quantize(
     Raises OpError for what does not fit.
     """
     fmt = bf.format_named("quantize", format)
-    drawn = _seed("quantize", rounding, seed)
+    drawn = drawn_seed("quantize", rounding, seed)
     outer, inner = swizzle or (1, 1)
     if error is None:
         made = run(QUANTIZE, x, fmt.number, block, symmetric, drawn, outer, inner)
@@ -133,7 +133,7 @@ def dequantize(
     return result
 
 
-def _seed(op: str, rounding: str, seed: int | None) -> int | None:
+def drawn_seed(op: str, rounding: str, seed: int | None) -> int | None:
     """What operators take: None for nearest."""
     expect(
         rounding in ("nearest", "stochastic"), op, "rounding", rounding, '"nearest" or "stochastic"'
@@ -165,8 +165,8 @@ def reference(
     fmt = _check(QUANTIZE, x, format, block, symmetric, outer, inner)
     blocks = wide(x).reshape(-1, block)
     codes, scales, zeros = encoded(blocks, fmt, symmetric, seed)
-    parts = [_swizzled(t, outer, inner) for t in (codes, scales, zeros)]
-    return shaped(*parts, x.shape, fmt, block, symmetric)
+    parts = _swizzled(outer, inner, codes, scales, zeros)
+    return shaped(parts, x.shape, fmt, block, symmetric)
 
 
 def feedback_reference(
@@ -186,8 +186,8 @@ def feedback_reference(
     blocks = wide(x).reshape(-1, block) + error.to(wide_dtype(x.dtype)).reshape(-1, block)
     codes, scales, zeros = encoded(blocks, fmt, symmetric, seed)
     update_error(error, beta, blocks, codes, scales, zeros, fmt, symmetric)
-    parts = [_swizzled(t, outer, inner) for t in (codes, scales, zeros)]
-    return shaped(*parts, x.shape, fmt, block, symmetric)
+    parts = _swizzled(outer, inner, codes, scales, zeros)
+    return shaped(parts, x.shape, fmt, block, symmetric)
 
 
 def encoded(
@@ -220,24 +220,27 @@ def update_error(
 
 
 def shaped(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor,
+    rows: Results,
     shape: torch.Size,
     fmt: bf.BlockFormat,
     block: int,
     symmetric: bool,
 ) -> Results:
     """Results per block in the shapes that `Quantized` has."""
+    codes, scales, zeros = rows
     *lead, width = shape
     per_block = (*lead, width // block)
     zeros = zeros.new_empty(0) if symmetric else zeros.view(per_block)
     return codes.view(*lead, fmt.packed_bytes(width)), scales.view(per_block), zeros
 
 
-def _swizzled(rows: torch.Tensor, outer: int, inner: int) -> torch.Tensor:
-    parts = rows.view(outer, inner, len(rows) // (outer * inner), *rows.shape[1:])
-    return parts.transpose(0, 1).reshape(rows.shape)
+def _swizzled(outer: int, inner: int, *results: torch.Tensor) -> Results:
+    turned = []
+    for rows in results:
+        parts = rows.view(outer, inner, len(rows) // (outer * inner), *rows.shape[1:])
+        turned.append(parts.transpose(0, 1).reshape(rows.shape))
+    codes, scales, zeros = turned
+    return codes, scales, zeros
 
 
 def _check(
@@ -481,7 +484,7 @@ def feedback_refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
     return [
         ("error: got torch.float16", (x, x.half(), 0.0, *rest)),
         ("error: ", (x, x[:3].clone(), 0.0, *rest)),
-        ("error: not contiguous|error: got 'not contiguous'", (x, _strided(x), 0.0, *rest)),
+        ("error: .*not contiguous", (x, _strided(x), 0.0, *rest)),
         ("beta: got 1", (x, x.clone(), 1.0, *rest)),
     ]
 
@@ -538,33 +541,33 @@ def _quantized_bytes(count: int, format: int, block: int) -> int:
 
 
 def benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
-    """16 M numbers in blocks of 128: bf16 in every format, and the variants of int8."""
-    x = randn(device, torch.bfloat16, 4096, 4096)
+    """8 M numbers in blocks of 128: bf16 in every format, and the variants of int8."""
+    x = randn(device, torch.bfloat16, 2048, 4096)
     found = [
-        (f"16M bf16 {name}", (x, fmt.number, 128, True, None, 1, 1))
+        (f"8M bf16 {name}", (x, fmt.number, 128, True, None, 1, 1))
         for name, fmt in bf.FORMATS.items()
     ]
     return [
         *found,
-        ("16M bf16 int8 asymmetric", (x, 0, 128, False, None, 1, 1)),
-        ("16M bf16 int8 stochastic", (x, 0, 128, True, 1, 1, 1)),
-        ("16M fp32 int8", (x.float(), 0, 128, True, None, 1, 1)),
+        ("8M bf16 int8 asymmetric", (x, 0, 128, False, None, 1, 1)),
+        ("8M bf16 int8 stochastic", (x, 0, 128, True, 1, 1, 1)),
+        ("8M fp32 int8", (x.float(), 0, 128, True, None, 1, 1)),
     ]
 
 
 def feedback_benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
-    x = randn(device, torch.bfloat16, 4096, 4096)
+    x = randn(device, torch.bfloat16, 2048, 4096)
     error = torch.zeros_like(x, dtype=torch.float32)
-    return [("16M bf16 int4, fp32 error", (x, error, 0.75, 1, 128, True, None, 1, 1))]
+    return [("8M bf16 int4, fp32 error", (x, error, 0.75, 1, 128, True, None, 1, 1))]
 
 
 def dequantize_benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
     found = []
     for name, fmt in bf.FORMATS.items():
-        codes = torch.randint(0, 255, (4096, fmt.packed_bytes(4096)), device=device)
-        scales = torch.ones(4096, 32, device=device)
+        codes = torch.randint(0, 255, (2048, fmt.packed_bytes(4096)), device=device)
+        scales = torch.ones(2048, 32, device=device)
         args = (codes.to(torch.uint8), scales, None, fmt.number, 128, torch.bfloat16, False)
-        found.append((f"16M {name} to bf16", args))
+        found.append((f"8M bf16 {name}", args))
     return found
 
 

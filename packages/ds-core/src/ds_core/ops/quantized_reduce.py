@@ -50,7 +50,7 @@ def quantized_reduce(
     fmt = bf.format_named(NAME, pieces.format)
     to = bf.format_named(NAME, format or pieces.format)
     to_symmetric = pieces.zeros is None if symmetric is None else symmetric
-    drawn = q._seed(NAME, rounding, seed)
+    drawn = q.drawn_seed(NAME, rounding, seed)
     given = (pieces.codes, pieces.scales, pieces.zeros)
     rest = (fmt.number, pieces.block, mean, to.number, to_symmetric, drawn)
     if error is None:
@@ -75,7 +75,7 @@ def reference(
     """(codes, scales, zeros) of the sum over the first dimension, as of `quantized_reduce`."""
     to, shape = _check(NAME, codes, scales, zeros, format, block, to_format, to_symmetric)
     total = _sum(codes, scales, zeros, format, block, mean)
-    return q.shaped(*q.encoded(total, to, to_symmetric, seed), shape, to, block, to_symmetric)
+    return q.shaped(q.encoded(total, to, to_symmetric, seed), shape, to, block, to_symmetric)
 
 
 def feedback_reference(
@@ -98,7 +98,7 @@ def feedback_reference(
     total = total + error.to(total.dtype).view_as(total)
     made = q.encoded(total, to, to_symmetric, seed)
     q.update_error(error, beta, total, *made, to, to_symmetric)
-    return q.shaped(*made, shape, to, block, to_symmetric)
+    return q.shaped(made, shape, to, block, to_symmetric)
 
 
 def _sum(
@@ -202,10 +202,10 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
         made = _made(device, dtype, shape, name, block, symmetric)
         rest = (bf.FORMATS[name].number, block, mean, bf.FORMATS[to].number, to_symmetric, seed)
         found.append((*made, *rest))
-    codes, scales, *rest = found[0]
+    codes, scales, *others = found[0]
     scales = scales.clone()
     scales[1, 1] = torch.nan
-    return [*found, (unaligned(codes), unaligned(scales), *rest)]
+    return [*found, (unaligned(codes), unaligned(scales), *others)]
 
 
 def feedback_cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
@@ -274,10 +274,11 @@ def feedback_floor(
 def benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
     found = []
     for name in ("int8", "int4"):
-        number = bf.FORMATS[name].number
-        made = _made(device, torch.bfloat16, (8, 2048, 1024), name, 128, True)
-        args = (*made, number, 128, True, number, True, None)
-        found.append((f"8 ranks of 2M {name}", args))
+        fmt = bf.FORMATS[name]
+        codes = torch.randint(0, 255, (8, 2048, fmt.packed_bytes(1024)), device=device)
+        scales = torch.ones(8, 2048, 8, device=device)
+        rest = (fmt.number, 128, True, fmt.number, True, None)
+        found.append((f"8x2M {name}", (codes.to(torch.uint8), scales, None, *rest)))
     return found
 
 

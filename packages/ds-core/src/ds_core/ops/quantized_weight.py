@@ -114,7 +114,7 @@ def quantize_weight(
         group: inputs that share a scale: a multiple of 16 that divides `in`.
         symmetric: whether the zero of every group is 0; False: a group's range is that from its
             least to its largest weight, which costs a second number per group. Integers only.
-        scale_dtype: of the scales: fp32, bf16 or fp16. Weights are rounded with the scale as stored.
+        scale_dtype: of the scales: fp32, bf16 or fp16. Codes are found with the scales as stored.
 
     Raises OpError for what does not fit.
     """
@@ -218,7 +218,8 @@ def _blocked(t: torch.Tensor) -> torch.Tensor:
 
 def _packed(values: torch.Tensor, bits: int) -> torch.Tensor:
     """The codes of integers `[out, depth]`, int32, of which only the lowest `bits` count."""
-    codes = room(codes_shape(*values.shape, bits), _codes_dtype(bits), values.device)
+    out, depth = values.shape
+    codes = room(codes_shape(out, depth, bits), _codes_dtype(bits), values.device)
     blocked = _blocked(values)
     if bits == 8:
         return codes.copy_(blocked)

@@ -18,9 +18,12 @@ from ds_core.ops.arguments import (
     wide,
 )
 from ds_core.ops.quantized_weight import (
+    BITS,
     QuantizedWeight,
     check_packed,
+    codes_shape,
     quantize_weight,
+    room,
     unpack,
 )
 from ds_core.ops.registry import run
@@ -46,6 +49,9 @@ def weight_only_linear(
     of bf16, weights may be rounded to bf16 before they are multiplied.
     Raises OpError for shapes or dtypes that do not fit.
     """
+    depth = weight.shape[1]
+    fits = x.dim() >= 1 and x.shape[-1] == depth
+    expect(fits, NAME, "x", f"shape {list(x.shape)}", f"[..., {depth}]")
     packed = (weight.codes, weight.scales, weight.zeros)
     out: torch.Tensor = run(NAME, x.contiguous(), *packed, bias, weight.shape[0], weight.bits)
     return out
@@ -160,8 +166,8 @@ def _backward(call: Callable[..., Any], ctx: Any, grad: torch.Tensor) -> Any:
 # --- Cases, refusals, floor -----------------------------------------------------------------------
 
 #: Rows of x, outputs, inputs, group, format, whether symmetric: all paths and odd sizes.
-_CASES = (
-    ((1,), 64, 128, 64, "int8", True),
+_CASES: tuple[tuple[tuple[int, ...], int, int, int, str, bool], ...] = (
+    ((1,), 70, 128, 64, "int8", True),
     ((1,), 64, 128, 32, "int4", True),
     ((), 37, 96, 48, "int4", False),
     ((2, 3), 17, 64, 64, "int8", False),
@@ -186,8 +192,8 @@ def _packed_fields(
 def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     """Every format, few and many rows, with and without zeros and bias; unaligned views."""
     found: list[tuple[Any, ...]] = []
-    for lead, out, depth, *kind in _CASES:
-        codes, scales, zeros, bits = _packed_fields(device, out, depth, *kind)
+    for lead, out, depth, group, format, symmetric in _CASES:
+        codes, scales, zeros, bits = _packed_fields(device, out, depth, group, format, symmetric)
         bias = randn(device, dtype, out) if out % 2 else None
         found.append((randn(device, dtype, *lead, depth), codes, scales, zeros, bias, out, bits))
     x, codes, scales, zeros, bias, out, bits = found[2]
@@ -197,8 +203,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
 
 def backward_cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     found: list[tuple[Any, ...]] = []
-    for lead, out, depth, *kind in _CASES:
-        codes, scales, zeros, bits = _packed_fields(device, out, depth, *kind)
+    for lead, out, depth, group, format, symmetric in _CASES:
+        codes, scales, zeros, bits = _packed_fields(device, out, depth, group, format, symmetric)
         found.append((randn(device, dtype, *lead, out), codes, scales, zeros, depth, bits))
     return found
 
@@ -252,10 +258,12 @@ def backward_floor(
 
 def benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
     found: list[tuple[str, tuple[Any, ...]]] = []
-    for format in ("int8", "int4", "fp6_e3m2"):
-        codes, scales, zeros, bits = _packed_fields(device, 4096, 4096, 128, format, True)
-        x = randn(device, torch.bfloat16, 1, 4096)
-        found.append((f"{format} 1x4096x4096", (x, codes, scales, zeros, None, 4096, bits)))
+    x = randn(device, torch.bfloat16, 1, 4096)
+    scales = randn(device, torch.bfloat16, 256, 32, 16)
+    for format, bits in BITS.items():
+        shape = codes_shape(4096, 4096, bits)
+        codes = room(shape, torch.int8 if bits == 8 else torch.int32, device).random_()
+        found.append((f"{format} 1x4096x4096", (x, codes, scales, None, None, 4096, bits)))
     return found
 
 

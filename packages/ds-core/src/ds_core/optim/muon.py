@@ -37,6 +37,8 @@ class Muon(Optimizer):
 
     #: The optimizer of all other parameters.
     _rest_class: ClassVar[Callable[..., Optimizer]] = AdamW
+    #: Newton-Schulz iterations begin by rounding to it anyway.
+    direction_dtype: ClassVar[torch.dtype] = torch.bfloat16
     #: Arguments of `step` beside the closure; see `ds_core.fused`.
     step_options: ClassVar[frozenset[str]] = frozenset()
 
@@ -84,7 +86,7 @@ class Muon(Optimizer):
         super().__init__(groups, {})
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
+    def step(
         self,
         closure: Callable[[], Any] | None = None,
         *,
@@ -112,10 +114,11 @@ class Muon(Optimizer):
                         written[param].copy_(param)
         if self._rest is not None:
             # One set of groups and one state, whoever reads or writes them.
-            self._rest.param_groups = [g for g in self.param_groups if not self.is_whole(g)]
-            self._rest.state = self.state
+            rest: Any = self._rest
+            rest.param_groups = [g for g in self.param_groups if not self.is_whole(g)]
+            rest.state = self.state
             asked = {"gradients": gradients, "copies": copies, "grad_scale": grad_scale}
-            self._rest.step(**{key: value for key, value in asked.items() if value is not None})
+            rest.step(**{key: value for key, value in asked.items() if value is not None})
         return loss
 
     # ------------------------------------------------------------------ the parts of a step
@@ -132,7 +135,7 @@ class Muon(Optimizer):
         grad: torch.Tensor,
         grad_scale: float | torch.Tensor = 1.0,
     ) -> torch.Tensor:
-        """Update the momentum of any part of a matrix, and return what is orthogonalized, bf16."""
+        """Update the momentum of any part of a matrix, and return what is orthogonalized."""
         state = self.state[param]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(param)
@@ -143,7 +146,7 @@ class Muon(Optimizer):
             grad = grad * grad_scale
         momentum.lerp_(grad, 1 - group["momentum"])
         ahead = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        return ahead.bfloat16()
+        return ahead.to(self.direction_dtype)
 
     @torch.no_grad()
     def whole_update(self, group: dict[str, Any], direction: torch.Tensor) -> torch.Tensor:
@@ -153,7 +156,7 @@ class Muon(Optimizer):
         """
         a, b, c = group["ns_coefficients"]
         is_tall = direction.shape[0] > direction.shape[1]
-        x = direction.bfloat16()
+        x = direction.to(self.direction_dtype)
         x = x.T if is_tall else x
         x = x / x.norm().clamp(min=_EPS)
         for _ in range(group["ns_steps"]):
@@ -200,9 +203,9 @@ def _check(group: dict[str, Any]) -> None:
     ]
     for name in wrong:
         raise OptimizerError(
-            f"Muon: {name}: got {group[name]!r}, expected lr, weight_decay and momentum of at least "
-            f"0, three ns_coefficients, 1 to 99 ns_steps, and an adjust_lr_fn of None, 'original' "
-            f"or 'match_rms_adamw'"
+            f"Muon: {name}: got {group[name]!r}, expected lr, weight_decay and momentum of at "
+            f"least 0, three ns_coefficients, 1 to 99 ns_steps, and an adjust_lr_fn of None, "
+            f"'original' or 'match_rms_adamw'"
         )
 
 

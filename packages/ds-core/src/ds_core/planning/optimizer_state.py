@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
 
-from ds_core import optimizers
+from ds_core import ops, optimizers
 from ds_core.errors import PlanError
 
 #: Sizes of a tiny tensor's dimensions, all different, so that a state's dimensions tell whose.
@@ -27,11 +27,13 @@ class OptimizerState:
 
     def __init__(self, choice: optimizers.Choice | None) -> None:
         self._choice = choice
+        #: Set where an optimizer says itself what it keeps of a number of elements.
+        self._told: Callable[[int], int] | None = None
         self.name = "AdamW" if choice is None else choice.type
         self.class_name, flat = self._probe([("flat", (3,), torch.float32)])
         _, matrix = self._probe([("layer.weight", (3, 5), torch.float32)])
         #: Whether every element has the same state, so that a flat shard holds its share.
-        self.is_elementwise = 5 * sum(flat) == sum(matrix)
+        self.is_elementwise = self._told is not None or 5 * sum(flat) == sum(matrix)
         self._per_element: dict[torch.dtype, int] = {torch.float32: sum(flat) // 3}
 
     def flat_bytes(self, numel: int, dtype: torch.dtype) -> int:
@@ -42,6 +44,8 @@ class OptimizerState:
                 f"so it cannot step on flat shards; use zero_optimization.stage 0, or an "
                 f"elementwise optimizer such as AdamW"
             )
+        if self._told is not None:
+            return self._told(numel)
         if dtype not in self._per_element:
             self._per_element[dtype] = sum(self._probe([("flat", (3,), dtype)])[1]) // 3
         return numel * self._per_element[dtype]
@@ -68,9 +72,12 @@ class OptimizerState:
                 built = torch.optim.AdamW([param for _, param in named])
             else:
                 built = optimizers.build(self._choice, named)
+            self._told = getattr(built, "state_bytes", None)
             for _, param in named:
                 param.grad = torch.zeros_like(param)
-            built.step()
+            # What is asked is what it keeps: no kernel need be built for that.
+            with ops.use(**dict.fromkeys(getattr(built, "ops", ()), "reference")):
+                built.step()
         sizes = []
         for (_, param), (_, shape, _) in zip(named, tensors, strict=True):
             values = built.state.get(param, {}).values()

@@ -25,6 +25,10 @@ EngineName = Literal["auto", "io_uring", "threads", "gds"]
 _KINDS = {"io_uring": 0, "threads": 1}
 _MAX_DEPTH, _MAX_THREADS, _MAX_BLOCK = 4096, 256, 1 << 30
 _MIN_BLOCK = 4096
+_COUNTERS = (
+    *("bytes", "pieces", "buffered_bytes", "bounced_bytes", "continued"),
+    "peak_in_flight",
+)
 
 
 class Outcome(NamedTuple):
@@ -132,7 +136,7 @@ class AsyncIO:
         with self._lock:
             self._check_usable()
             self._functions.ds_aio_counters(self._handle, ctypes.byref(found))
-        return {name: getattr(found, name) for name, _ in Counters._fields_}
+        return {name: getattr(found, name) for name in _COUNTERS}
 
     def close(self) -> None:
         """Wait for every request of every file on it, then end its threads.

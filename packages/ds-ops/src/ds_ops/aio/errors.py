@@ -8,6 +8,8 @@ from typing import Any
 
 from ds_core.errors import DsError
 
+#: Reasons that the message says itself.
+_SAID = (errno.ENODATA, errno.ETIMEDOUT)
 #: What a user can do, by errno.
 _REMEDIES = {
     errno.ENOENT: 'check the path, or open with mode "w" or "rw", which create the file',
@@ -42,7 +44,7 @@ class AsyncFileError(DsError, OSError):
         self._arguments = (number, path, what, offset, remedy)
         where = "" if offset is None else f" at offset {offset}"
         name = errno.errorcode.get(number, str(number))
-        reason = "" if number == errno.ENODATA else f": {os.strerror(number)} ({name})"
+        reason = "" if number in _SAID else f": {os.strerror(number)} ({name})"
         advice = remedy or _remedy(number, path)
         super().__init__(
             number, f"{path}: {what}{where}{reason}" + (f"; {advice}" if advice else "")

@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ds_ops.aio.errors import AsyncFileError
 from ds_ops.aio.opening import allocate, open_file
 from ds_ops.aio.staging import Stage
 from ds_ops.aio.tensors import check_offset, check_tensor, mark_written
-from ds_ops.aio.token import Token
+from ds_ops.aio.token import Token, Transfer
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class AsyncFile:
         with self._lock:
             self._check_open()
             self._reap()
-            begin = self._channel.begin
+            begin: Callable[[Verb, torch.Tensor, int], Transfer] = self._channel.begin
             if tensor.device.type != "cpu":
                 begin = self.engine.stage(tensor.device, Stage).begin_on(self._channel)
             token = Token(begin(verb, tensor, offset), what, self.path, tensor.nbytes)

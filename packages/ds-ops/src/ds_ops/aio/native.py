@@ -12,15 +12,12 @@ class Counters(ctypes.Structure):
     """What an engine has done so far; of csrc/aio/engine.h."""
 
     _fields_ = [
-        (name, ctypes.c_int64)
-        for name in (
-            "bytes",
-            "pieces",
-            "buffered_bytes",
-            "bounced_bytes",
-            "continued",
-            "peak_in_flight",
-        )
+        ("bytes", ctypes.c_int64),
+        ("pieces", ctypes.c_int64),
+        ("buffered_bytes", ctypes.c_int64),
+        ("bounced_bytes", ctypes.c_int64),
+        ("continued", ctypes.c_int64),
+        ("peak_in_flight", ctypes.c_int64),
     ]
 
 

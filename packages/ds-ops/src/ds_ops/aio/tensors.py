@@ -20,7 +20,9 @@ def check_tensor(call: str, tensor: torch.Tensor) -> None:
             f"{list(tensor.stride())}); give .contiguous(), and copy it back after a read"
         )
     if tensor.is_conj() or tensor.is_neg():
-        raise OpError(f"{call}: tensor: a lazy conjugate or negative; give .resolve_conj()")
+        raise OpError(
+            f"{call}: tensor: a lazy conjugate or negative; give .resolve_conj().resolve_neg()"
+        )
 
 
 def check_offset(call: str, offset: int) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import os
-from types import TracebackType
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType, TracebackType
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -19,23 +20,28 @@ from ds_ops.aio.token import Token
 
 #: The file is lengthened by so many bytes at a time: writes behind its end go one by one.
 _GROWTH = 1 << 30
+#: A file system that allocates as it is written does so once per transfer: these are large.
+_LARGE: Mapping[str, int] = MappingProxyType({"block_bytes": 8 << 20, "queue_depth": 16})
 
 
-class FastFileWriter(io.RawIOBase):
+class FastFileWriter(io.RawIOBase, BinaryIO):
     """A file to write to, for torch.save and whatever else takes a binary file.
 
         with ds_ops.FastFileWriter("model.pt") as file:
             torch.save(model.state_dict(), file)
 
-    What is written is copied into one of two aligned buffers; a full one goes to the disk, in
-    blocks and around the page cache, while the other is filled. An error of the disk is raised by
+    What is written is copied into one of a few aligned buffers; a full one goes to the disk, in
+    blocks and around the page cache, while the others are filled. An error of the disk is raised by
     the next `write`, `flush`, `seek` or `close`. The file has the length of what was written once
     it is closed, and may be longer before.
+
+    torch.save computes a CRC-32 of every tensor, which takes longer than the disk; after
+    `torch.serialization.set_crc32_options(False)` it does not.
 
     Args:
         path: of the file; what was there is gone.
         buffer_bytes: of each buffer.
-        buffers: how many; 1: nothing is filled while the disk works.
+        buffers: how many; with 1, nothing is filled while the disk works.
         fsync: close returns when the device has everything.
         engine: an `AsyncIO` to share, or the name of one for this file.
 
@@ -47,7 +53,7 @@ class FastFileWriter(io.RawIOBase):
         path: str | os.PathLike[str],
         *,
         buffer_bytes: int = 32 << 20,
-        buffers: int = 2,
+        buffers: int = 4,
         fsync: bool = False,
         engine: AsyncIO | EngineName = "auto",
     ) -> None:
@@ -57,7 +63,12 @@ class FastFileWriter(io.RawIOBase):
                 f"FastFileWriter: buffer_bytes and buffers: got {buffer_bytes} and {buffers}, "
                 f"expected at least 1"
             )
-        self._file = AsyncFile(path, "w", engine=engine)
+        self._engine = None if isinstance(engine, AsyncIO) else AsyncIO(engine, **_LARGE)
+        try:
+            self._file = AsyncFile(path, "w", engine=self._engine or engine)
+        except BaseException:
+            self._close_engine()
+            raise
         align = self._file.alignment
         self._room = -(-buffer_bytes // align) * align
         self._buffers = [aligned_empty(self._room) for _ in range(buffers)]
@@ -79,6 +90,11 @@ class FastFileWriter(io.RawIOBase):
     def name(self) -> str:
         """The path."""
         return self._file.path
+
+    @property
+    def mode(self) -> str:
+        """Always "wb"."""
+        return "wb"
 
     # --- io.RawIOBase -----------------------------------------------------------------------------
 
@@ -160,7 +176,10 @@ class FastFileWriter(io.RawIOBase):
             self._buffers.clear()
             self._views.clear()
             super().close()
-            self._file.close()
+            try:
+                self._file.close()
+            finally:
+                self._close_engine()
 
     def __exit__(
         self,
@@ -176,6 +195,10 @@ class FastFileWriter(io.RawIOBase):
         except AsyncFileError as other:  # the error that ends the block is the first one
             if error is not None and error is not other:
                 error.add_note(f"also: {other}")
+
+    def _close_engine(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
 
     # --- Buffers ----------------------------------------------------------------------------------
 

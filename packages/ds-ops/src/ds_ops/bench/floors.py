@@ -55,6 +55,14 @@ def read_floor(*tensors: torch.Tensor) -> Floor:
     return stream_floor(tensors, ())
 
 
+def read_floors(tensors: Sequence[torch.Tensor]) -> list[Floor]:
+    """A `read_floor` of each of many alike tensors, walked as is fastest for the first of them."""
+    walks = [[_walk([t], 1, *walk) for walk in _WALKS[:3]] for t in tensors]
+    found = interleave({str(i): walk for i, walk in enumerate(walks[0])}, seconds=0.1, min_rounds=5)
+    best = int(min(found, key=lambda index: found[index].min_s))
+    return [each[best] for each in walks]
+
+
 def _walk(
     streams: Sequence[torch.Tensor], num_reads: int, step_bytes: int, past_caches: bool
 ) -> Floor:

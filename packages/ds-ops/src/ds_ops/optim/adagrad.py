@@ -31,7 +31,7 @@ class CPUAdagrad(FusedOptimizer):
     Source: Duchi, Hazan and Singer 2011, "Adaptive Subgradient Methods", equation 1.
     """
 
-    op = "adagrad_step_"
+    ops = ("adagrad_step_",)
     state_keys = ("sum",)
     step_options = FusedOptimizer.step_options | {"undo"}
 

@@ -37,7 +37,7 @@ class FusedAdam(FusedOptimizer):
     Decay Regularization", Algorithm 2.
     """
 
-    op = "adam_step_"
+    ops = ("adam_step_",)
     state_keys = ("exp_avg", "exp_avg_sq")
     step_options = FusedOptimizer.step_options | {"undo"}
 
@@ -104,9 +104,11 @@ class FusedAdam(FusedOptimizer):
     def _step_by_torch(
         self, group: dict[str, Any], params: list[torch.Tensor], request: Request
     ) -> None:
-        gradients = [request.gradients.get(param, param.grad) for param in params]
-        steps, means, squares = [], [], []
+        gradients, steps, means, squares = [], [], [], []
         for param in params:
+            grad = request.gradients.get(param, param.grad)
+            assert grad is not None
+            gradients.append(grad)
             self._ensure_state(group, param)
             self._undos.pop(param, None)
             state = self.state[param]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.optim.optimizer import ParamsT
 
-from ds_core.ops.adam8bit_step import BLOCK, ZERO_CODES, adam8bit_step_
+from ds_core.ops.adam8bit_step import BLOCK, adam8bit_step_, decoded, encoded
 from ds_ops.optim.arguments import check_betas, check_not_negative
-from ds_ops.optim.fused_optimizer import FusedOptimizer, Update
+from ds_ops.optim.fused_optimizer import FusedOptimizer, Update, flat
 
 
 class Adam8bit(FusedOptimizer):
@@ -28,7 +29,7 @@ class Adam8bit(FusedOptimizer):
     Source: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2.
     """
 
-    op = "adam8bit_step_"
+    ops = ("adam8bit_step_",)
     state_keys = ("exp_avg_codes", "exp_avg_sq_codes")
     _SCALES = ("exp_avg_scales", "exp_avg_sq_scales")
 
@@ -58,10 +59,39 @@ class Adam8bit(FusedOptimizer):
     def _new_state(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, torch.Tensor]:
         blocks = -(-param.numel() // BLOCK)
         state = {"step": torch.zeros((), dtype=torch.float32)}
-        for codes, scales, zero in zip(self.state_keys, self._SCALES, ZERO_CODES, strict=True):
-            state[codes] = torch.full_like(param, zero, dtype=torch.uint8)
+        for codes, scales in zip(self.state_keys, self._SCALES, strict=True):
+            state[codes] = torch.zeros_like(param, dtype=torch.uint8)
             state[scales] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
         return state
+
+    def portable_state(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Both averages in fp32, as torch's AdamW has them, and the count of steps; a copy."""
+        state = self.state.get(param)
+        if not state:
+            return {}
+        found = {"step": state["step"].clone()}
+        codes, scales = self.state_keys, self._SCALES
+        for index, key in enumerate(("exp_avg", "exp_avg_sq")):
+            found[key] = torch.empty_like(param, dtype=torch.float32)
+            own = flat(self._laid_out(state, codes[index], param))
+            flat(found[key]).copy_(decoded(own, state[scales[index]], signed=index == 0))
+        return found
+
+    def load_portable_state(self, param: torch.Tensor, values: Mapping[str, Any]) -> None:
+        """Pack averages in fp32; what `portable_state` gave is taken over exactly."""
+        step = torch.as_tensor(values["step"])
+        state = {"step": step.detach().to("cpu", torch.float32, copy=True)}
+        codes, scales = self.state_keys, self._SCALES
+        for index, key in enumerate(("exp_avg", "exp_avg_sq")):
+            value = torch.empty_like(param, dtype=torch.float32).copy_(values[key])
+            own, state[scales[index]] = encoded(flat(value), signed=index == 0)
+            state[codes[index]] = torch.empty_like(param, dtype=torch.uint8)
+            flat(state[codes[index]]).copy_(own)
+        self.state[param] = state
+
+    def state_bytes(self, numel: int) -> int:
+        """Bytes of state of a tensor of `numel` elements, for plans: blocks have scales."""
+        return 2 * numel + 8 * -(-numel // BLOCK)
 
     def _states(self, param: torch.Tensor) -> list[torch.Tensor]:
         state, found = self.state[param], []

@@ -71,12 +71,12 @@ class Request:
 class FusedOptimizer(Optimizer):
     """Base: parameters go one by one through a kernel, which `_update` calls.
 
-    Subclasses set `state_keys` (tensors with a number for each of the parameter's), `op` (the
-    kernel's name) and `_update`. `step_options` says which arguments `step` takes, for callers
+    Subclasses set `state_keys` (tensors with a number for each of the parameter's), `ops` (the
+    kernels' names) and `_update`. `step_options` says which arguments `step` takes, for callers
     that fuse more into it than `torch.optim` has words for.
     """
 
-    op: ClassVar[str]
+    ops: ClassVar[tuple[str, ...]]
     state_keys: ClassVar[tuple[str, ...]] = ()
     step_options: ClassVar[frozenset[str]] = frozenset({"gradients", "copies", "grad_scale"})
     #: `torch.amp.GradScaler` then leaves unscaling, and leaving out a step, to `step`.
@@ -141,7 +141,7 @@ class FusedOptimizer(Optimizer):
     # ------------------------------------------------------------------ step
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
+    def step(
         self,
         closure: Callable[[], Any] | None = None,
         *,
@@ -204,8 +204,8 @@ class FusedOptimizer(Optimizer):
         if request.undo:
             size = sum(t.nbytes for t in (param, *states))
             buffer = torch.empty(size, dtype=torch.uint8, device=param.device)
-        options = {
-            "copy": None if own is None else _flat(own),
+        options: dict[str, Any] = {
+            "copy": None if own is None else flat(own),
             "grad_scale": request.scale_on(param.device),
         }
         if "undo" in self.step_options:
@@ -215,9 +215,9 @@ class FusedOptimizer(Optimizer):
         self._update(
             group,
             Update(
-                _flat(param),
-                _flat(_like_param(grad, param)),
-                [_flat(t) for t in states],
+                flat(param),
+                flat(_like_param(grad, param)),
+                [flat(t) for t in states],
                 int(step),
                 options,
             ),
@@ -270,9 +270,9 @@ class FusedOptimizer(Optimizer):
             )
         for param, record in self._undos.items():
             copy = _own_copy(param, record.copy)
-            states = [_flat(t) for t in record.states]
-            flat_copy = None if copy is None else _flat(copy)
-            step_undo_(_flat(param), states, record.buffer, flat_copy)
+            states = [flat(t) for t in record.states]
+            flat_copy = None if copy is None else flat(copy)
+            step_undo_(flat(param), states, record.buffer, flat_copy)
             if record.copy is not None and copy is not record.copy:
                 record.copy.copy_(param)
             if record.was_new:
@@ -352,7 +352,7 @@ class FusedOptimizer(Optimizer):
         return adopted.copy_(value)
 
 
-def _flat(t: torch.Tensor) -> torch.Tensor:
+def flat(t: torch.Tensor) -> torch.Tensor:
     """`t` as its elements lie in memory, contiguous; it is dense."""
     return t.detach() if t.is_contiguous() else t.detach().as_strided((t.numel(),), (1,))
 

@@ -33,7 +33,7 @@ class FusedLamb(FusedOptimizer):
     Batch Optimization for Deep Learning: Training BERT in 76 minutes", Algorithm 2.
     """
 
-    op = "lamb_update_"
+    ops = ("lamb_update_", "lamb_apply_")
     state_keys = ("exp_avg", "exp_avg_sq")
 
     def __init__(
@@ -84,7 +84,8 @@ class FusedLamb(FusedOptimizer):
         squares = lamb_update_(
             update.param,
             update.grad,
-            *update.states,
+            update.states[0],
+            update.states[1],
             direction,
             step=update.step,
             beta1=group["betas"][0],

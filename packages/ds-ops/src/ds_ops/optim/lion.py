@@ -28,7 +28,7 @@ class FusedLion(FusedOptimizer):
     Source: Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", Algorithm 2.
     """
 
-    op = "lion_step_"
+    ops = ("lion_step_",)
     state_keys = ("exp_avg",)
     step_options = FusedOptimizer.step_options | {"undo"}
 

@@ -20,4 +20,4 @@ class Muon(optim.Muon):
 
     _rest_class: ClassVar[Callable[..., Optimizer]] = FusedAdam
     step_options: ClassVar[frozenset[str]] = frozenset({"gradients", "copies", "grad_scale"})
-    op = FusedAdam.op
+    ops = FusedAdam.ops

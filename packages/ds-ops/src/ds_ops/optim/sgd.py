@@ -23,7 +23,7 @@ class FusedSGD(FusedOptimizer):
         stochastic_rounding: of parameters and states in bf16, so that small updates are not lost.
     """
 
-    op = "sgd_step_"
+    ops = ("sgd_step_",)
     state_keys = ("momentum_buffer",)
     step_options = FusedOptimizer.step_options | {"undo"}
 

@@ -4,22 +4,34 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <chrono>
 
 namespace ds::aio {
 
-Bounce::~Bounce() { free(memory_); }
+namespace {
+constexpr int64_t kLargestPage = 65536;  // of the processors we run on
+constexpr int64_t kHugePage = 2 << 20;
+}  // namespace
 
-char* Bounce::get(int64_t bytes) {
-  constexpr size_t kPage = 65536;  // the largest page of the processors we run on
-  if (bytes <= bytes_) return memory_;
-  free(memory_);
-  void* fresh = nullptr;
-  bytes_ = posix_memalign(&fresh, kPage, static_cast<size_t>(bytes)) == 0 ? bytes : 0;
-  memory_ = bytes_ ? static_cast<char*>(fresh) : nullptr;
-  return memory_;
+// A piece may be longer than a block where a block is less than a page.
+Bounces::Bounces(int count, int64_t bytes)
+    : count_(count), stride_((bytes + kLargestPage - 1) / kLargestPage * kLargestPage) {}
+
+Bounces::~Bounces() { free(memory_); }
+
+char* Bounces::get(int slot) {
+  std::call_once(once_, [&] {
+    const auto bytes = static_cast<size_t>(count_ * stride_);
+    void* fresh = nullptr;
+    if (posix_memalign(&fresh, kHugePage, bytes) != 0) return;
+    // Only advice. A device fills one huge page faster than hundreds of scattered ones.
+    madvise(fresh, bytes, MADV_HUGEPAGE);
+    memory_ = static_cast<char*>(fresh);
+  });
+  return memory_ == nullptr ? nullptr : memory_ + slot * stride_;
 }
 
 void Engine::submit(Request* request) {
@@ -57,13 +69,13 @@ bool Engine::take(Piece& piece) {
   return false;
 }
 
-bool Engine::prepare(Piece& piece, Bounce& bounce) {
+bool Engine::prepare(Piece& piece, int slot) {
   const Request& request = *piece.request;
   const auto address = reinterpret_cast<uintptr_t>(piece.memory);
   if (!piece.direct || address % static_cast<uintptr_t>(request.target.memory_alignment) == 0) {
     return true;
   }
-  piece.bounce = bounce.get(piece.length);
+  piece.bounce = bounces_.get(slot);
   if (piece.bounce == nullptr) {
     const std::lock_guard<std::mutex> lock(mutex_);
     fail(*piece.request, ENOMEM, piece.offset);

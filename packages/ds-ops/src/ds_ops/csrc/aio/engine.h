@@ -22,19 +22,25 @@ struct Counters {
   int64_t peak_in_flight = 0;  // pieces
 };
 
-// Memory that suits direct transfers, allocated when it is first needed.
-class Bounce {
+// Aligned memory for the pieces whose own is not, on huge pages where there are some. It is taken
+// from the system when it is first used.
+class Bounces {
  public:
-  ~Bounce();
-  char* get(int64_t bytes);  // null: there is no memory
+  Bounces(int count, int64_t bytes);
+  ~Bounces();
+  Bounces(const Bounces&) = delete;
+  char* get(int slot);  // null: there is no memory
+
  private:
+  const int count_;
+  const int64_t stride_;
+  std::once_flag once_;
   char* memory_ = nullptr;
-  int64_t bytes_ = 0;
 };
 
 class Engine {
  public:
-  Engine(int depth, int64_t block) : depth_(depth), block_(block) {}
+  Engine(int depth, int64_t block) : depth_(depth), block_(block), bounces_(depth, block) {}
   // Derived classes finish what is in flight and end their threads.
   virtual ~Engine() = default;
 
@@ -51,8 +57,9 @@ class Engine {
 
   // With the mutex held: the next piece, or false if no request has one.
   bool take(Piece& piece);
-  // Without it: gives the piece aligned memory if it needs that, and fills it for a write.
-  bool prepare(Piece& piece, Bounce& bounce);
+  // Without it: gives the piece the aligned memory of a slot if it needs that, and fills it for a
+  // write. False: it has failed.
+  bool prepare(Piece& piece, int slot);
   // Without it: what a system call returned (bytes, or -errno). `again`: call it for the rest.
   Step advance(Piece& piece, int64_t result);
   // With it: nothing is under way for the piece any more.
@@ -68,6 +75,8 @@ class Engine {
   Counters counters_;
 
  private:
+  Bounces bounces_;
+
   void settle(Request& request);
   void fail(Request& request, int error, int64_t offset);
 };

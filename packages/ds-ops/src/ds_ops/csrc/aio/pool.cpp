@@ -15,7 +15,7 @@ class Pool final : public Engine {
  public:
   Pool(int depth, int64_t block) : Engine(depth, block) {
     try {
-      for (int index = 0; index < depth; ++index) threads_.emplace_back([this] { run(); });
+      for (int index = 0; index < depth; ++index) threads_.emplace_back([this, index] { run(index); });
     } catch (...) {  // the threads that did start use this object
       end();
       throw;
@@ -28,16 +28,15 @@ class Pool final : public Engine {
   void wake() override { work_.notify_one(); }
 
  private:
-  void run() {
+  void run(int slot) {
     block_signals();
-    Bounce bounce;
     Piece piece;
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
       if (take(piece)) {
         if (!queue_.empty()) work_.notify_one();  // there may be more for another thread
         lock.unlock();
-        if (prepare(piece, bounce)) move(piece);
+        if (prepare(piece, slot)) move(piece);
         lock.lock();
         finish(piece);
       } else if (closing_) {

@@ -16,7 +16,7 @@ namespace {
 class Ring final : public Engine {
  public:
   Ring(int depth, int64_t block)
-      : Engine(depth, block), pieces_(depth), bounces_(depth), event_(eventfd(0, EFD_CLOEXEC)) {
+      : Engine(depth, block), pieces_(depth), event_(eventfd(0, EFD_CLOEXEC)) {
     for (int slot = depth; slot-- > 0;) free_.push_back(slot);
     if (event_ < 0) throw std::system_error(errno, std::generic_category());
     try {
@@ -91,7 +91,7 @@ class Ring final : public Engine {
         const std::lock_guard<std::mutex> lock(mutex_);
         if (!take(piece)) return in_flight_ > 0 || !closing_;
       }
-      if (prepare(piece, bounces_[slot])) {
+      if (prepare(piece, slot)) {
         free_.pop_back();
         add(uring, slot);
       } else {
@@ -121,11 +121,17 @@ class Ring final : public Engine {
       } else if (advance(pieces_[slot], result) == Step::again) {
         add(uring, slot);
       } else {
-        free_.push_back(slot);
-        const std::lock_guard<std::mutex> lock(mutex_);
-        finish(pieces_[slot]);
+        complete(slot);
+        // Copying took its time: the kernel gets more to do before the next copy.
+        if (pieces_[slot].bounce != nullptr && fill(uring)) uring.submit();
       }
     }
+  }
+
+  void complete(int slot) {
+    free_.push_back(slot);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    finish(pieces_[slot]);
   }
 
   // The kernel takes no more calls for this ring, as when the program has closed its descriptor:
@@ -158,7 +164,6 @@ class Ring final : public Engine {
   }
 
   std::vector<Piece> pieces_;
-  std::vector<Bounce> bounces_;
   std::vector<int> free_;  // slots
   int event_;
   uint64_t events_ = 0;

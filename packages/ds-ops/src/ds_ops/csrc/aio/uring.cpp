@@ -86,12 +86,18 @@ void Uring::add(uint8_t opcode, int file, char* memory, uint32_t length, int64_t
   ++added_;
 }
 
-int Uring::enter() {
+int Uring::enter(uint32_t least, uint32_t flags) {
   const long taken =
-      syscall(uring::kEnter, file_, added_, 1u, uring::kGetEvents, nullptr, size_t{0});
+      syscall(uring::kEnter, file_, added_, least, flags, nullptr, size_t{0});
   if (taken < 0) return errno;
   added_ -= static_cast<uint32_t>(taken);
   return 0;
+}
+
+int Uring::enter() { return enter(1, uring::kGetEvents); }
+
+void Uring::submit() {
+  if (added_ > 0) enter(0, 0);
 }
 
 bool Uring::next(uint64_t* user_data, int32_t* result) {

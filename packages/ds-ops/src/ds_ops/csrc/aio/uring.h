@@ -22,11 +22,14 @@ class Uring {
            uint64_t user_data);
   // Hands over what was added and waits for at least one completion. 0 or errno.
   int enter();
+  // Hands over what was added; what the kernel does not take now, the next `enter` hands over.
+  void submit();
   // The next completion, or false.
   bool next(uint64_t* user_data, int32_t* result);
 
  private:
   int probe() const;
+  int enter(uint32_t least, uint32_t flags);
 
   int file_ = -1;
   uring::Parameters parameters_{};

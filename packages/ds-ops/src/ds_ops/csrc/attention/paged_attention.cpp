@@ -1,5 +1,6 @@
 #include "attention/paged_attention.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <memory>
@@ -17,17 +18,6 @@ constexpr const char* kOp = "paged_attention";
 // threads or on the rest of the batch: its result is the same bit for bit in any company.
 constexpr int64_t kFewTiles = 4 * kAttentionRows;
 constexpr int64_t kKeysOfPart = 512;
-
-FloatType element_type(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return FloatType::fp32;
-    case ScalarType::BFloat16:
-      return FloatType::bf16;
-    default:
-      return FloatType::fp16;
-  }
-}
 
 // --- Checks ---------------------------------------------------------------------------------------
 
@@ -128,15 +118,18 @@ struct Plan {
   std::vector<AttentionResult> results;  // of pieces with a slot; sums, maxima not set
   std::vector<int64_t> result_slots;
   int64_t slots = 0;
+  // What a thread needs for any of the pieces.
+  int64_t scratch = 0;
+  int64_t own_slots = 0;
 };
 
 int64_t padded(int64_t rows) {
   return (rows + kAttentionRowStep - 1) / kAttentionRowStep * kAttentionRowStep;
 }
 
-// The tile of rows from `first` on of a sequence, for every key-value head.
+// The tile of rows from `first` on of a sequence, by pieces of up to `heads` key-value heads.
 void plan_tile(const PagedAttention& call, int64_t index, const Sequence& sequence, int64_t first,
-               Plan& plan) {
+               int64_t heads, Plan& plan) {
   const int64_t group = call.heads / call.kv_heads;
   const int64_t all_rows = sequence.queries * group;
   const int64_t rows = all_rows - first < kAttentionRows ? all_rows - first : kAttentionRows;
@@ -144,31 +137,52 @@ void plan_tile(const PagedAttention& call, int64_t index, const Sequence& sequen
   const int64_t from = history + first / group - call.window + 1;
   const int64_t begin = from > 0 ? from : 0;
   const int64_t end = history + (first + rows - 1) / group + 1;
-  const bool split = all_rows <= kFewTiles && end - begin / kKeysOfPart * kKeysOfPart > kKeysOfPart;
-  for (int64_t head = 0; head < call.kv_heads; ++head) {
-    AttentionPart part{index, head, sequence.query_start, history, first, rows, begin, end,
-                       nullptr, nullptr, nullptr};
-    if (!split) {
-      plan.pieces.push_back({part, -1});
-      continue;
+  const int64_t first_cut = begin / kKeysOfPart * kKeysOfPart;
+  const bool split = all_rows <= kFewTiles && end - first_cut > kKeysOfPart;
+  const int64_t parts = split ? (end - first_cut + kKeysOfPart - 1) / kKeysOfPart : 1;
+  const int64_t slots = padded(rows);
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t cut = split ? first_cut + part * kKeysOfPart : begin;
+    for (int64_t head = 0; head < call.kv_heads; head += heads) {
+      const int64_t stop = head + heads < call.kv_heads ? head + heads : call.kv_heads;
+      plan.pieces.push_back({{index, head, stop, sequence.query_start, history, first, rows,
+                              cut > begin ? cut : begin,
+                              split && cut + kKeysOfPart < end ? cut + kKeysOfPart : end,
+                              parts * slots, nullptr, nullptr, nullptr},
+                             split ? plan.slots + (head * parts + part) * slots : -1});
     }
-    plan.result_slots.push_back(plan.slots);
-    int64_t parts = 0;
-    for (int64_t cut = begin / kKeysOfPart * kKeysOfPart; cut < end; cut += kKeysOfPart, ++parts) {
-      part.key_begin = cut > begin ? cut : begin;
-      part.key_end = cut + kKeysOfPart < end ? cut + kKeysOfPart : end;
-      plan.pieces.push_back({part, plan.slots});
-      plan.slots += padded(rows);
-    }
-    plan.results.push_back({head, sequence.query_start, first, rows, parts, padded(rows), nullptr,
-                            nullptr, nullptr});
   }
+  plan.scratch = std::max(plan.scratch, attention_scratch(call.dim, rows, heads));
+  if (!split) {
+    plan.own_slots = std::max(plan.own_slots, heads * slots);
+    return;
+  }
+  for (int64_t head = 0; head < call.kv_heads; ++head) {
+    plan.results.push_back({head, sequence.query_start, first, rows, parts, slots, nullptr, nullptr,
+                            nullptr});
+    plan.result_slots.push_back(plan.slots);
+    plan.slots += parts * slots;
+  }
+}
+
+// Key-value heads of a piece with few rows: all, which reads memory in order, unless there would be
+// too few pieces for the threads. Results do not depend on it.
+int64_t heads_of_piece(const PagedAttention& call, const std::vector<Sequence>& sequences) {
+  const int64_t threads = torch::stable::get_num_threads();
+  int64_t pieces = 0;
+  for (const Sequence& sequence : sequences) {
+    if (sequence.queries) pieces += 1 + std::min(sequence.length, call.window) / kKeysOfPart;
+  }
+  int64_t heads = call.kv_heads;
+  for (; heads > 1 && threads > 1 && pieces < 4 * threads; heads = (heads + 1) / 2) pieces *= 2;
+  return heads;
 }
 
 // Long prefills first and from their ends, which see the most keys: the last pieces are small, so
 // that threads finish together.
 Plan make_plan(const PagedAttention& call, const std::vector<Sequence>& sequences) {
   const int64_t group = call.heads / call.kv_heads;
+  const int64_t few_heads = heads_of_piece(call, sequences);
   Plan plan;
   for (const bool many : {true, false}) {
     for (size_t s = 0; s < sequences.size(); ++s) {
@@ -176,7 +190,8 @@ Plan make_plan(const PagedAttention& call, const std::vector<Sequence>& sequence
       if (rows == 0 || many != (rows > kFewTiles)) continue;
       for (int64_t first = (rows - 1) / kAttentionRows * kAttentionRows; first >= 0;
            first -= kAttentionRows) {
-        plan_tile(call, static_cast<int64_t>(s), sequences[s], first, plan);
+        plan_tile(call, static_cast<int64_t>(s), sequences[s], first,
+                  rows <= kAttentionFewRows ? few_heads : 1, plan);
       }
     }
   }
@@ -213,30 +228,25 @@ void compute(const PagedAttention& call, const Plan& plan) {
   const auto kernel = DS_BEST(attention_part);
   const auto combine = DS_BEST(attention_combine);
   const int64_t stride = attention_stride(call.dim);
-  int64_t most_rows = 0;
-  for (const Piece& piece : plan.pieces) {
-    if (piece.part.rows > most_rows) most_rows = piece.part.rows;
-  }
-  const int64_t scratch_size = attention_scratch(call.dim, most_rows);
-  const int64_t own_size = padded(most_rows) * (stride + 2);
   const Floats kept = floats(plan.slots * (stride + 2));
-  const auto place = [&](AttentionPart& part, float* memory, int64_t slots, int64_t slot) {
-    part.sums = memory + slot * stride;
-    part.maxima = memory + slots * stride + slot;
-    part.weights = memory + slots * (stride + 1) + slot;
-  };
   take_turns(static_cast<int64_t>(plan.pieces.size()), [&](auto&& next) {
-    const Floats scratch = floats(scratch_size);
-    const Floats own = floats(own_size);
+    const Floats scratch = floats(plan.scratch);
+    const Floats own = floats(plan.own_slots * (stride + 2));
     for (int64_t i = next(); i >= 0; i = next()) {
       AttentionPart part = plan.pieces[i].part;
       const bool whole = plan.pieces[i].slot < 0;
-      place(part, whole ? own.get() : kept.get(), whole ? padded(most_rows) : plan.slots,
-            whole ? 0 : plan.pieces[i].slot);
+      const int64_t slot = whole ? 0 : plan.pieces[i].slot;
+      const int64_t slots = whole ? plan.own_slots : plan.slots;
+      float* memory = whole ? own.get() : kept.get();
+      part.sums = memory + slot * stride;
+      part.maxima = memory + slots * stride + slot;
+      part.weights = memory + slots * (stride + 1) + slot;
       kernel(call, part, scratch.get());
-      if (!whole) continue;
-      combine(call, {part.kv_head, part.query_start, part.first_row, part.rows, 1, 0, part.sums,
-                     part.maxima, part.weights});
+      for (int64_t head = part.kv_begin; whole && head < part.kv_end; ++head) {
+        const int64_t at = (head - part.kv_begin) * part.head_slots;
+        combine(call, {head, part.query_start, part.first_row, part.rows, 1, 0,
+                       part.sums + at * stride, part.maxima + at, part.weights + at});
+      }
     }
   });
   parallel(static_cast<int64_t>(plan.results.size()), 8, [&](int64_t begin, int64_t end) {
@@ -279,7 +289,7 @@ Tensor paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_ta
                             window.value_or(INT64_C(1) << 40),
                             static_cast<float>(scale),
                             static_cast<float>(softcap.value_or(0.0)),
-                            element_type(q)};
+                            float_type(q)};
   if (q.numel() > 0) compute(call, make_plan(call, sequences));
   return out;
 }

@@ -1,7 +1,7 @@
 // Attention of ragged sequences over keys and values that lie in blocks of a cache.
 //
 // The work is cut into parts: some rows (a row is one query token and one head) by a range of keys
-// of one key-value head. A part yields, for each row, the unnormalized sum of values weighted by
+// of some key-value heads. A part yields, for each row, the unnormalized sum of values weighted by
 // e^(score - max), with its max and the sum of the weights; parts of the same rows are combined.
 // Rows are ordered token by token, and inside a token by the heads that share the key-value head
 // (G of them), so that each key is read once for all of these.
@@ -37,16 +37,18 @@ struct PagedAttention {
 
 struct AttentionPart {
   int64_t sequence;
-  int64_t kv_head;
+  int64_t kv_begin;     // its key-value heads
+  int64_t kv_end;
   int64_t query_start;  // of the sequence, in q
   int64_t history;      // keys before its first query
   int64_t first_row;
   int64_t rows;
   int64_t key_begin;
   int64_t key_end;
-  float* sums;      // [rows, up to kAttentionRowStep], row stride `attention_stride(dim)`
-  float* maxima;    // [rows]
-  float* weights;   // [rows]: sum of e^(score - max)
+  int64_t head_slots;  // from a row of one head to the same of the next
+  float* sums;         // a row of `attention_stride(dim)` for each slot
+  float* maxima;       // one for each slot
+  float* weights;      // one for each slot: sum of e^(score - max)
 };
 
 struct AttentionResult {
@@ -71,10 +73,10 @@ constexpr int64_t kAttentionMaxDim = 512;
 // Floats from one row of sums to the next: whole vectors of every instruction set.
 inline constexpr int64_t attention_stride(int64_t dim) { return (dim + 15) / 16 * 16; }
 
-// Floats of scratch memory that a part needs.
-inline constexpr int64_t attention_scratch(int64_t dim, int64_t rows) {
+// Floats of scratch memory that a part with so many rows and heads needs.
+inline constexpr int64_t attention_scratch(int64_t dim, int64_t rows, int64_t heads) {
   return rows <= kAttentionFewRows
-             ? kAttentionFewRows * (attention_stride(dim) + kAttentionKeys)
+             ? heads * rows * (attention_stride(dim) + kAttentionKeys + 1)
              : kAttentionRows * (attention_stride(dim) + kAttentionKeys) +
                    kAttentionKeys * 2 * attention_stride(dim);
 }

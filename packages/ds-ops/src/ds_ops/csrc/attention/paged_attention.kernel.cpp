@@ -112,7 +112,7 @@ DS_INLINE F weight_of(F v) {
 DS_INLINE float weight_of(float v) { return weight_of(splat(v))[0]; }
 
 // tanh to 2e-7: near 0 by its series, else from e^(-2|v|).
-DS_INLINE F hyperbolic_tangent(F v) {
+DS_INLINE F tanh_of(F v) {
   const F a = absolute(v);
   const F power = weight_of(a * -2.0f);
   const F far = (1.0f - power) / (1.0f + power);
@@ -135,7 +135,7 @@ float to_weights(float* scores, int64_t begin, int64_t end, float softcap, float
   F best = splat(kNone);
   for (int key = 0; key < kKeys; key += kWidth) {
     F score = load(scores + key);
-    if (softcap > 0.0f) score = hyperbolic_tangent(score / softcap) * softcap;
+    if (softcap > 0.0f) score = tanh_of(score / softcap) * softcap;
     const I lane = lanes + key;
     const I seen = (I)(lane >= first) & (I)(lane < last);
     score = seen ? score : splat(kNone);
@@ -173,24 +173,23 @@ DS_INLINE Seen seen_by(const PagedAttention& call, const AttentionPart& part, in
 
 // --- Where keys, values and queries lie -----------------------------------------------------------
 
-// Offsets of `count` keys from `key` on, in k and in v; behind the last its own again, so that
-// steps of four need no special case.
+// Offsets of `count` keys from `key` on, in k and in v, of head 0; behind the last its own again, so
+// that steps of several keys need no special case.
 void find_keys(const PagedAttention& call, const AttentionPart& part, int64_t key, int count,
                int64_t* offsets) {
   const int32_t* table = call.table + part.sequence * call.table_width;
-  const int64_t base = part.kv_head * call.head_stride;
   int64_t block = key / call.block_size;
   int64_t inside = key % call.block_size;
   int64_t offset = 0;
   for (int i = 0; i < count; ++i) {
-    offset = base + table[block] * call.block_stride + inside * call.token_stride;
+    offset = table[block] * call.block_stride + inside * call.token_stride;
     offsets[i] = offset;
     if (++inside == call.block_size) {
       inside = 0;
       ++block;
     }
   }
-  for (int i = count; i < kKeys && i % 4; ++i) offsets[i] = offset;
+  for (int i = count; i < kKeys; ++i) offsets[i] = offset;
 }
 
 DS_INLINE int64_t row_offset(const PagedAttention& call, int64_t query_start, int64_t kv_head,
@@ -201,12 +200,12 @@ DS_INLINE int64_t row_offset(const PagedAttention& call, int64_t query_start, in
 
 // Queries in fp32 and scaled. `once`: in the last vector, lanes that the one before has are 0.
 template <typename T>
-void load_queries(const PagedAttention& call, const AttentionPart& part, float* to,
+void load_queries(const PagedAttention& call, const AttentionPart& part, int64_t kv_head, float* to,
                   int64_t stride, bool once) {
   const Row row(call.dim);
   for (int64_t r = 0; r < part.rows; ++r) {
     const T* from = static_cast<const T*>(call.q) +
-                    row_offset(call, part.query_start, part.kv_head, part.first_row + r);
+                    row_offset(call, part.query_start, kv_head, part.first_row + r);
     for (int i = 0; i < row.all; ++i) {
       F v = load(from + row.at(i)) * call.scale;
       if (once && i == row.whole) v = lane_numbers() >= row.all * kWidth - row.dim ? v : F{};
@@ -215,139 +214,197 @@ void load_queries(const PagedAttention& call, const AttentionPart& part, float* 
   }
 }
 
-DS_INLINE void prefetch(const char* from, int bytes) {
-  for (int at = 0; at < bytes; at += 64) __builtin_prefetch(from + at);
+// Rows of a part, of one head.
+DS_INLINE float* sums_of(const PagedAttention& call, const AttentionPart& part, int64_t head) {
+  return part.sums + (head - part.kv_begin) * part.head_slots * attention_stride(call.dim);
+}
+
+DS_INLINE float* maxima_of(const AttentionPart& part, int64_t head) {
+  return part.maxima + (head - part.kv_begin) * part.head_slots;
+}
+
+DS_INLINE float* weights_of(const AttentionPart& part, int64_t head) {
+  return part.weights + (head - part.kv_begin) * part.head_slots;
 }
 
 // --- Few rows: keys and values are read where they lie --------------------------------------------
+//
+// Tokens are read in the order of memory, all heads of a few tokens before the next few: that is
+// what a processor reads ahead of by itself.
+
+constexpr int kKeyStep = 8;     // tokens whose keys are used before the next are
+constexpr int kValueStep = 16;  // as many for values: sums are loaded and stored once in each
+
+// Adds to the products of `rows` queries and four keys those of one vector of each.
+template <typename T, int rows>
+DS_INLINE void dot_step(const T* const* keys, int at, const float* q, int64_t stride,
+                        F (*sums)[4]) {
+  F query[rows];
+  for (int r = 0; r < rows; ++r) query[r] = load(q + r * stride);
+  for (int j = 0; j < 4; ++j) {
+    const F key = load(keys[j] + at);
+    for (int r = 0; r < rows; ++r) sums[r][j] += query[r] * key;
+  }
+}
 
 // scores[row][key] of `rows` rows and four keys.
 template <typename T, int rows>
 DS_INLINE void dot_four(const T* k, const int64_t* offsets, const Row& row, const float* q,
-                        int64_t q_stride, float* scores) {
+                        int64_t stride, float* scores) {
   const T* keys[4] = {k + offsets[0], k + offsets[1], k + offsets[2], k + offsets[3]};
   F sums[rows][4] = {};
-  for (int i = 0; i < row.all; ++i) {
-    const int at = row.at(i);
-    F query[rows];
-    for (int r = 0; r < rows; ++r) query[r] = load(q + r * q_stride + i * kWidth);
-    for (int j = 0; j < 4; ++j) {
-      const F key = load(keys[j] + at);
-      for (int r = 0; r < rows; ++r) sums[r][j] += query[r] * key;
-    }
+  const int whole = row.whole * kWidth;
+  for (int at = 0; at < whole; at += kWidth) dot_step<T, rows>(keys, at, q + at, stride, sums);
+  if (row.whole < row.all) {
+    dot_step<T, rows>(keys, row.dim - kWidth, q + whole, stride, sums);
   }
   for (int r = 0; r < rows; ++r) {
     store_sums(scores + r * kKeys, sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
   }
 }
 
-// sums[row] = sums[row] * factor[row] + weights[row] * values, of `vectors` vectors from `i` on.
+// sums[row] = sums[row] * factor[row] + weights[row] * values, of some consecutive vectors. `v` and
+// `sums` begin at the first of them.
 template <typename T, int rows, int vectors>
-DS_INLINE void add_values(const T* v, const int64_t* offsets, int count, const Row& row, int i,
-                          const float* weights, const float* factors, float* sums,
-                          int64_t stride) {
-  int at[vectors];
+DS_INLINE void add_values(const T* v, const int64_t* offsets, int count, const float* weights,
+                          const float* factors, float* sums, int64_t stride) {
   F total[rows][vectors];
   for (int j = 0; j < vectors; ++j) {
-    at[j] = row.at(i + j);
     for (int r = 0; r < rows; ++r) {
-      total[r][j] = load(sums + r * stride + (i + j) * kWidth) * factors[r];
+      total[r][j] = load(sums + r * stride + j * kWidth) * factors[r];
     }
   }
   for (int key = 0; key < count; ++key) {
     const T* value = v + offsets[key];
     F some[vectors];
-    for (int j = 0; j < vectors; ++j) some[j] = load(value + at[j]);
+    for (int j = 0; j < vectors; ++j) some[j] = load(value + j * kWidth);
     for (int r = 0; r < rows; ++r) {
       const float weight = weights[r * kKeys + key];
       for (int j = 0; j < vectors; ++j) total[r][j] += some[j] * weight;
     }
   }
   for (int j = 0; j < vectors; ++j) {
-    for (int r = 0; r < rows; ++r) store(sums + r * stride + (i + j) * kWidth, total[r][j]);
+    for (int r = 0; r < rows; ++r) store(sums + r * stride + j * kWidth, total[r][j]);
   }
 }
 
 template <typename T, int rows>
-void scores_of(const T* k, const int64_t* offsets, int count, const Row& row, const float* q,
-               int64_t stride, float* scores, const int64_t* next) {
-  for (int key = 0; key < count; key += 4) {
-    if (next != nullptr) {
-      for (int j = 0; j < 4; ++j) prefetch((const char*)(k + next[key + j]), row.dim * sizeof(T));
-    }
-    dot_four<T, rows>(k, offsets + key, row, q, stride, scores + key);
-  }
-}
-
-template <typename T, int rows>
-void values_of(const T* v, const int64_t* offsets, int count, const Row& row,
-               const float* weights, const float* factors, float* sums, int64_t stride) {
+DS_INLINE void values_of(const T* v, const int64_t* offsets, int count, const Row& row,
+                         const float* weights, const float* factors, float* sums, int64_t stride) {
   int i = 0;
-  for (; i + 4 <= row.all; i += 4) {
-    add_values<T, rows, 4>(v, offsets, count, row, i, weights, factors, sums, stride);
+  for (; i + 4 <= row.whole; i += 4) {
+    add_values<T, rows, 4>(v + i * kWidth, offsets, count, weights, factors, sums + i * kWidth,
+                           stride);
   }
   for (; i < row.all; ++i) {
-    add_values<T, rows, 1>(v, offsets, count, row, i, weights, factors, sums, stride);
+    add_values<T, rows, 1>(v + row.at(i), offsets, count, weights, factors, sums + i * kWidth,
+                           stride);
   }
 }
+
+// A tile of up to kKeys keys, and the memory of the heads of a part that it needs.
+template <typename T>
+struct Few {
+  const PagedAttention& call;
+  const AttentionPart& part;
+  const Row row;
+  const int64_t stride;
+  const int rows;
+  float* q;        // [heads, rows, stride]
+  float* scores;   // [heads, rows, kKeys]
+  float* factors;  // [heads, rows]
+
+  float* scores_of(int64_t head) const { return scores + (head - part.kv_begin) * rows * kKeys; }
+
+  void score(const int64_t* offsets, int count) const {
+    const T* k = static_cast<const T*>(call.k);
+    for (int key = 0; key < count; key += kKeyStep) {
+      for (int64_t head = part.kv_begin; head < part.kv_end; ++head) {
+        const T* of_head = k + head * call.head_stride;
+        const float* query = q + (head - part.kv_begin) * rows * stride;
+        for (int some = key; some < key + kKeyStep && some < count; some += 4) {
+          float* to = scores_of(head) + some;
+          int r = 0;
+          for (; r + kFewStep <= rows; r += kFewStep) {
+            dot_four<T, kFewStep>(of_head, offsets + some, row, query + r * stride, stride,
+                                  to + r * kKeys);
+          }
+          if constexpr (kFewStep > 2) {
+            for (; r + 2 <= rows; r += 2) {
+              dot_four<T, 2>(of_head, offsets + some, row, query + r * stride, stride,
+                             to + r * kKeys);
+            }
+          }
+          for (; r < rows; ++r) {
+            dot_four<T, 1>(of_head, offsets + some, row, query + r * stride, stride,
+                           to + r * kKeys);
+          }
+        }
+      }
+    }
+  }
+
+  void weigh(int64_t key, int count) const {
+    for (int64_t head = part.kv_begin; head < part.kv_end; ++head) {
+      for (int r = 0; r < rows; ++r) {
+        const Seen seen = seen_by(call, part, r, key, count);
+        factors[(head - part.kv_begin) * rows + r] =
+            to_weights(scores_of(head) + r * kKeys, seen.begin, seen.end, call.softcap,
+                       maxima_of(part, head)[r], weights_of(part, head)[r]);
+      }
+    }
+  }
+
+  void add(const int64_t* offsets, int count) const {
+    const T* v = static_cast<const T*>(call.v);
+    float ones[kAttentionFewRows];
+    for (int r = 0; r < kAttentionFewRows; ++r) ones[r] = 1.0f;
+    for (int key = 0; key < count; key += kValueStep) {
+      const int some = count - key < kValueStep ? count - key : kValueStep;
+      for (int64_t head = part.kv_begin; head < part.kv_end; ++head) {
+        const T* of_head = v + head * call.head_stride;
+        const float* weights = scores_of(head) + key;
+        const float* factor = key ? ones : factors + (head - part.kv_begin) * rows;
+        float* sums = sums_of(call, part, head);
+        int r = 0;
+        for (; r + kFewStep <= rows; r += kFewStep) {
+          values_of<T, kFewStep>(of_head, offsets + key, some, row, weights + r * kKeys, factor + r,
+                                 sums + r * stride, stride);
+        }
+        if constexpr (kFewStep > 2) {
+          for (; r + 2 <= rows; r += 2) {
+            values_of<T, 2>(of_head, offsets + key, some, row, weights + r * kKeys, factor + r,
+                            sums + r * stride, stride);
+          }
+        }
+        for (; r < rows; ++r) {
+          values_of<T, 1>(of_head, offsets + key, some, row, weights + r * kKeys, factor + r,
+                          sums + r * stride, stride);
+        }
+      }
+    }
+  }
+};
 
 template <typename T>
 void few_rows(const PagedAttention& call, const AttentionPart& part, float* scratch) {
-  const Row row(call.dim);
   const int64_t stride = attention_stride(call.dim);
-  const T* k = static_cast<const T*>(call.k);
-  const T* v = static_cast<const T*>(call.v);
-  float* q = scratch;
-  float* scores = q + kAttentionFewRows * stride;
-  float factors[kAttentionFewRows];
-  int64_t found[2][kKeys];
-  load_queries<T>(call, part, q, stride, true);
-  const int64_t keys = part.key_end - part.key_begin;
-  const int rows = part.rows;
-  int count = keys < kKeys ? keys : kKeys;
-  find_keys(call, part, part.key_begin, count, found[0]);
-  for (int64_t done = 0, tile = 0; done < keys; done += kKeys, ++tile) {
-    const int64_t* offsets = found[tile % 2];
-    int64_t* next = found[1 - tile % 2];
-    const int64_t left = keys - done - kKeys;
-    const int next_count = left <= 0 ? 0 : left < kKeys ? left : kKeys;
-    if (next_count) {
-      find_keys(call, part, part.key_begin + done + kKeys, next_count, next);
-      for (int key = next_count; key < kKeys; ++key) next[key] = next[next_count - 1];
-    }
-    const int64_t* ahead = next_count ? next : nullptr;
-    for (int r = 0; r < rows;) {
-      const int64_t* fetched = r ? nullptr : ahead;
-      if (rows - r >= kFewStep) {
-        scores_of<T, kFewStep>(k, offsets, count, row, q + r * stride, stride, scores + r * kKeys,
-                               fetched);
-        r += kFewStep;
-      } else {
-        scores_of<T, 1>(k, offsets, count, row, q + r * stride, stride, scores + r * kKeys,
-                        fetched);
-        r += 1;
-      }
-    }
-    for (int r = 0; r < rows; ++r) {
-      const Seen seen = seen_by(call, part, r, part.key_begin + done, count);
-      factors[r] = to_weights(scores + r * kKeys, seen.begin, seen.end, call.softcap,
-                              part.maxima[r], part.weights[r]);
-    }
-    for (int key = 0; key < next_count; ++key) {
-      prefetch((const char*)(v + next[key]), row.dim * sizeof(T));
-    }
-    for (int r = 0; r < rows;) {
-      const float* weights = scores + r * kKeys;
-      float* sums = part.sums + r * stride;
-      if (rows - r >= kFewStep) {
-        values_of<T, kFewStep>(v, offsets, count, row, weights, factors + r, sums, stride);
-        r += kFewStep;
-      } else {
-        values_of<T, 1>(v, offsets, count, row, weights, factors + r, sums, stride);
-        r += 1;
-      }
-    }
-    count = next_count;
+  const int64_t heads = part.kv_end - part.kv_begin;
+  float* scores = scratch + heads * part.rows * stride;
+  const Few<T> few{call,           part,    Row(call.dim), stride,
+                   (int)part.rows, scratch, scores,        scores + heads * part.rows * kKeys};
+  for (int64_t head = part.kv_begin; head < part.kv_end; ++head) {
+    load_queries<T>(call, part, head, scratch + (head - part.kv_begin) * part.rows * stride, stride,
+                    true);
+  }
+  int64_t offsets[kKeys];
+  for (int64_t key = part.key_begin; key < part.key_end; key += kKeys) {
+    const int64_t left = part.key_end - key;
+    const int count = left < kKeys ? left : kKeys;
+    find_keys(call, part, key, count, offsets);
+    few.score(offsets, count);
+    few.weigh(key, count);
+    few.add(offsets, count);
   }
 }
 
@@ -424,7 +481,8 @@ void load_values(const T* v, const int64_t* offsets, int count, const Row& row, 
 }
 
 template <typename T>
-void many_rows(const PagedAttention& call, const AttentionPart& part, float* scratch) {
+void many_rows(const PagedAttention& call, const AttentionPart& part, int64_t head,
+               float* scratch) {
   const Row row(call.dim);
   const int64_t stride = attention_stride(call.dim);
   const int rows = part.rows;
@@ -432,42 +490,44 @@ void many_rows(const PagedAttention& call, const AttentionPart& part, float* scr
   float* scores = q + kAttentionRows * stride;
   float* k = scores + kAttentionRows * kKeys;
   float* v = k + kKeys * stride;
+  float* sums = sums_of(call, part, head);
+  const int64_t at = head * call.head_stride;
   float factors[kAttentionRows];
   int64_t offsets[kKeys];
   // Rows up to a whole step: computed, and never looked at.
   const int padded = (rows + kBlockRows - 1) / kBlockRows * kBlockRows;
   memset(q + rows * stride, 0, (size_t)(padded - rows) * stride * sizeof(float));
-  memset(part.sums + rows * stride, 0, (size_t)(padded - rows) * stride * sizeof(float));
+  memset(sums + rows * stride, 0, (size_t)(padded - rows) * stride * sizeof(float));
   for (int r = rows; r < padded; ++r) factors[r] = 0.0f;
-  load_queries<T>(call, part, q, stride, false);
+  load_queries<T>(call, part, head, q, stride, false);
   for (int64_t key = part.key_begin; key < part.key_end; key += kKeys) {
     const int64_t left = part.key_end - key;
     const int count = left < kKeys ? left : kKeys;
     find_keys(call, part, key, count, offsets);
-    load_transposed(static_cast<const T*>(call.k), offsets, count, row, k);
-    load_values(static_cast<const T*>(call.v), offsets, count, row, v, stride);
+    load_transposed(static_cast<const T*>(call.k) + at, offsets, count, row, k);
+    load_values(static_cast<const T*>(call.v) + at, offsets, count, row, v, stride);
     multiply(q, stride, k, kKeys, scores, kKeys, padded, row.dim, kKeys / kWidth, nullptr);
     for (int r = 0; r < rows; ++r) {
       const Seen seen = seen_by(call, part, r, key, count);
       factors[r] = to_weights(scores + r * kKeys, seen.begin, seen.end, call.softcap,
-                              part.maxima[r], part.weights[r]);
+                              maxima_of(part, head)[r], weights_of(part, head)[r]);
     }
-    multiply(scores, kKeys, v, stride, part.sums, stride, padded, kKeys, row.all, factors);
+    multiply(scores, kKeys, v, stride, sums, stride, padded, kKeys, row.all, factors);
   }
 }
 
 template <typename T>
 void compute(const PagedAttention& call, const AttentionPart& part, float* scratch) {
-  memset(part.sums, 0, (size_t)(part.rows * attention_stride(call.dim)) * sizeof(float));
-  for (int64_t r = 0; r < part.rows; ++r) {
-    part.maxima[r] = kNone;
-    part.weights[r] = 0.0f;
+  for (int64_t head = part.kv_begin; head < part.kv_end; ++head) {
+    memset(sums_of(call, part, head), 0,
+           (size_t)(part.rows * attention_stride(call.dim)) * sizeof(float));
+    for (int64_t r = 0; r < part.rows; ++r) {
+      maxima_of(part, head)[r] = kNone;
+      weights_of(part, head)[r] = 0.0f;
+    }
+    if (part.rows > kAttentionFewRows) many_rows<T>(call, part, head, scratch);
   }
-  if (part.rows <= kAttentionFewRows) {
-    few_rows<T>(call, part, scratch);
-  } else {
-    many_rows<T>(call, part, scratch);
-  }
+  if (part.rows <= kAttentionFewRows) few_rows<T>(call, part, scratch);
 }
 
 template <typename T>

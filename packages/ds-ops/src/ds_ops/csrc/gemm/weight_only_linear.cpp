@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "common/op.h"
+#include "gemm/products.h"
 
 namespace ds {
 namespace {
@@ -13,17 +13,6 @@ constexpr const char* kOp = "weight_only_linear";
 constexpr int64_t kFewRows = 32;
 // Elements of such a tile: about what the second-level cache holds.
 constexpr int64_t kTile = 1 << 18;
-
-FloatType float_type(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return FloatType::fp32;
-    case ScalarType::BFloat16:
-      return FloatType::bf16;
-    default:
-      return FloatType::fp16;
-  }
-}
 
 WeightFormat format_of(int64_t bits) {
   STD_TORCH_CHECK(bits == 8 || bits == 6 || bits == 4, kOp, ": bits: got ", bits,
@@ -83,32 +72,15 @@ void multiply_few(const PackedWeight& weight, const Tensor& x, const void* bias,
   const int64_t blocks = (weight.outputs + kBlock - 1) / kBlock;
   // A part takes some ten microseconds, or waking a thread for it costs more than it saves.
   const int64_t grain = (1 << 17) / (weight.depth * kBlock) + 1;
-  parallel(blocks, grain, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
-}
-
-bool multiplies_bf16() {
-#if defined(__x86_64__)
-  static const bool found = __builtin_cpu_supports("avx512bf16");
-  return found;
-#else
-  return false;
-#endif
-}
-
-void multiply_into(const Tensor& a, const Tensor& b, Tensor& out) {
-  StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b),
-                          torch::stable::detail::from(out)};
-  STD_TORCH_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION) == 0, kOp,
-                  ": torch.mm failed");
-  torch::stable::detail::to<Tensor>(stack[0]);
+  // In pairs, as the kernel takes them: the order of its sums must not depend on the threads.
+  parallel(blocks, grain, [&](int64_t begin, int64_t end) { kernel(call, begin, end); }, 2);
 }
 
 // y = x W^T or, transposed, y = x W, by tiles of W: of some outputs, or of some inputs. Each is one
 // thread's, so that the result does not depend on their number.
 void multiply_many(const PackedWeight& weight, const Tensor& x, Tensor& y, int64_t rows,
                    bool transposed) {
-  const bool bf16 = x.scalar_type() == ScalarType::BFloat16 && multiplies_bf16();
-  const ScalarType work = bf16 ? ScalarType::BFloat16 : ScalarType::Float;
+  const ScalarType work = product_dtype(x.scalar_type());
   const int64_t across = transposed ? weight.outputs : weight.depth;
   const int64_t along = transposed ? weight.depth : weight.outputs;
   const Tensor x2 = torch::stable::to(torch::stable::view(x, {rows, across}), work);
@@ -122,7 +94,7 @@ void multiply_many(const PackedWeight& weight, const Tensor& x, Tensor& y, int64
       Tensor w = transposed ? torch::stable::new_empty(x2, {across, count})
                             : torch::stable::new_empty(x2, {count, across});
       DequantizeBlocks call{weight, w.mutable_data_ptr(), 0, 0, weight.depth,
-                            bf16 ? FloatType::bf16 : FloatType::fp32};
+                            float_type(x2)};
       if (transposed) {
         call.begin = first;
         call.end = first + count;

@@ -73,7 +73,7 @@ struct DequantizeBlocks {
 
 // Rows [begin, end) of x in fp32, scaled as the decoder of this instruction set wants them.
 DS_KERNEL(void, prepare_rows, const PrepareRows& call, int64_t begin, int64_t end)
-// Outputs of blocks [begin, end), for all rows.
+// Outputs of blocks [begin, end), for all rows; `begin` is even.
 DS_KERNEL(void, weight_only_linear_blocks, const WeightOnlyLinear& call, int64_t begin,
           int64_t end)
 // Blocks [begin, end) of the weight.

@@ -5,19 +5,20 @@
 // bits of a float: T(n) = the float whose bits are n << 20 = (1 + (n % 8) / 8) * 2^(n / 8 - 127).
 //
 //   exp_avg     m = a * T(c + 889), or 0 for c = 0; c the low 7 bits, negative if bit 7 is set
-//   exp_avg_sq  v = b * T(c + 761), or 0 for c = 0
+//   exp_avg_sq  v = b * T(c + 761)
 //
 // The highest codes, 127 and 255, stand for the scale itself. Neighbours differ by 6 to 12 %, down
-// to 2^-15.75 of the scale for m and 2^-31.75 for v, whose elements may differ much in a block.
-// State 0: codes 0, scales 0.
+// to 2^-15.75 of the scale for m and 2^-31.9 for v, whose elements may differ much in a block. A
+// second moment is never 0 while that of another element of its block is not: dividing by the root
+// of one that was rounded to 0 would make a huge step. State 0: codes 0, scales 0.
 //
 // A step decodes m and v, and computes m', v' and the parameter in fp32 as Adam does, with m' and
 // v' not rounded. Then, over the block, a' = max |m'| and b' = max v', each raised to 2^-126 unless
-// it is 0, and with x and y the bits, as integers, of |m'| * (1 / a') and v' * (1 / b'):
+// it is 0, and with x and y the bits, as integers, of |m'| / a' and v' / b' (to 2^-22, and never
+// above 1; both 0 where the scale is 0):
 //
-//   c_m = min(max(((x + t) >> 20) - 889, 0), 127), and 128 more if m' has the sign bit
-//   c_v = min(max(((y + w) >> 20) - 761, 1), 255), or 0 where v' = 0: what is positive is never
-//         rounded to 0, which would make a step infinite
+//   c_m = max(((x + t) >> 20) - 889, 0), and 128 more if m' has the sign bit
+//   c_v = max(((y + w) >> 20) - 761, 0)
 //
 // t = w = 2^19 without a seed: the nearest value. With a seed, from the random bits of rounding.h,
 // t = bits & 0xfffff and w = bits >> 12, so that the moments are right in expectation; bits & 0xffff

@@ -26,20 +26,40 @@ DS_INLINE void store_as(Dtype type, void* to, int64_t i, F v) {
 
 // --- Random bits ----------------------------------------------------------------------------------
 
-DS_INLINE U random_bits(RoundingKeys keys, int64_t element) {
-  U x;
-  for (int lane = 0; lane < kWidth; ++lane) x[lane] = (uint32_t)lane * 0x9e3779b9u;
-  x += (uint32_t)element * 0x9e3779b9u + keys.k0;
-  x = (x ^ (x >> 16)) * 0x7feb352du;
-  x = (x ^ (x >> 15) ^ keys.k1) * 0x846ca68bu;
-  return x ^ (x >> 16);
-}
+// Those of element, element + kWidth, ...: a vector of them each time. The high half of the
+// element's number must not change on the way.
+struct RandomBits {
+  U counter;
+  U k1, first, second;
 
-// bf16 below or above `v`, by 16 random bits. Infinities stay, and NaN.
+  inline __attribute__((always_inline)) RandomBits(uint64_t seed, int64_t element) {
+    const RoundingKeys keys = rounding_keys(seed, element);
+    for (int lane = 0; lane < kWidth; ++lane) counter[lane] = (uint32_t)lane * 0x9e3779b9u;
+    counter += (uint32_t)element * 0x9e3779b9u + keys.k0;
+    k1 = keys.k1 + U{};
+    first = 0x7feb352du + U{};
+    second = 0x846ca68bu + U{};
+  }
+
+  inline __attribute__((always_inline)) U next() {
+    U x = (counter ^ (counter >> 16)) * first;
+    x = (x ^ (x >> 15) ^ k1) * second;
+    counter += kWidth * 0x9e3779b9u;
+    return x ^ (x >> 16);
+  }
+};
+
+// bf16 below or above `v`, the result of a computation, by 16 random bits. Infinities stay, and so
+// does NaN, which is quiet after any computation: without its low bits it still is a NaN.
 DS_INLINE void store_random(bf16* to, F v, U bits16) {
-  const U rounded = ((U)v + bits16) >> 16;
-  const U quiet = ((U)v >> 16) | 0x40u;
-  const H bits = __builtin_convertvector((U)(v == v) ? rounded : quiet, H);
+#if defined(__AVX512F__)
+  const __mmask16 number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
+  const U sum = (U)_mm512_mask_add_epi32((__m512i)v, number, (__m512i)v, (__m512i)bits16);
+#else
+  const U sum = (U)v + (bits16 & (U)(v == v));
+#endif
+  const U rounded = sum >> 16;
+  const H bits = __builtin_convertvector(rounded, H);
   memcpy(to, &bits, sizeof bits);
 }
 
@@ -165,18 +185,18 @@ DS_INLINE void for_elements(const StepStreams& s, Rule& rule, int64_t begin, int
   bool undo_around = s.around_cache && s.undo[0] && aligned(s.undo[0], s.param_type, begin);
   for (int k = 0; k < Rule::kStates; ++k)
     undo_around = undo_around && aligned(s.undo[k + 1], s.state_type, begin);
-  RoundingKeys keys = rounding_keys(s.seed, begin);
+  RandomBits random(s.seed, begin);
   U bits = {};
   int64_t i = begin;
   for (; i + kWidth <= end; i += kWidth) {
     if (s.stochastic) {
-      if ((uint32_t)i < kWidth) keys = rounding_keys(s.seed, i);  // the high half has changed
-      bits = random_bits(keys, i);
+      if ((uint32_t)i < kWidth) random = RandomBits(s.seed, i);  // the high half has changed
+      bits = random.next();
     }
     one_vector(s, rule, i, bits, copy_around, undo_around);
   }
   if (i < end) {
-    if (s.stochastic) bits = random_bits(rounding_keys(s.seed, i), i);
+    if (s.stochastic) bits = RandomBits(s.seed, i).next();
     few_elements(s, rule, i, (int)(end - i), bits);
   }
   if (copy_around || undo_around) finish_streams();

@@ -128,7 +128,7 @@ Tensor lamb_update_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq
   const StepStreams& streams = tensors.checked();
   // Fixed parts, whose sums are added in order: the same norms with any number of threads.
   const int64_t parts = (tensors.numel() + kStepGrain - 1) / kStepGrain;
-  std::vector<float> sums(static_cast<size_t>(parts) * 2);
+  std::vector<double> sums(static_cast<size_t>(parts) * 2);
   const auto kernel = DS_BEST(lamb_update_elements);
   parallel(parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {

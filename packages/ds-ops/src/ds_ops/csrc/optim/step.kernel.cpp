@@ -124,12 +124,17 @@ void sgd_elements(const StepStreams& streams, const SgdStep& step, int64_t begin
   for_elements(streams, rule, begin, end);
 }
 
-void lamb_update_elements(const StepStreams& streams, const AdamStep& step, float* sums,
+void lamb_update_elements(const StepStreams& streams, const AdamStep& step, double* sums,
                           int64_t begin, int64_t end) {
-  LambUpdate rule{step};
-  for_elements(streams, rule, begin, end);
-  sums[0] = sum_of(rule.param_squares);
-  sums[1] = sum_of(rule.update_squares);
+  // Sums in fp32 stay short: a long one would lose what is small beside it.
+  constexpr int64_t kSummed = 1024;
+  sums[0] = sums[1] = 0;
+  for (int64_t i = begin; i < end; i += kSummed) {
+    LambUpdate rule{step};
+    for_elements(streams, rule, i, i + kSummed < end ? i + kSummed : end);
+    sums[0] += sum_of(rule.param_squares);
+    sums[1] += sum_of(rule.update_squares);
+  }
 }
 
 void lamb_apply_elements(const StepStreams& streams, float factor, int64_t begin, int64_t end) {

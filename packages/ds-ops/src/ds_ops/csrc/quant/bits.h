@@ -60,7 +60,12 @@ void split_twelves(const uint8_t* packed, Pair* numbers, int64_t count) {
   int64_t i = 0;
   for (; i + 4 <= count; i += 4, packed += 6) {
     uint64_t v = 0;
-    memcpy(&v, packed, 6);
+    // Six bytes are two loads and a stop: eight are read where there are as many.
+    if (i + 8 <= count) {
+      memcpy(&v, packed, 8);
+    } else {
+      memcpy(&v, packed, 6);
+    }
     v = (v & 0x0000000000ffffffu) | ((v & 0x0000ffffff000000u) << 8);
     v = (v & 0x00000fff00000fffu) | ((v & 0x00fff00000fff000u) << 4);
     memcpy(numbers + i, &v, 8);

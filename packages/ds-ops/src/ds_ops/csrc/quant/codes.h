@@ -11,8 +11,6 @@ namespace ds {
 namespace DS_ISA {
 namespace {
 
-typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
-
 // v as it is, rounded to fp32: the compiler may not make one operation of it and what follows.
 DS_INLINE F unfused(F v) {
 #if defined(__aarch64__)
@@ -27,6 +25,61 @@ DS_INLINE F unfused(F v) {
 
 DS_INLINE I max_int(I a, I b) { return a > b ? a : b; }
 DS_INLINE I min_int(I a, I b) { return a < b ? a : b; }
+
+// --- Codes in memory: one to a byte, or to two --------------------------------------------------
+
+// By intrinsics: compilers make single moves of a conversion of vectors to or from bytes.
+
+DS_INLINE I load_codes(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return (I)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__AVX2__)
+  return (I)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#elif defined(__x86_64__)
+  int32_t bytes;
+  memcpy(&bytes, from, sizeof bytes);
+  const __m128i none = _mm_setzero_si128();
+  return (I)_mm_unpacklo_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128(bytes), none), none);
+#else
+  I codes;
+  for (int lane = 0; lane < kWidth; ++lane) codes[lane] = from[lane];
+  return codes;
+#endif
+}
+
+DS_INLINE I load_codes(const uint16_t* from) {
+  H codes;
+  memcpy(&codes, from, sizeof codes);
+  return __builtin_convertvector(codes, I);
+}
+
+DS_INLINE void store_codes(uint8_t* to, I codes) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)codes));
+#elif defined(__AVX2__)
+  const __m256i order = _mm256_set1_epi32(0x0c080400);
+  const __m256i fours = _mm256_shuffle_epi8((__m256i)codes, order);
+  const __m128i high = _mm256_extracti128_si256(fours, 1);
+  _mm_storel_epi64((__m128i*)to, _mm_unpacklo_epi32(_mm256_castsi256_si128(fours), high));
+#elif defined(__x86_64__)
+  const __m128i pairs = _mm_packs_epi32((__m128i)codes, (__m128i)codes);
+  const int32_t bytes = _mm_cvtsi128_si32(_mm_packus_epi16(pairs, pairs));
+  memcpy(to, &bytes, sizeof bytes);
+#else
+  for (int lane = 0; lane < kWidth; ++lane) to[lane] = (uint8_t)codes[lane];
+#endif
+}
+
+DS_INLINE void store_codes(uint16_t* to, I codes) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)codes));
+#elif defined(__AVX2__)
+  const __m128i high = _mm256_extracti128_si256((__m256i)codes, 1);
+  _mm_storeu_si128((__m128i*)to, _mm_packus_epi32(_mm256_castsi256_si128((__m256i)codes), high));
+#else
+  for (int lane = 0; lane < kWidth; ++lane) to[lane] = (uint16_t)codes[lane];
+#endif
+}
 
 // --- Random bits --------------------------------------------------------------------------------
 
@@ -84,8 +137,8 @@ DS_INLINE I integer_codes(F v, const BlockFormat& format, U place, Key key) {
 }
 
 // With E = max(exponent of v, that of the smallest normal number), |v| = n * 2^(E - mantissa) where
-// n is rounded to an integer. The code is n behind the exponent E: n's leading one, if there is one,
-// adds 1 to it, and so does rounding up to the next power of two.
+// n is rounded to an integer. The code is n behind the exponent E: n's leading one, if there is
+// one, adds 1 to it, and so does rounding up to the next power of two.
 template <bool kStochastic>
 DS_INLINE I float_codes(F v, const BlockFormat& format, U place, Key key) {
   const I magnitude = (I)((U)v & 0x7fffffffu);

@@ -91,8 +91,8 @@ void check_per_block(const char* op, const char* argument, const Tensor& t, cons
   bool fits = t.dim() == codes.dim() && t.size(t.dim() - 1) == blocks;
   for (int64_t dim = 0; fits && dim + 1 < t.dim(); ++dim) fits = t.size(dim) == codes.size(dim);
   STD_TORCH_CHECK(fits, op, ": ", argument, ": got shape ", shape_text(t),
-                  ", expected one number per block of codes of shape ", shape_text(codes), ": [..., ",
-                  blocks, "]");
+                  ", expected [..., ", blocks, "], one number per block of codes of shape ",
+                  shape_text(codes));
 }
 
 // Quantized numbers as an operator gets them. Returns the numbers in a row.
@@ -156,7 +156,7 @@ Quantized quantize(const char* op, const Tensor& x, const Tensor* error, double 
   QuantizeCall call{};
   if (error != nullptr) {
     check_beta(op, beta);
-    check_error(op, *error, x.numel(), x.scalar_type());
+    check_error(op, *error, shape_of(x), x.scalar_type());
     check_apart(op, "error", *error, "x", x);
     call.error = error->mutable_data_ptr();
     call.error_type = element_type(error->scalar_type());
@@ -206,7 +206,7 @@ Quantized reduce(const char* op, const Tensor& codes, const Tensor& scales,
   call.pieces.factor = mean ? static_cast<float>(1.0 / static_cast<double>(ranks)) : 1.0f;
   if (error != nullptr) {
     check_beta(op, beta);
-    check_error(op, *error, codes.numel() / ranks * 8 / from.bits, ScalarType::Float);
+    check_error(op, *error, shape, ScalarType::Float);
     check_apart(op, "error", *error, "codes", codes);
     check_apart(op, "error", *error, "scales", scales);
     if (zeros.has_value()) check_apart(op, "error", *error, "zeros", *zeros);

@@ -5,12 +5,11 @@
 
 #include <stdint.h>
 
+#include "common/float_type.h"
 #include "common/half.h"
 #include "common/isa.h"
 
 namespace ds {
-
-enum class ElementType { fp32, bf16, fp16 };
 
 // How a code of `bits` bits is read. An integer is in two's complement if symmetric, else unsigned;
 // a float has a sign, an exponent and `mantissa` bits.
@@ -40,11 +39,11 @@ struct QuantizedPieces {
 struct QuantizeCall {
   // What is quantized: numbers, or the sum of quantized pieces if `x` is null.
   const void* x;
-  ElementType x_type;
+  FloatType x_type;
   QuantizedPieces pieces;
   // What earlier calls left out, added to x; null if there is none.
   void* error;
-  ElementType error_type;
+  FloatType error_type;
   float beta;
   // The results.
   uint8_t* codes;
@@ -65,7 +64,7 @@ struct DequantizeCall {
   const float* scales;
   const float* zeros;  // null if symmetric
   void* y;
-  ElementType y_type;
+  FloatType y_type;
   BlockFormat format;
   int64_t block;
 };

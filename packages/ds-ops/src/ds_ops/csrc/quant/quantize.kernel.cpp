@@ -3,6 +3,7 @@
 #include "common/simd.h"
 #include "quant/bits.h"
 #include "quant/codes.h"
+#include "quant/floats.h"
 
 namespace ds {
 namespace DS_ISA {
@@ -22,64 +23,15 @@ struct Chunk {
   uint8_t codes[2 * (kChunk + kRoom)] __attribute__((aligned(64)));
 };
 
-// --- Numbers in ---------------------------------------------------------------------------------
-
-template <typename T>
-void widen(const T* from, float* to, int64_t count) {
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i));
-  if (i < count) store(to + i, load_some(from + i, count - i));
-}
-
-void load_floats(const void* from, ElementType type, int64_t at, float* to, int64_t count) {
-  switch (type) {
-    case ElementType::fp32:
-      return widen(static_cast<const float*>(from) + at, to, count);
-    case ElementType::bf16:
-      return widen(static_cast<const bf16*>(from) + at, to, count);
-    case ElementType::fp16:
-      return widen(static_cast<const fp16*>(from) + at, to, count);
-  }
-}
-
-template <typename T>
-void narrow(const float* from, T* to, int64_t count) {
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i));
-  if (i < count) store_some(to + i, load(from + i), count - i);
-}
-
-void store_floats(const float* from, void* to, ElementType type, int64_t at, int64_t count) {
-  switch (type) {
-    case ElementType::fp32:
-      return narrow(from, static_cast<float*>(to) + at, count);
-    case ElementType::bf16:
-      return narrow(from, static_cast<bf16*>(to) + at, count);
-    case ElementType::fp16:
-      return narrow(from, static_cast<fp16*>(to) + at, count);
-  }
-}
-
 // --- Codes to numbers ---------------------------------------------------------------------------
 
-DS_INLINE I load_bytes(const uint8_t* from) {
-  Bytes bytes;
-  memcpy(&bytes, from, sizeof bytes);
-  return __builtin_convertvector(bytes, I);
-}
-
-DS_INLINE I load_pairs(const uint8_t* from) {
-  H pairs;
-  memcpy(&pairs, from, sizeof pairs);
-  return __builtin_convertvector(pairs, I);
-}
-
 // to[i] = value of code i * scale + zero, or that added to what is there.
-template <bool kFloat, bool kAdd, typename Load>
-DS_INLINE void decode_with(const uint8_t* codes, int bytes, const BlockFormat& format, float scale,
-                           float zero, float* to, int64_t count, Load load_codes) {
+template <bool kFloat, bool kAdd, typename Code>
+void decode_as(const Code* codes, const BlockFormat& given, float scale, float zero, float* to,
+               int64_t count) {
+  const BlockFormat format = given;  // a copy, which no store can change
   for (int64_t i = 0; i < count; i += kWidth) {
-    const I found = load_codes(codes + i * bytes);
+    const I found = load_codes(codes + i);
     const F value = kFloat ? floats_of(found, format) : integers_of(found, format);
     // Adding -0 changes nothing, not even a -0.
     const F number = unfused(value * scale) + zero;
@@ -96,11 +48,12 @@ void decode(const uint8_t* packed, const BlockFormat& format, float scale, float
     codes = room;
   }
   if (format.bits == 12) {
-    decode_with<true, kAdd>(codes, 2, format, scale, zero, to, count, load_pairs);
+    const uint16_t* wide = reinterpret_cast<const uint16_t*>(codes);
+    decode_as<true, kAdd>(wide, format, scale, zero, to, count);
   } else if (format.is_float) {
-    decode_with<true, kAdd>(codes, 1, format, scale, zero, to, count, load_bytes);
+    decode_as<true, kAdd>(codes, format, scale, zero, to, count);
   } else {
-    decode_with<false, kAdd>(codes, 1, format, scale, zero, to, count, load_bytes);
+    decode_as<false, kAdd>(codes, format, scale, zero, to, count);
   }
 }
 
@@ -208,17 +161,17 @@ Scale scale_of(const QuantizeCall& call, const Range& range) {
 // --- Numbers to codes ---------------------------------------------------------------------------
 
 template <bool kStochastic, bool kFloat, typename Code>
-void encode_as(const float* values, const BlockFormat& format, const Scale& scale, int64_t at,
-               Key key, uint8_t* codes, int64_t count) {
-  typedef Code Codes __attribute__((vector_size(kWidth * sizeof(Code))));
+void encode_as(const float* values, const BlockFormat& given, const Scale& scaling, int64_t at,
+               Key key, Code* codes, int64_t count) {
+  const BlockFormat format = given;  // copies, which no store can change
+  const Scale scale = scaling;
   U place = {};
   for (int lane = 0; lane < kWidth; ++lane) place[lane] = (uint32_t)at + lane;
   for (int64_t i = 0; i < count; i += kWidth, place += kWidth) {
     const F v = unfused((load(values + i) - scale.zero) * scale.inverse);
     const I found = kFloat ? float_codes<kStochastic>(v, format, place, key)
                            : integer_codes<kStochastic>(v, format, place, key);
-    const Codes narrow = __builtin_convertvector(found, Codes);
-    memcpy(codes + i * sizeof(Code), &narrow, sizeof narrow);
+    store_codes(codes + i, found);
   }
 }
 
@@ -226,11 +179,12 @@ template <bool kStochastic>
 void encode(const float* values, const BlockFormat& format, const Scale& scale, int64_t at, Key key,
             uint8_t* codes, int64_t count) {
   if (format.bits == 12) {
-    encode_as<kStochastic, true, uint16_t>(values, format, scale, at, key, codes, count);
+    uint16_t* wide = reinterpret_cast<uint16_t*>(codes);
+    encode_as<kStochastic, true>(values, format, scale, at, key, wide, count);
   } else if (format.is_float) {
-    encode_as<kStochastic, true, uint8_t>(values, format, scale, at, key, codes, count);
+    encode_as<kStochastic, true>(values, format, scale, at, key, codes, count);
   } else {
-    encode_as<kStochastic, false, uint8_t>(values, format, scale, at, key, codes, count);
+    encode_as<kStochastic, false>(values, format, scale, at, key, codes, count);
   }
 }
 

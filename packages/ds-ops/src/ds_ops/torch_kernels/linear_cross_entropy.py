@@ -1,0 +1,75 @@
+"""linear_cross_entropy: torch's matrix products, and the loss of one chunk of tokens at a time."""
+
+from __future__ import annotations
+
+import torch
+
+from ds_core.ops import run
+from ds_core.ops.linear_cross_entropy import NAME, chunk_of, fake
+from ds_core.ops.loss_arguments import check_targets, weighted_sum
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    scale: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    chunk: int,
+    gradients: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As the reference, with the logits of `chunk` tokens in memory at most.
+
+    A chunk's logits become their own gradient where they are, and that at once the chunk's share
+    of all three gradients; sums over chunks are kept in fp32.
+    """
+    numbers = (ignore_index, label_smoothing, z_loss, softcap)
+    # The checks, and the results' shapes.
+    total, losses, dhidden, dweight, dbias = fake(
+        hidden, weight, bias, targets, scale, *numbers, chunk, gradients
+    )
+    check_targets(NAME, targets, weight.shape[0], ignore_index)
+    tokens = hidden.shape[0]
+    size = max(1, min(tokens, chunk_of(tokens, chunk)))
+    room = hidden.new_empty(size, weight.shape[0])
+    sums = torch.zeros_like(dweight, dtype=torch.float32) if tokens > size else dweight
+    bias_sums = torch.zeros_like(dbias, dtype=torch.float32)
+    if tokens == 0:
+        dweight.zero_()
+    for begin in range(0, tokens, size):
+        part = slice(begin, min(begin + size, tokens))
+        own, logits = hidden[part], room[: part.stop - begin]
+        if bias is None:
+            torch.mm(own, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, own, weight.t(), out=logits)
+        factors = scale if scale.numel() == 1 else scale[part]
+        if any(gradients):
+            found = run("cross_entropy_", logits, targets[part], factors, *numbers)
+        else:
+            found = run("cross_entropy", logits, targets[part], factors, *numbers, False)
+        losses[part] = found[1]
+        if gradients[0]:
+            torch.mm(logits, weight, out=dhidden[part])
+        if gradients[1]:
+            _add_product(sums, logits.t(), own, first=begin == 0)
+        if gradients[2]:
+            bias_sums += logits.sum(0, dtype=torch.float32)
+    if gradients[1] and sums is not dweight:
+        dweight = sums.to(weight.dtype)
+    total.copy_(weighted_sum(losses, scale))
+    return total, losses, dhidden, dweight, bias_sums.to(weight.dtype)
+
+
+def _add_product(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+    """sums += a @ b; of other dtypes than sums' a few rows at a time."""
+    if sums.dtype == a.dtype:
+        sums.addmm_(a, b, beta=0 if first else 1)
+        return
+    rows = 4096
+    for begin in range(0, len(sums), rows):
+        sums[begin : begin + rows] += a[begin : begin + rows] @ b

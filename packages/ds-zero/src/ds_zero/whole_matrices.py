@@ -1,0 +1,216 @@
+"""Updating whole matrices of which every rank holds a part: an owner puts each together.
+
+A step of an optimizer such as Muon, per group of ranks:
+
+1. every rank turns its parts of gradients into directions, elementwise;
+2. one exchange brings each matrix's direction together on its owner;
+3. each owner computes the updates of its matrices; owners are chosen so that all have about the
+   same number of FLOPs to do;
+4. the reverse exchange brings the parts of the updates back, and they are applied, elementwise.
+
+With P elements of matrices in directions of d bytes over N ranks, each rank sends about
+`2 d P (N-1) / N^2` bytes a step, and holds `4 d P / N` more meanwhile. No rank computes what
+another does, and every update is computed as one rank alone would, so its bits are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from ds_core import comm
+from ds_core.flat import Piece, Slot
+from ds_core.whole_matrices import WholeMatrices
+from ds_zero.inner_step import split_by_parameter
+from ds_zero.unit import OptimizerPiece, Unit
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A matrix, where it lies, and who puts it together.
+
+    Attributes:
+        unit: whose flat buffers hold it.
+        position: among the parameters of the unit.
+        group_index: which of the optimizer's groups it belongs to.
+        slot: its place in the flat buffer.
+        parts: for each rank of the unit's group, the range of the matrix that it holds.
+        owner: rank that computes its update.
+    """
+
+    unit: Unit
+    position: int
+    group_index: int
+    slot: Slot
+    parts: tuple[tuple[int, int], ...]
+    owner: int
+
+    def size(self, rank: int) -> int:
+        """Elements that a rank holds."""
+        start, stop = self.parts[rank]
+        return stop - start
+
+
+class MatrixStep:
+    """Updates the matrices of some units that share a group of ranks.
+
+    Args:
+        optimizer: whose groups hold flat shards.
+        units: trained units of one group of ranks.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, units: Iterable[Unit]) -> None:
+        self._inner = optimizer
+        self._optimizer: WholeMatrices = optimizer  # type: ignore[assignment]
+        units = list(units)
+        self._group = units[0].group
+        self._matrices = self._shared_out(units)
+
+    def _shared_out(self, units: list[Unit]) -> list[_Matrix]:
+        """All matrices with their owners: the costliest first, each to whoever has least to do."""
+        found: list[tuple[int, Unit, int, int, Slot]] = []
+        for unit in units:
+            for position, (spec, slot) in enumerate(
+                zip(unit.specs, unit.layout.slots, strict=True)
+            ):
+                assert spec.group_index is not None
+                group = self._inner.param_groups[spec.group_index]
+                if self._optimizer.is_whole(group):
+                    cost = self._optimizer.matrix_flops(group, slot.shape)
+                    found.append((cost, unit, position, spec.group_index, slot))
+        load = [0] * self._group.size
+        owners: dict[int, int] = {}
+        for index in sorted(range(len(found)), key=lambda index: -found[index][0]):
+            owners[index] = load.index(min(load))
+            load[owners[index]] += found[index][0]
+        return [
+            _Matrix(unit, position, group_index, slot, _parts(unit, slot), owners[index])
+            for index, (_, unit, position, group_index, slot) in enumerate(found)
+        ]
+
+    @torch.no_grad()
+    def run(self, used: dict[int, list[bool]], grad_scale: float | torch.Tensor) -> None:
+        """Update every matrix that some rank used, in the master and in the shard. Collective."""
+        matrices = [m for m in self._matrices if used[m.unit.index][m.position]]
+        # Order of everything that is sent: by owner, and the matrices of one in their order.
+        matrices.sort(key=lambda m: m.owner)
+        for unit in {m.unit.index: m.unit for m in self._matrices}.values():
+            if not all(used[unit.index]):
+                split_by_parameter(self._inner, unit)
+        if not matrices:
+            return
+        directions = self._directions(matrices, grad_scale)
+        updates = self._exchanged(matrices, directions)
+        for matrix, update in zip(matrices, updates, strict=True):
+            if update.numel():
+                self._apply(matrix, update)
+
+    # ------------------------------------------------------------------ elementwise
+
+    def _directions(
+        self, matrices: list[_Matrix], grad_scale: float | torch.Tensor
+    ) -> list[torch.Tensor]:
+        """This rank's part of each matrix's direction; some are empty."""
+        pieces: dict[int, torch.Tensor] = {}
+        found = []
+        for matrix in matrices:
+            part, unit = self._part(matrix), matrix.unit
+            if part is None:
+                dtype = self._optimizer.direction_dtype
+                found.append(unit.weights.new_empty(0, dtype=dtype))
+                continue
+            piece = _piece_of(unit, part)
+            group = self._inner.param_groups[piece.group_index]
+            if id(piece) not in pieces:
+                grad = unit.grad[piece.start : piece.stop]
+                weights = piece.weights
+                pieces[id(piece)] = self._optimizer.direction(group, weights, grad, grad_scale)
+            start = part.offset - piece.start
+            found.append(pieces[id(piece)][start : start + part.stop - part.start])
+        return found
+
+    def _apply(self, matrix: _Matrix, update: torch.Tensor) -> None:
+        unit, part = matrix.unit, self._part(matrix)
+        assert part is not None
+        group = self._inner.param_groups[matrix.group_index]
+        own = slice(part.offset, part.offset + part.stop - part.start)
+        weights = unit.weights[own]
+        self._optimizer.apply_update(group, weights, update, matrix.slot.shape)
+        if unit.master is not None:
+            unit.shard[own].copy_(weights)
+
+    def _part(self, matrix: _Matrix) -> Piece | None:
+        for piece in matrix.unit.layout.pieces(self._group.rank):
+            if piece.slot == matrix.slot:
+                return piece
+        return None
+
+    # ------------------------------------------------------------------ together and apart
+
+    def _exchanged(
+        self, matrices: list[_Matrix], directions: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """This rank's part of each matrix's update."""
+        rank, ranks = self._group.rank, range(self._group.size)
+        own = [m for m in matrices if m.owner == rank]
+        here = torch.cat(directions)
+        to_owners = [sum(m.size(rank) for m in matrices if m.owner == r) for r in ranks]
+        from_ranks = [sum(m.size(r) for m in own) for r in ranks]
+        gathered = here.new_empty(sum(from_ranks))
+        comm.all_to_all_uneven(
+            gathered,
+            here,
+            self._group,
+            recv_sizes=from_ranks,
+            send_sizes=to_owners,
+            caller="directions of matrices",
+        )
+        # By rank, and the matrices of each in order.
+        pieces = iter(gathered.split([m.size(r) for r in ranks for m in own]))
+        by_rank = [[next(pieces) for _ in own] for _ in ranks]
+        for index, matrix in enumerate(own):
+            whole = torch.cat([by_rank[r][index] for r in ranks]).view(matrix.slot.shape)
+            group = self._inner.param_groups[matrix.group_index]
+            update = self._optimizer.whole_update(group, whole).reshape(-1)
+            for r in ranks:
+                start, stop = matrix.parts[r]
+                by_rank[r][index].copy_(update[start:stop])
+        comm.all_to_all_uneven(
+            here,
+            gathered,
+            self._group,
+            recv_sizes=to_owners,
+            send_sizes=from_ranks,
+            caller="updates of matrices",
+        )
+        return list(here.split([m.size(rank) for m in matrices]))
+
+
+def _parts(unit: Unit, slot: Slot) -> tuple[tuple[int, int], ...]:
+    """The range of a slot that each rank of the unit's group holds."""
+    size = unit.layout.shard_numel
+    found = []
+    for rank in range(unit.group.size):
+        low, high = rank * size - slot.offset, (rank + 1) * size - slot.offset
+        start = min(max(low, 0), slot.numel)
+        found.append((start, max(start, min(high, slot.numel))))
+    return tuple(found)
+
+
+def _piece_of(unit: Unit, part: Piece) -> OptimizerPiece:
+    for piece in unit.optimizer_pieces:
+        if piece.start <= part.offset < piece.stop:
+            return piece
+    raise AssertionError("every trained parameter belongs to a piece")
+
+
+def matrix_steps(optimizer: torch.optim.Optimizer, units: list[Unit]) -> list[MatrixStep]:
+    """A `MatrixStep` for every group of ranks; none for an optimizer that needs no whole matrix."""
+    if not isinstance(optimizer, WholeMatrices):
+        return []
+    by_group: dict[int, list[Unit]] = {}
+    for unit in units:
+        by_group.setdefault(id(unit.group), []).append(unit)
+    return [MatrixStep(optimizer, members) for members in by_group.values()]
