@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -57,9 +58,9 @@ class Tools:
         compiler = toolchain.find_compiler()
         if compiler is None:
             raise BuildError(f"ds ops build: {toolchain.missing()}")
+        library = build.build(compiler, cache.root())
         if into_package:
-            cache.PREBUILT.mkdir(exist_ok=True)
-        library = build.build(compiler, cache.PREBUILT if into_package else cache.root())
+            library = _into_package(library)
         meta = cache.read_meta(library.parent)
         sets = ", ".join(sources.instruction_sets())
         return [
@@ -87,6 +88,19 @@ class Tools:
         rows = {name: module.rows for name, module in modules.items()}
         found = timing.run(rows, seconds=seconds, only=only, as_json=as_json)
         return not any(row.missed for row in found)
+
+
+def _into_package(library: Path) -> Path:
+    """Copy a built library to where a wheel takes it from, in place of any other."""
+    try:
+        shutil.rmtree(cache.PREBUILT, ignore_errors=True)
+        copied = shutil.copytree(library.parent, cache.PREBUILT / library.parent.name)
+    except OSError as error:
+        raise BuildError(
+            f"ds ops build --into-package: {cache.PREBUILT}: {error}; use it in a source tree of "
+            f"ds-ops that you may write"
+        ) from error
+    return copied / library.name
 
 
 def _check_architecture(name: str) -> None:

@@ -233,7 +233,7 @@ _COLUMNS = ("op", "shape", "dtype", "thr", "ms", "floor ms", "x floor", "peer", 
 class Table:
     """Rows as text, each line complete as soon as its row is."""
 
-    def __init__(self, write: Callable[[str], object] = sys.stdout.write) -> None:
+    def __init__(self, write: Callable[[str], object]) -> None:
         self._write = write
         self.rows: list[Row] = []
 
@@ -282,7 +282,6 @@ def run(
     seconds: float = 1.0,
     as_json: bool = False,
     only: str = "",
-    write: Callable[[str], object] = sys.stdout.write,
 ) -> list[Row]:
     """Measure families, and write a table or JSON as rows come.
 
@@ -292,7 +291,7 @@ def run(
         only: rows whose op contains it; the others are measured but not shown.
     """
     head = header()
-    table = Table(write if not as_json else (lambda text: None))
+    table = Table(_print if not as_json else (lambda text: None))
     table.begin(head)
     found: dict[str, list[dict[str, object]]] = {}
     for name, rows in families.items():
@@ -301,8 +300,14 @@ def run(
                 table.add(each)
                 found.setdefault(name, []).append(each.as_dict())
     if as_json:
-        write(json.dumps({"header": dataclasses.asdict(head), "families": found}, indent=2) + "\n")
+        _print(json.dumps({"header": dataclasses.asdict(head), "families": found}, indent=2) + "\n")
     return table.rows
+
+
+def _print(text: str) -> None:
+    """Each row when it is ready, also into a pipe."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def main(rows: Rows, arguments: Sequence[str] | None = None) -> None:
