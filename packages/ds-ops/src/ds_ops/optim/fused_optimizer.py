@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -56,16 +56,17 @@ class Request:
     copies: Mapping[torch.Tensor, torch.Tensor]
     grad_scale: torch.Tensor | float | None
     undo: bool
+    _scales: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
     def scale_on(self, device: torch.device) -> torch.Tensor | None:
         """The factor on gradients, as kernels take it."""
         if self.grad_scale is None:
             return None
-        if not torch.is_tensor(self.grad_scale):
-            self.grad_scale = torch.tensor(self.grad_scale, dtype=torch.float32, device=device)
-        if self.grad_scale.device != device or self.grad_scale.dtype is not torch.float32:
-            self.grad_scale = self.grad_scale.to(device, torch.float32)
-        return self.grad_scale.reshape(())
+        found = self._scales.get(device)
+        if found is None:
+            found = torch.as_tensor(self.grad_scale, dtype=torch.float32, device=device)
+            found = self._scales[device] = found.detach().reshape(())
+        return found
 
 
 class FusedOptimizer(Optimizer):
@@ -354,7 +355,7 @@ class FusedOptimizer(Optimizer):
 
 def flat(t: torch.Tensor) -> torch.Tensor:
     """`t` as its elements lie in memory, contiguous; it is dense."""
-    return t.detach() if t.is_contiguous() else t.detach().as_strided((t.numel(),), (1,))
+    return t if t.is_contiguous() else t.detach().as_strided((t.numel(),), (1,))
 
 
 def _is_dense(t: torch.Tensor) -> bool:
