@@ -97,7 +97,9 @@ def test_autocast_wins_over_auto():
             {"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype: got", id="rounding"
         ),
         pytest.param(
-            {"bf16": {**ON, "bf16_optimizer_states": True}}, "states are fp32", id="low-states"
+            {"bf16": {**ON, "bf16_optimizer_states": True}},
+            "fp32_optimizer_states to false",
+            id="low-states",
         ),
         pytest.param({"data_types": {"param_dtype": "bf16"}}, '"bf16" or "fp16"', id="param-dtype"),
     ],

@@ -205,7 +205,6 @@ def _low_rows(numel: int, seconds: float) -> Iterator[Row]:
             found,
             peer=peer,
             error=_error(_BF16),
-            max_x_floor=1.1,
             min_x_peer=10 if "AVX2" in peer else None,
         )
 
@@ -266,7 +265,7 @@ def _other_rows(numel: int, seconds: float) -> Iterator[Row]:
             peer = "torch fused + casts"
             calls[peer] = _torchs_other(name, _adam(numel, torch.float32, copied=True))
         found = interleave(calls, seconds=seconds)
-        yield row(name + " + bf16 copy", _millions(numel), _BF16, found, peer=peer, max_x_floor=1.1)
+        yield row(name + " + bf16 copy", _millions(numel), _BF16, found, peer=peer)
 
 
 def _torchs_other(name: str, own: _Adam) -> Call:

@@ -13,7 +13,7 @@ constexpr uint32_t kNearest = 1u << (kLowBits - 1);
 constexpr int kShiftMean = 889, kShiftSquare = 761;
 constexpr float kSmallestScale = 1.17549435e-38f;
 
-// --- Bytes ----------------------------------------------------------------------------------------
+// --- Bytes ---------------------------------------------------------------------------------------
 
 DS_INLINE I load_signed(const uint8_t* from) {
 #if defined(__AVX512F__)
@@ -87,12 +87,13 @@ DS_INLINE void store_bytes(uint8_t* to, W low, W high) {
   _mm_storeu_si128((__m128i*)to, _mm_packus_epi16((__m128i)low, (__m128i)high));
 #else
   typedef uint8_t Bytes __attribute__((vector_size(kWidth * 2)));
-  const Bytes parts[2] = {__builtin_convertvector(low, Bytes), __builtin_convertvector(high, Bytes)};
+  const Bytes parts[2] = {__builtin_convertvector(low, Bytes),
+                          __builtin_convertvector(high, Bytes)};
   memcpy(to, parts, sizeof parts);
 #endif
 }
 
-// --- The code, as adam8bit.h has it ---------------------------------------------------------------
+// --- The code, as adam8bit.h has it --------------------------------------------------------------
 
 // Bytes with their sign extended, so that the sign is already where a float has it.
 DS_INLINE F decode_mean(I codes, float scale) {
@@ -135,7 +136,7 @@ DS_INLINE float inverse_of(float scale) {
   return scale == 0.0f ? 0.0f : (1.0f / scale) * (1.0f - 0x1p-23f);
 }
 
-// --- Arithmetic -----------------------------------------------------------------------------------
+// --- Arithmetic ----------------------------------------------------------------------------------
 
 // 1 / (sqrt(v) * root_scale + eps) to 3e-7. Divisions and roots of whole vectors would take longer
 // than all the rest of a step, so both begin with the processor's estimate. `v` is taken as at
@@ -171,7 +172,7 @@ DS_INLINE F inverse_denominator(F v, const AdamStep& step) {
 #endif
 }
 
-// --- A block --------------------------------------------------------------------------------------
+// --- A block -------------------------------------------------------------------------------------
 
 struct Room {
   float mean[kBlock];
@@ -201,8 +202,8 @@ DS_INLINE Largest advance(const StepStreams& streams, const CodedStates& states,
     if (step.l2 != 0.0f) g += load_as(s.param_type, s.param, at) * step.l2;
     const F mean =
         decode_mean(load_signed(states.mean + at), mean_scale) + g * step.one_minus_beta1;
-    const F square =
-        decode_square(load_unsigned(states.square + at), square_scale) + g * g * step.one_minus_beta2;
+    const F square = decode_square(load_unsigned(states.square + at), square_scale) +
+                     g * g * step.one_minus_beta2;
     store(room.mean + j, mean);
     store(room.square + j, square);
     largest.mean = larger(largest.mean, (U)absolute(mean));

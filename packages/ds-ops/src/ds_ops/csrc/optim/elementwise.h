@@ -24,7 +24,7 @@ DS_INLINE void store_as(Dtype type, void* to, int64_t i, F v) {
   return store(static_cast<fp16*>(to) + i, v);
 }
 
-// --- Random bits ----------------------------------------------------------------------------------
+// --- Random bits ---------------------------------------------------------------------------------
 
 // Those of element, element + kWidth, ...: a vector of them each time. The high half of the
 // element's number must not change on the way.
@@ -63,7 +63,7 @@ DS_INLINE void store_random(bf16* to, F v, U bits16) {
   memcpy(to, &bits, sizeof bits);
 }
 
-// --- Stores around the caches ---------------------------------------------------------------------
+// --- Stores around the caches --------------------------------------------------------------------
 
 // To an address that is a multiple of the vector's size.
 DS_INLINE void stream_bytes(void* to, const void* vector, int bytes) {
@@ -96,7 +96,7 @@ DS_INLINE void finish_streams() {
 #endif
 }
 
-// --- The loop -------------------------------------------------------------------------------------
+// --- The loop ------------------------------------------------------------------------------------
 
 // Whether stores around the caches at elements begin, begin + kWidth, ... would be aligned.
 DS_INLINE bool aligned(const void* stream, Dtype type, int64_t begin) {

@@ -14,7 +14,7 @@
 //
 // bf16 from fp32: add 16 random bits below the last bit kept, then cut: the value above is taken
 // with a probability equal to the distance from the value below, so the expectation is exact.
-//   parameter: bits & 0xffff      first state: bits >> 16      second state: (bits * 0x9e3779b1) >> 16
+//   parameter: bits & 0xffff, first state: bits >> 16, second state: (bits * 0x9e3779b1) >> 16
 #pragma once
 
 #include <stdint.h>

@@ -109,7 +109,7 @@ void sgd_step_(Tensor param, Tensor grad, Maybe momentum_buffer, Maybe copy, May
   run(tensors, DS_BEST(sgd_elements), call);
 }
 
-// --- LAMB -----------------------------------------------------------------------------------------
+// --- LAMB ----------------------------------------------------------------------------------------
 
 Tensor lamb_update_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor update,
                     Maybe grad_scale, double beta1, double beta2, double eps,
@@ -156,7 +156,7 @@ void lamb_apply_(Tensor param, Tensor update, Maybe copy, double step_size) {
   run(tensors, DS_BEST(lamb_apply_elements), static_cast<float>(step_size));
 }
 
-// --- Undo -----------------------------------------------------------------------------------------
+// --- Undo ----------------------------------------------------------------------------------------
 
 // Puts back the parameter and the states that a step kept in `undo`, bit for bit.
 void step_undo_(Tensor param, std::vector<Tensor> states, Maybe copy, Tensor undo) {

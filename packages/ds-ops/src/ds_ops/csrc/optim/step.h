@@ -66,15 +66,15 @@ DS_KERNEL(void, adam_elements, const StepStreams& streams, const AdamStep& step,
           int64_t end)
 DS_KERNEL(void, lion_elements, const StepStreams& streams, const LionStep& step, int64_t begin,
           int64_t end)
-DS_KERNEL(void, adagrad_elements, const StepStreams& streams, const AdagradStep& step, int64_t begin,
-          int64_t end)
+DS_KERNEL(void, adagrad_elements, const StepStreams& streams, const AdagradStep& step,
+          int64_t begin, int64_t end)
 DS_KERNEL(void, sgd_elements, const StepStreams& streams, const SgdStep& step, int64_t begin,
           int64_t end)
 // The first half of LAMB: the states advance, the parameter stays, and `copy` receives
 // m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay * param. `step_size` is
 // 1 / (1 - beta1^t) here, `l2` the weight decay. sums = {sum of param^2, sum of update^2}.
-DS_KERNEL(void, lamb_update_elements, const StepStreams& streams, const AdamStep& step, double* sums,
-          int64_t begin, int64_t end)
+DS_KERNEL(void, lamb_update_elements, const StepStreams& streams, const AdamStep& step,
+          double* sums, int64_t begin, int64_t end)
 // The second half: param -= factor * grad, where `grad` is what the first half left.
 DS_KERNEL(void, lamb_apply_elements, const StepStreams& streams, float factor, int64_t begin,
           int64_t end)
