@@ -92,6 +92,19 @@ DS_INLINE void store(bf16* to, F v) {
   memcpy(to, &bits, sizeof bits);
 }
 
+#if defined(__x86_64__) && !defined(__AVX2__)
+// Without instructions for it; called, for inlined everywhere they are most of what is compiled.
+static __attribute__((noinline, unused)) F fp16_by_lane(const fp16* from) {
+  F v;
+  for (int lane = 0; lane < kWidth; ++lane) v[lane] = to_float(from[lane]);
+  return v;
+}
+
+static __attribute__((noinline, unused)) void fp16_by_lane(fp16* to, F v) {
+  for (int lane = 0; lane < kWidth; ++lane) to[lane] = to_fp16(v[lane]);
+}
+#endif
+
 DS_INLINE F load(const fp16* from) {
 #if defined(__AVX512F__)
   return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
@@ -100,9 +113,7 @@ DS_INLINE F load(const fp16* from) {
 #elif defined(__aarch64__)
   return (F)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)from)));
 #else
-  F v;
-  for (int lane = 0; lane < kWidth; ++lane) v[lane] = to_float(from[lane]);
-  return v;
+  return fp16_by_lane(from);
 #endif
 }
 
@@ -114,7 +125,7 @@ DS_INLINE void store(fp16* to, F v) {
 #elif defined(__aarch64__)
   vst1_u16((uint16_t*)to, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
 #else
-  for (int lane = 0; lane < kWidth; ++lane) to[lane] = to_fp16(v[lane]);
+  fp16_by_lane(to, v);
 #endif
 }
 

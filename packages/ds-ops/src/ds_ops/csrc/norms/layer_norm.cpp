@@ -18,9 +18,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(Tensor x, Tensor weight,
   Tensor mean = new_per_row(x);
   Tensor scale = new_per_row(x);
   Tensor sum = residual ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+  const Tensor weight32 = in_fp32(weight);
+  const Tensor bias32 = bias ? in_fp32(*bias) : weight32;
   const LayerNormForward call{x.const_data_ptr(),
-                              weight.const_data_ptr(),
-                              bias ? bias->const_data_ptr() : nullptr,
+                              floats(weight32),
+                              bias ? floats(bias32) : nullptr,
                               residual ? residual->const_data_ptr() : nullptr,
                               y.mutable_data_ptr(),
                               residual ? sum.mutable_data_ptr() : nullptr,
@@ -28,8 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(Tensor x, Tensor weight,
                               static_cast<float*>(scale.mutable_data_ptr()),
                               width,
                               static_cast<float>(eps),
-                              float_type(x),
-                              float_type(weight)};
+                              float_type(x)};
   const auto kernel = DS_BEST(layer_norm_rows);
   parallel(scale.numel(), kNormGrain / (width + 1) + 1,
            [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
@@ -46,16 +47,16 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad, Tensor x, Te
   check_per_row(kOp, "scale", scale, width ? rows : scale.numel());
   if (grad_sum) check_like(kOp, "grad_sum", *grad_sum, x);
   Tensor dx = torch::stable::empty_like(x);
+  const Tensor weight32 = in_fp32(weight);
   const LayerNormBackward call{grad.const_data_ptr(),
                                x.const_data_ptr(),
-                               weight.const_data_ptr(),
-                               static_cast<const float*>(mean.const_data_ptr()),
-                               static_cast<const float*>(scale.const_data_ptr()),
+                               floats(weight32),
+                               floats(mean),
+                               floats(scale),
                                grad_sum ? grad_sum->const_data_ptr() : nullptr,
                                dx.mutable_data_ptr(),
                                width,
-                               float_type(x),
-                               float_type(weight)};
+                               float_type(x)};
   const auto kernel = DS_BEST(layer_norm_backward_rows);
   const auto sum = [&](float* sums, int64_t begin, int64_t end) { kernel(call, sums, begin, end); };
   Tensor both = sum_over_rows(x, rows, 2 * width, sum);

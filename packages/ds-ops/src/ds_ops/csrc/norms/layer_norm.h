@@ -9,9 +9,9 @@
 namespace ds {
 
 struct LayerNormForward {
-  const void* x;         // [rows, width], of type `x_type`
-  const void* weight;    // [width], of type `weight_type`
-  const void* bias;      // [width], of type `weight_type`, or null
+  const void* x;         // [rows, width], of type `type`
+  const float* weight;   // [width]
+  const float* bias;     // [width] or null
   const void* residual;  // [rows, width] or null
   void* y;               // [rows, width]
   void* sum;             // [rows, width]: x + residual, what is then normalized; null as residual
@@ -19,21 +19,19 @@ struct LayerNormForward {
   float* scale;          // [rows]
   int64_t width;
   float eps;
-  FloatType x_type;
-  FloatType weight_type;
+  FloatType type;
 };
 
 struct LayerNormBackward {
-  const void* grad;      // [rows, width], of type `x_type`
+  const void* grad;      // [rows, width], of type `type`
   const void* x;         // [rows, width]: what was normalized
-  const void* weight;    // [width]
+  const float* weight;   // [width]
   const float* mean;     // [rows]
   const float* scale;    // [rows]
   const void* grad_sum;  // [rows, width] or null: added to dx
   void* dx;              // [rows, width]
   int64_t width;
-  FloatType x_type;
-  FloatType weight_type;
+  FloatType type;
 };
 
 }  // namespace ds

@@ -26,11 +26,11 @@ DS_INLINE float variance_of(const T* x, float mean, int64_t width) {
   return sum / (float)width;
 }
 
-template <typename T, typename W>
+template <typename T>
 void forward(const LayerNormForward& call, int64_t begin, int64_t end) {
   const int64_t width = call.width;
-  const W* weight = static_cast<const W*>(call.weight);
-  const W* bias = static_cast<const W*>(call.bias);
+  const float* weight = call.weight;
+  const float* bias = call.bias;
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(call.x) + row * width;
     T* y = static_cast<T*>(call.y) + row * width;
@@ -52,11 +52,11 @@ void forward(const LayerNormForward& call, int64_t begin, int64_t end) {
 }
 
 // R rows at once, so that the weight and the sums are loaded and stored once for all of them.
-template <int R, typename T, typename W>
+template <int R, typename T>
 DS_INLINE void backward_block(const LayerNormBackward& call, float* dweight, float* dbias,
                               int64_t first) {
   const int64_t width = call.width;
-  const W* weight = static_cast<const W*>(call.weight);
+  const float* weight = call.weight;
   const T* grad = static_cast<const T*>(call.grad) + first * width;
   const T* x = static_cast<const T*>(call.x) + first * width;
   const T* grad_sum = static_cast<const T*>(call.grad_sum);
@@ -99,40 +99,36 @@ DS_INLINE void backward_block(const LayerNormBackward& call, float* dweight, flo
   });
 }
 
-template <typename T, typename W>
+template <typename T>
 void backward(const LayerNormBackward& call, float* sums, int64_t begin, int64_t end) {
   float* dbias = sums + call.width;
   int64_t row = begin;
-  for (; row + 4 <= end; row += 4) backward_block<4, T, W>(call, sums, dbias, row);
-  for (; row < end; ++row) backward_block<1, T, W>(call, sums, dbias, row);
+  for (; row + 4 <= end; row += 4) backward_block<4, T>(call, sums, dbias, row);
+  for (; row < end; ++row) backward_block<1, T>(call, sums, dbias, row);
 }
 
 }  // namespace
 
 void layer_norm_rows(const LayerNormForward& call, int64_t begin, int64_t end) {
-  const bool same = call.x_type == call.weight_type;
-  switch (call.x_type) {
+  switch (call.type) {
     case FloatType::fp32:
-      return forward<float, float>(call, begin, end);
+      return forward<float>(call, begin, end);
     case FloatType::bf16:
-      return same ? forward<bf16, bf16>(call, begin, end) : forward<bf16, float>(call, begin, end);
+      return forward<bf16>(call, begin, end);
     case FloatType::fp16:
-      return same ? forward<fp16, fp16>(call, begin, end) : forward<fp16, float>(call, begin, end);
+      return forward<fp16>(call, begin, end);
   }
 }
 
 void layer_norm_backward_rows(const LayerNormBackward& call, float* sums, int64_t begin,
                               int64_t end) {
-  const bool same = call.x_type == call.weight_type;
-  switch (call.x_type) {
+  switch (call.type) {
     case FloatType::fp32:
-      return backward<float, float>(call, sums, begin, end);
+      return backward<float>(call, sums, begin, end);
     case FloatType::bf16:
-      return same ? backward<bf16, bf16>(call, sums, begin, end)
-                  : backward<bf16, float>(call, sums, begin, end);
+      return backward<bf16>(call, sums, begin, end);
     case FloatType::fp16:
-      return same ? backward<fp16, fp16>(call, sums, begin, end)
-                  : backward<fp16, float>(call, sums, begin, end);
+      return backward<fp16>(call, sums, begin, end);
   }
 }
 

@@ -41,6 +41,15 @@ inline void check_per_row(const char* op, const char* argument, const Tensor& t,
   check_numel(op, argument, t, rows);
 }
 
+// What kernels read weights as: short beside x, they are converted once and not per row.
+inline Tensor in_fp32(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
+}
+
+inline const float* floats(const Tensor& t) {
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
 // x's shape without the last dimension, fp32.
 inline Tensor new_per_row(const Tensor& x) {
   std::vector<int64_t> lead;

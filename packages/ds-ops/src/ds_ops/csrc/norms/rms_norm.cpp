@@ -15,16 +15,16 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm(Tensor x, Tensor weight, double eps,
   Tensor y = torch::stable::empty_like(x);
   Tensor scale = new_per_row(x);
   Tensor sum = residual ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+  const Tensor weight32 = in_fp32(weight);
   const RmsNormForward call{x.const_data_ptr(),
-                            weight.const_data_ptr(),
+                            floats(weight32),
                             residual ? residual->const_data_ptr() : nullptr,
                             y.mutable_data_ptr(),
                             residual ? sum.mutable_data_ptr() : nullptr,
                             static_cast<float*>(scale.mutable_data_ptr()),
                             width,
                             static_cast<float>(eps),
-                            float_type(x),
-                            float_type(weight)};
+                            float_type(x)};
   const auto kernel = DS_BEST(rms_norm_rows);
   parallel(scale.numel(), kNormGrain / (width + 1) + 1,
            [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
@@ -39,15 +39,15 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, Tensor weigh
   check_per_row(kOp, "scale", scale, width ? rows : scale.numel());
   if (grad_sum) check_like(kOp, "grad_sum", *grad_sum, x);
   Tensor dx = torch::stable::empty_like(x);
+  const Tensor weight32 = in_fp32(weight);
   const RmsNormBackward call{grad.const_data_ptr(),
                              x.const_data_ptr(),
-                             weight.const_data_ptr(),
-                             static_cast<const float*>(scale.const_data_ptr()),
+                             floats(weight32),
+                             floats(scale),
                              grad_sum ? grad_sum->const_data_ptr() : nullptr,
                              dx.mutable_data_ptr(),
                              width,
-                             float_type(x),
-                             float_type(weight)};
+                             float_type(x)};
   const auto kernel = DS_BEST(rms_norm_backward_rows);
   Tensor dweight = sum_over_rows(x, rows, width, [&](float* sums, int64_t begin, int64_t end) {
     kernel(call, sums, begin, end);

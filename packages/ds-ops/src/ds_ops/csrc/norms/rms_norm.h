@@ -9,28 +9,26 @@
 namespace ds {
 
 struct RmsNormForward {
-  const void* x;         // [rows, width], of type `x_type`
-  const void* weight;    // [width], of type `weight_type`
+  const void* x;         // [rows, width], of type `type`
+  const float* weight;   // [width]
   const void* residual;  // [rows, width] or null
   void* y;               // [rows, width]
   void* sum;             // [rows, width]: x + residual, what is then normalized; null as residual
   float* scale;          // [rows]
   int64_t width;
   float eps;
-  FloatType x_type;
-  FloatType weight_type;
+  FloatType type;
 };
 
 struct RmsNormBackward {
-  const void* grad;      // [rows, width], of type `x_type`
+  const void* grad;      // [rows, width], of type `type`
   const void* x;         // [rows, width]: what was normalized
-  const void* weight;    // [width]
+  const float* weight;   // [width]
   const float* scale;    // [rows]
   const void* grad_sum;  // [rows, width] or null: added to dx
   void* dx;              // [rows, width]
   int64_t width;
-  FloatType x_type;
-  FloatType weight_type;
+  FloatType type;
 };
 
 }  // namespace ds

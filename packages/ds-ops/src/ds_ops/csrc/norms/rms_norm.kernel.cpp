@@ -7,10 +7,10 @@ namespace ds {
 namespace DS_ISA {
 namespace {
 
-template <typename T, typename W>
+template <typename T>
 void forward(const RmsNormForward& call, int64_t begin, int64_t end) {
   const int64_t width = call.width;
-  const W* weight = static_cast<const W*>(call.weight);
+  const float* weight = call.weight;
   // Of short rows a few at once: the square root of one need not be awaited.
   constexpr int kMost = 8;
   const int64_t size = width * sizeof(T) <= 1024 ? kMost : 1;
@@ -38,10 +38,10 @@ void forward(const RmsNormForward& call, int64_t begin, int64_t end) {
 }
 
 // R rows at once, so that the weight and its gradient are loaded and stored once for all of them.
-template <int R, typename T, typename W>
+template <int R, typename T>
 DS_INLINE void backward_block(const RmsNormBackward& call, float* dweight, int64_t first) {
   const int64_t width = call.width;
-  const W* weight = static_cast<const W*>(call.weight);
+  const float* weight = call.weight;
   const T* grad = static_cast<const T*>(call.grad) + first * width;
   const T* x = static_cast<const T*>(call.x) + first * width;
   const T* grad_sum = static_cast<const T*>(call.grad_sum);
@@ -77,39 +77,35 @@ DS_INLINE void backward_block(const RmsNormBackward& call, float* dweight, int64
   });
 }
 
-template <typename T, typename W>
+template <typename T>
 void backward(const RmsNormBackward& call, float* dweight, int64_t begin, int64_t end) {
   int64_t row = begin;
-  for (; row + 4 <= end; row += 4) backward_block<4, T, W>(call, dweight, row);
-  for (; row < end; ++row) backward_block<1, T, W>(call, dweight, row);
+  for (; row + 4 <= end; row += 4) backward_block<4, T>(call, dweight, row);
+  for (; row < end; ++row) backward_block<1, T>(call, dweight, row);
 }
 
 }  // namespace
 
 void rms_norm_rows(const RmsNormForward& call, int64_t begin, int64_t end) {
-  const bool same = call.x_type == call.weight_type;
-  switch (call.x_type) {
+  switch (call.type) {
     case FloatType::fp32:
-      return forward<float, float>(call, begin, end);
+      return forward<float>(call, begin, end);
     case FloatType::bf16:
-      return same ? forward<bf16, bf16>(call, begin, end) : forward<bf16, float>(call, begin, end);
+      return forward<bf16>(call, begin, end);
     case FloatType::fp16:
-      return same ? forward<fp16, fp16>(call, begin, end) : forward<fp16, float>(call, begin, end);
+      return forward<fp16>(call, begin, end);
   }
 }
 
 void rms_norm_backward_rows(const RmsNormBackward& call, float* dweight, int64_t begin,
                             int64_t end) {
-  const bool same = call.x_type == call.weight_type;
-  switch (call.x_type) {
+  switch (call.type) {
     case FloatType::fp32:
-      return backward<float, float>(call, dweight, begin, end);
+      return backward<float>(call, dweight, begin, end);
     case FloatType::bf16:
-      return same ? backward<bf16, bf16>(call, dweight, begin, end)
-                  : backward<bf16, float>(call, dweight, begin, end);
+      return backward<bf16>(call, dweight, begin, end);
     case FloatType::fp16:
-      return same ? backward<fp16, fp16>(call, dweight, begin, end)
-                  : backward<fp16, float>(call, dweight, begin, end);
+      return backward<fp16>(call, dweight, begin, end);
   }
 }
 
