@@ -256,6 +256,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
         (*made([(1, 1300), (3, 600)], (12, 1), 32), 0.3, None, 2.0),
         (*made([(1, 530)], (2, 2), 256, block_size=64), 0.0625, 600),
         (*made([(150, 150)], (3, 1), 104, block_size=1), 0.1),
+        (*made([(1, 5), (300, 340), (90, 90)], (4, 1), 32), 0.2),
         (*made([]), 0.125),
     ]
 

@@ -7,6 +7,7 @@
 #include <new>
 #include <vector>
 
+#include "attention/dense_prefill.h"
 #include "common/op.h"
 
 namespace ds {
@@ -261,6 +262,22 @@ void compute(const PagedAttention& call, const Plan& plan) {
   });
 }
 
+// Computes the sequences that torch's kernel is faster for, and takes their queries out.
+void compute_dense(const PagedAttention& call, const Tensor& q, const Tensor& k_cache,
+                   const Tensor& v_cache, std::vector<Sequence>& sequences, Tensor& out) {
+  if (!dense_prefill_is_faster(q) || call.softcap > 0) return;
+  for (size_t s = 0; s < sequences.size(); ++s) {
+    Sequence& sequence = sequences[s];
+    const int64_t rows = sequence.queries * (call.heads / call.kv_heads);
+    if (rows <= kFewTiles || call.window < sequence.length) continue;
+    dense_prefill(q, k_cache, v_cache,
+                  {sequence.query_start, sequence.queries, sequence.length,
+                   call.table + static_cast<int64_t>(s) * call.table_width, call.scale},
+                  out);
+    sequence.queries = 0;
+  }
+}
+
 Tensor paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table,
                        Tensor sequence_lengths, Tensor query_starts, double scale,
                        std::optional<int64_t> window, std::optional<double> softcap) {
@@ -270,8 +287,7 @@ Tensor paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_ta
                   ", expected 1 or more");
   STD_TORCH_CHECK(!softcap || (std::isfinite(*softcap) && *softcap > 0), kOp, ": softcap: got ",
                   softcap.value_or(0), ", expected more than 0");
-  const auto sequences =
-      check_sequences(q, k_cache, block_table, sequence_lengths, query_starts);
+  auto sequences = check_sequences(q, k_cache, block_table, sequence_lengths, query_starts);
   Tensor out = torch::stable::empty_like(q);
   const PagedAttention call{q.const_data_ptr(),
                             k_cache.const_data_ptr(),
@@ -290,7 +306,9 @@ Tensor paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_ta
                             static_cast<float>(scale),
                             static_cast<float>(softcap.value_or(0.0)),
                             float_type(q)};
-  if (q.numel() > 0) compute(call, make_plan(call, sequences));
+  if (q.numel() == 0) return out;
+  compute_dense(call, q, k_cache, v_cache, sequences, out);
+  compute(call, make_plan(call, sequences));
   return out;
 }
 
