@@ -127,10 +127,19 @@ def test_the_report_as_json_has_the_same_facts(package, ds):
         "best", "will build", ["reference"],
     )  # fmt: skip
     assert found["facts"] == {"compiler": "fake++ 1.0"}
-    assert (
-        "1 ops have a fast implementation that is built when it is first used"
-        in (found["advice"][0])
-    )
+    told = "1 ops on cpu have a fast implementation that is built when one is first used"
+    assert told in found["advice"][0]
+
+
+def test_a_device_without_kernels_is_told(package, ds, monkeypatch):
+    package(Fake("of_cpu"))
+    for module in ("ops_report", "ops_checks"):
+        monkeypatch.setattr(f"ds_core.cli.{module}.device_types", lambda: ["cuda", "cpu"])
+    _, shown = ds("report")
+    assert "On cuda all ops are computed by plain torch" in shown
+    assert "1 of " in shown
+    assert "Slower" not in shown
+    assert "[1]  for cpu only" in shown
 
 
 def test_what_cannot_build_is_a_problem_and_not_passed_over(package, ds):

@@ -116,7 +116,7 @@ def test_ops_say_who_computes_them_and_why_not(report, op_package):
     op_package("a_pillar:implementations")
     shown = report()
     assert "Slower than it could be: fused on cpu: no compiler" in shown
-    assert re.search(r"reference on cpu python: .*rms_norm", shown)
+    assert re.search(r"reference on cpu python: \d+ ops", shown)
 
 
 def test_without_kernels_the_report_says_what_to_install(report, op_package):

@@ -14,6 +14,9 @@ from ds_core.cli.tables import table
 from ds_core.errors import DsError
 from ds_core.ops.reference import REFERENCE
 
+#: So many ops are named in a summary.
+_FEW = 4
+
 
 @dataclass(frozen=True)
 class OpRow:
@@ -24,6 +27,7 @@ class OpRow:
         implementation: that would be chosen; empty if none can be.
         state: "python", "prebuilt", "cached" or "will build".
         unavailable: those that cannot run there, each with why.
+        missed: the names of those among them that are meant for such devices, and would be better.
         others: those that could, were they asked for by name.
         problem: why none can be chosen, or the chosen one will fail; empty if all is well.
         checked: what `ds ops check` found last; empty if it never ran.
@@ -34,6 +38,7 @@ class OpRow:
     implementation: str = ""
     state: str = ""
     unavailable: dict[str, str] = field(default_factory=dict)
+    missed: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
     problem: str = ""
     checked: str = ""
@@ -84,9 +89,10 @@ def _row(op: str, device: str, known: dict[tuple[str, str, str], Check], version
     offered = ops.available(op, device)
     unavailable = {name: reason for name, reason in offered.items() if reason is not None}
     try:
-        chosen = ops.choose(op, device).implementation
+        choice = ops.choose(op, device)
     except DsError as error:
         return OpRow(op, device, unavailable=unavailable, problem=_one_line(error))
+    chosen, missed = choice.implementation, tuple(choice.passed)
     others = tuple(n for n in offered if n != chosen.name and n not in unavailable)
     state, problem = "", ""
     try:
@@ -94,7 +100,7 @@ def _row(op: str, device: str, known: dict[tuple[str, str, str], Check], version
     except DsError as error:
         state, problem = "cannot build", _one_line(error)
     checked = _told(known.get((op, chosen.name, device)), version)
-    return OpRow(op, device, chosen.name, state, unavailable, others, problem, checked)
+    return OpRow(op, device, chosen.name, state, unavailable, missed, others, problem, checked)
 
 
 def _told(check: Check | None, version: str) -> str:
@@ -110,28 +116,38 @@ def advice(rows: Sequence[OpRow]) -> list[str]:
     problems = list(dict.fromkeys(row.problem for row in rows if row.problem))
     if problems:
         return problems
-    if all(row.implementation == REFERENCE and not row.unavailable for row in rows):
+    if not any(row.unavailable or row.others for row in rows):
         return [
             "All ops are computed by plain torch, the reference. For fast kernels: pip install "
             "ds-ops"
         ]
-    found = []
-    missed = {
-        f"{name} on {row.device}: {reason}"
-        for row in rows
-        for name, reason in row.unavailable.items()
-        if not reason.startswith("for ")  # another kind of device
-    }
-    found += [f"Slower than it could be: {text}" for text in sorted(missed)]
-    building = sum(row.state == "will build" for row in rows)
+    return [
+        line
+        for device in dict.fromkeys(row.device for row in rows)
+        for line in _advice_on(device, [row for row in rows if row.device == device])
+    ]
+
+
+def _advice_on(device: str, rows: Sequence[OpRow]) -> list[str]:
+    missed = {f"{name} on {device}: {row.unavailable[name]}" for row in rows for name in row.missed}
+    found = [f"Slower than it could be: {text}" for text in sorted(missed)]
+    fast = [row for row in rows if row.implementation != REFERENCE]
+    building = sum(row.state == "will build" for row in fast)
     if building:
         found.append(
-            f"{building} ops have a fast implementation that is built when it is first used, once, "
-            f"in up to a minute; `ds ops build` does it now"
+            f"{building} ops on {device} have a fast implementation that is built when one is "
+            f"first used, once, in about a minute; `ds ops build` does it now"
         )
-    ready = sum(row.implementation != REFERENCE and row.state != "will build" for row in rows)
-    if ready and not missed:
-        found.append(f"{ready} of {len(rows)} ops have a fast implementation that is ready")
+    if len(fast) > building:
+        found.append(
+            f"{len(fast) - building} of {len(rows)} ops on {device} have a fast implementation "
+            f"that is ready"
+        )
+    if not fast and not missed:
+        found.append(
+            f"On {device} all ops are computed by plain torch: what is installed has no kernels "
+            f"for it"
+        )
     return found
 
 
@@ -159,16 +175,16 @@ def render(findings: OpFindings) -> str:
 
 
 def summary(rows: Sequence[OpRow]) -> list[tuple[str, str]]:
-    """The rows in short, for `ds report`: ops by who computes them."""
+    """The rows in short, for `ds report`: how many ops each computes, or which, if they are few."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
-        groups.setdefault((row.implementation or "nothing", row.device, row.state), []).append(
-            row.op
-        )
-    return [
-        (f"{name} on {device}", f"{f'{state}: ' if state else ''}{', '.join(names)}")
-        for (name, device, state), names in groups.items()
-    ]
+        group = (row.implementation or "nothing", row.device, row.state)
+        groups.setdefault(group, []).append(row.op)
+    found = []
+    for (name, device, state), names in groups.items():
+        told = ", ".join(names) if len(names) <= _FEW else f"{len(names)} ops"
+        found.append((f"{name} on {device}", f"{state}: {told}" if state else told))
+    return found
 
 
 def _one_line(error: Exception) -> str:
