@@ -22,8 +22,9 @@
 //
 // t = w = 2^19 without a seed: the nearest value. With a seed, from the random bits of rounding.h,
 // t = bits & 0xfffff and w = bits >> 12, so that the moments are right in expectation; a bf16
-// parameter is rounded by bits & 0xffff. Without a seed v cannot follow a change of less than half a step, which
-// with beta2 = 0.999 is most: after a gradient becomes five times smaller, v stays. Train with one.
+// parameter is rounded by bits & 0xffff. Without a seed v cannot follow a change of less than half
+// a step, which with beta2 = 0.999 is most: after a gradient becomes five times smaller, v stays.
+// Train with one.
 //
 // A NaN or infinity in m' or v' becomes the scale of its block; its codes mean nothing any more.
 //
