@@ -36,6 +36,7 @@ _COMMON = (
     "-Wno-psabi",
     # False alarms inside GCC 12's own headers of AVX-512.
     "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
     "-Wno-unknown-warning-option",
 )
 #: a * b + c in one operation, no errno from sqrt; NaN, infinities and signed zeros stay exact.

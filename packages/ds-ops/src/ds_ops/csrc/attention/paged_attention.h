@@ -71,10 +71,10 @@ constexpr int64_t kAttentionMinDim = 16;  // the widest vector
 constexpr int64_t kAttentionMaxDim = 512;
 
 // Floats from one row of sums to the next: whole vectors of every instruction set.
-inline constexpr int64_t attention_stride(int64_t dim) { return (dim + 15) / 16 * 16; }
+static constexpr int64_t attention_stride(int64_t dim) { return (dim + 15) / 16 * 16; }
 
 // Floats of scratch memory that a part with so many rows and heads needs.
-inline constexpr int64_t attention_scratch(int64_t dim, int64_t rows, int64_t heads) {
+static constexpr int64_t attention_scratch(int64_t dim, int64_t rows, int64_t heads) {
   return rows <= kAttentionFewRows
              ? heads * rows * (attention_stride(dim) + kAttentionKeys + 1)
              : kAttentionRows * (attention_stride(dim) + kAttentionKeys) +
