@@ -36,7 +36,8 @@ struct PackedWeight {
   WeightFormat format;
   FloatType scale_type;
 
-  int64_t groups() const { return depth / group; }
+  // always_inline: its code must not be shared between files of other instruction sets.
+  __attribute__((always_inline)) int64_t groups() const { return depth / group; }
 };
 
 struct WeightOnlyLinear {
