@@ -85,6 +85,7 @@ class SharedMemoryAllReduce:
         self.size = 1 if pg is None else pg.size()
         self.rank = 0 if pg is None else pg.rank()
         self._timeout_s = timeout_s
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._view: int | None = None
         self._segment: mmap.mmap | None = None
@@ -115,20 +116,32 @@ class SharedMemoryAllReduce:
         come within the time, has died or closed, or brings another size or dtype: what `tensor`
         holds is then undefined.
         """
-        self._check(tensor)
-        if self._view is None:
-            return tensor
         if not self._lock.acquire(blocking=False):
             raise OpError(f"{_NAME}: another thread is in all_reduce_; calls must have one order")
         try:
-            self._reduce(tensor)
+            self._check(tensor)
+            if self._view is not None:
+                self._reduce(tensor)
         finally:
             self._lock.release()
         return tensor
 
     def close(self) -> None:
-        """Give the memory back; the other ranks' next call is an error unless they close too."""
+        """Give the memory back; the other ranks' next call is an error unless they close too.
+
+        Raises OpError while another thread is in all_reduce_.
+        """
+        if not self._lock.acquire(blocking=False):  # it works on the memory
+            raise OpError(f"{_NAME}: another thread is in all_reduce_; close it after that")
+        try:
+            self._close()
+        finally:
+            self._lock.release()
+
+    def _close(self) -> None:
         self._is_closed = True
+        if os.getpid() != self._pid:  # a forked child's: the parent is the rank, and goes on
+            self._view = None
         if self._view is not None:
             _lib().ds_shm_close(self._view)
             self._view = None
@@ -158,6 +171,11 @@ class SharedMemoryAllReduce:
     def _check(self, tensor: torch.Tensor) -> None:
         if self._is_closed:
             raise OpError(f"{_NAME}: it is closed")
+        if os.getpid() != self._pid:
+            raise OpError(
+                f"{_NAME}: made in process {self._pid}, which is the rank, and used in its forked "
+                f"child {os.getpid()}; make one in each process that is a rank"
+            )
         if self._error:
             raise CommError(f"{self._error}; make a new one")
         if tensor.device.type != "cpu":

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ds_core.errors import OpError
 from ds_ops.aio import AsyncFile, AsyncIO, aligned_empty
 
 _QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -187,3 +188,39 @@ def test_tokens_that_are_done_are_let_go(engine, tmp_path):
         for _ in range(50):
             file.write(torch.ones(10)).wait()
         assert file.pending == 0
+
+
+@pytest.mark.parametrize("name", ["io_uring", "threads"])
+def test_closing_the_engine_beside_threads_that_use_it(name, tmp_path):
+    for _ in range(20):
+        made = AsyncIO(name, queue_depth=2, block_bytes=4096)
+        files = [AsyncFile(tmp_path / f"{index}", "rw", engine=made) for index in range(3)]
+        ends: list[str] = []
+
+        def work(file: AsyncFile, ends: list[str] = ends) -> None:
+            data = torch.ones(30_000, dtype=torch.uint8)
+            try:
+                while True:
+                    assert file.write(data, 1).wait() == 30_000
+            except OpError as error:
+                ends.append(str(error))
+
+        threads = [threading.Thread(target=work, args=(file,)) for file in files]
+        for thread in threads:
+            thread.start()
+        made.close()
+        for thread in threads:
+            thread.join()
+        assert len(ends) == 3
+        assert all("it is closed" in end for end in ends)
+
+
+def test_a_file_that_asks_for_large_blocks_goes_through_the_page_cache(tmp_path):
+    path = tmp_path / "file.bin"
+    data = random_bytes(3 << 20, 64, 1)
+    with AsyncIO("threads", queue_depth=2, block_bytes=4096) as made:
+        with AsyncFile(path, "rw", engine=made) as file:
+            file._opened.alignment = 1 << 20  # more than the engine's aligned memory holds
+            file.write_sync(data)
+        assert made.counters()["bounced_bytes"] == 0
+    assert path.read_bytes() == bytes_of(data)

@@ -28,6 +28,14 @@ def test_caches_may_lie_side_by_side_in_one_tensor() -> None:
     assert not both[1].any()
 
 
+def test_caches_may_be_side_by_side_with_heads_outside_of_tokens() -> None:
+    k, v, slots = tokens()
+    both = torch.zeros(2, 2, 4, 2, 8).movedim(1, 3)  # [blocks, tokens, k or v, heads, size]
+    ds_ops.write_kv_cache(k, v, both[:, :, 0], both[:, :, 1], slots)
+    assert torch.equal(both[0, :3, 0], k)
+    assert torch.equal(both[0, :3, 1], v)
+
+
 def test_a_bad_slot_leaves_everything_as_it_was() -> None:
     k, v, slots = tokens()
     caches = torch.zeros(2, 2, 4, 2, 8)
@@ -45,6 +53,14 @@ def test_memory_that_overlaps_is_refused() -> None:
         ds_ops.write_kv_cache(k, v, cache, cache, slots)
     with pytest.raises(RuntimeError, match="k_cache and v_cache overlap"):
         ds_ops.write_kv_cache(k, v, wide[..., :8], wide[..., 7:15], slots)
+    # Heads outside of tokens: what lies a row behind is the next token, not room between heads.
+    heads_first = cache.flatten().as_strided((2, 3, 2, 8), (64, 8, 32, 1))
+    next_token = cache.flatten().as_strided((2, 3, 2, 8), (64, 8, 32, 1), 8)
+    with pytest.raises(RuntimeError, match="k_cache and v_cache overlap"):
+        ds_ops.write_kv_cache(k, v, heads_first, next_token, slots)
+    inside = cache.flatten()[:6].view(torch.int64)
+    with pytest.raises(RuntimeError, match="slots and k_cache overlap"):
+        ds_ops.write_kv_cache(k, v, cache, other, inside)
     with pytest.raises(RuntimeError, match="k and k_cache overlap"):
         ds_ops.write_kv_cache(cache[0, :3], v, cache, other, slots)
     with pytest.raises(RuntimeError, match="k_cache: elements of dimension 0 overlap"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ds_core import ops
 from ds_core.testing.contracts import OpContract
 from ds_ops import grouped_mm
 
@@ -35,3 +36,25 @@ def test_it_compiles_without_breaks() -> None:
     offsets = torch.tensor([4, 4, 7], dtype=torch.int32)
     compiled = torch.compile(grouped_mm, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(a, b, offsets), grouped_mm(a, b, offsets))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [4, 64])
+def test_threads_know_nothing_of_autograd(dtype: torch.dtype, rows: int) -> None:
+    a = torch.randn(2 * rows, 512, dtype=dtype, requires_grad=True)
+    b = torch.randn(2, 512, 2048, dtype=dtype, requires_grad=True)
+    offsets = torch.tensor([rows, 2 * rows], dtype=torch.int32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        found = ops.run("grouped_mm", a, b, offsets, impl="cpp")
+        found.sum().backward()
+        with torch.inference_mode():
+            again = ops.run("grouped_mm", a, b, offsets, impl="cpp")
+            ops.run("grouped_mm_backward", a, again, offsets, impl="cpp")
+            plain = ops.run("grouped_mm", a.clone(), b.clone(), offsets, impl="cpp")
+    finally:
+        torch.set_num_threads(before)
+    assert a.grad is not None
+    assert torch.equal(found, again)
+    assert torch.equal(found, plain)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import ds_ops
+from ds_core import ops
 from ds_core.errors import DsError
 from ds_core.ops.rope import rope_tables
 from ds_core.testing.contracts import OpContract
@@ -76,3 +77,10 @@ def test_in_place_refuses_what_it_would_spoil() -> None:
         ds_ops.rope(torch.ones(1, 4, 1, 8).expand(1, 4, 3, 8), *tables, in_place=True)
     with pytest.raises(DsError, match="layout"):
         ds_ops.rope(torch.ones(1, 4, 3, 8), *tables, layout="sbhd")
+
+
+def test_rows_that_overlap_in_memory_are_refused() -> None:
+    x = torch.randn(64).as_strided((1, 4, 1, 8), (32, 1, 8, 1))
+    cos, sin = torch.randn(2, 4, 4)
+    with pytest.raises((DsError, RuntimeError), match="overlap in memory"):
+        ops.run("rope", x, cos, sin, False, False, False, impl="cpp")

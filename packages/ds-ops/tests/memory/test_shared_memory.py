@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -226,3 +227,46 @@ def _does_not_fit() -> str:
     with pytest.raises(OpError) as told:
         ds_ops.SharedMemoryAllReduce(dist.group.WORLD)
     return str(told.value)
+
+
+def _forks() -> None:
+    reducer = ds_ops.SharedMemoryAllReduce(dist.group.WORLD, timeout_s=30.0)
+    child = os.fork()
+    if child == 0:
+        status = 3
+        try:
+            reducer.all_reduce_(torch.ones(4))
+        except OpError as error:
+            status = 0 if "forked child" in str(error) else 4
+        reducer.close()
+        os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert reducer.all_reduce_(torch.ones(4)).tolist() == [2.0] * 4
+    reducer.close()
+
+
+def test_a_forked_child_is_no_rank() -> None:
+    run_ranks(2, _forks)
+
+
+def _closes_beside() -> None:
+    reducer = ds_ops.SharedMemoryAllReduce(dist.group.WORLD, timeout_s=30.0)
+    x = torch.ones(4)
+    if dist.get_rank() == 0:
+        thread = threading.Thread(target=reducer.all_reduce_, args=(x,))
+        thread.start()
+        while not reducer._lock.locked():
+            time.sleep(0.01)
+        with pytest.raises(OpError, match="another thread is in all_reduce_"):
+            reducer.close()
+        dist.barrier()
+        thread.join()
+    else:
+        dist.barrier()
+        reducer.all_reduce_(x)
+    assert x.tolist() == [2.0] * 4
+    reducer.close()
+
+
+def test_closing_while_another_thread_reduces_is_refused() -> None:
+    run_ranks(2, _closes_beside)

@@ -425,3 +425,12 @@ def test_older_processors_compute_the_same(isa: str) -> None:
     environment = {**os.environ, "DS_OPS_ISA": isa}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_a_lazy_copy_becomes_one_of_its_own() -> None:
+    param, *rest = tensors(1003)
+    before = param.clone()
+    lazy = torch._lazy_clone(param)
+    adam(lazy, *rest)
+    assert torch.equal(param, before)
+    assert not torch.equal(lazy, before)

@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import threading
+import time
 import weakref
 from functools import cache
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -85,7 +86,8 @@ class AsyncIO:
         self.reason: str | None = None
         self._functions = functions()
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a file may be collected, and wait, inside of it
+        self._waiting = 0  # threads that are inside the library's wait
         self._files: weakref.WeakSet[AsyncFile] = weakref.WeakSet()
         self._stages: dict[object, Stage] = {}
         self.name, self.queue_depth, self._handle = self._open(
@@ -145,12 +147,16 @@ class AsyncIO:
         """
         if self.closed or os.getpid() != self._pid:
             return
-        for file in list(self._files):
-            file.settle()
-        for stage in self._stages.values():
-            stage.close()
-        with self._lock:
-            self._finalizer()
+        while not self.closed:
+            for file in list(self._files):
+                file.settle()
+            for stage in list(self._stages.values()):
+                stage.close()
+            with self._lock:
+                if self._waiting == 0:  # nobody works on what is freed here
+                    self._finalizer()
+                    return
+            time.sleep(0.001)
 
     def __enter__(self) -> AsyncIO:
         return self
@@ -187,7 +193,15 @@ class AsyncIO:
 
     def wait(self, request: int, seconds: float) -> bool:
         """Whether a request is done, after waiting up to so long."""
-        return bool(self._functions.ds_aio_wait(self._handle, request, seconds))
+        with self._lock:
+            if self.closed:
+                return True  # closing has finished every request
+            self._waiting += 1
+        try:
+            return bool(self._functions.ds_aio_wait(self._handle, request, seconds))
+        finally:
+            with self._lock:
+                self._waiting -= 1
 
     def finish(self, request: int) -> Outcome:
         """How a request that is done went; its handle is void then."""

@@ -20,6 +20,8 @@ _FLAGS = {
 }
 #: Of memory, where the kernel does not say what it asks: no device asks for more.
 _UNKNOWN_ALIGNMENT = 4096
+#: As in csrc/aio/request.h: a file that asks for more goes through the page cache.
+_LARGEST_ALIGNMENT = 1 << 16
 
 
 @dataclass
@@ -79,6 +81,9 @@ def _open_direct(opened: Opened, path: str, flags: int) -> None:
     told = functions().ds_aio_alignment(opened.buffered, ctypes.byref(memory), ctypes.byref(offset))
     if told == 0 and offset.value == 0:
         opened.refusal = "the file system has no direct transfers"
+        return
+    if told == 0 and offset.value > _LARGEST_ALIGNMENT:
+        opened.refusal = f"the file system wants direct transfers of {offset.value} bytes at least"
         return
     try:
         opened.direct = os.open(path, flags | os.O_DIRECT)

@@ -214,10 +214,10 @@ class FastFileWriter(io.RawIOBase, BinaryIO):
         part = self._buffers[self._which][self._start : self._end]
         self._tokens[self._which] = self._file.write(part, self._begin + self._start)
         self._which = (self._which + 1) % len(self._buffers)
+        self._place(self._begin + self._end)  # before an error: what was sent is not sent again
         waited, self._tokens[self._which] = self._tokens[self._which], None
         if waited is not None:
             waited.wait()
-        self._place(self._begin + self._end)
 
     def _grow(self, needed: int) -> None:
         if needed > self._grown and self._room < needed:

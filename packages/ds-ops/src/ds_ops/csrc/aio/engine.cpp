@@ -12,13 +12,13 @@
 namespace ds::aio {
 
 namespace {
-constexpr int64_t kLargestPage = 65536;  // of the processors we run on
 constexpr int64_t kHugePage = 2 << 20;
 }  // namespace
 
-// A piece may be longer than a block where a block is less than a page.
+// A piece may be longer than a block where a block is less than what the file asks.
 Bounces::Bounces(int count, int64_t bytes)
-    : count_(count), stride_((bytes + kLargestPage - 1) / kLargestPage * kLargestPage) {}
+    : count_(count),
+      stride_((bytes + kLargestAlignment - 1) / kLargestAlignment * kLargestAlignment) {}
 
 Bounces::~Bounces() { free(memory_); }
 

@@ -12,7 +12,7 @@ Piece plan(Request& request, int64_t block) {
   piece.offset = request.offset + request.planned;
   piece.memory = request.memory + request.planned;
   piece.length = std::min(block, rest);
-  if (target.direct >= 0 && !request.direct_refused) {
+  if (target.direct >= 0 && target.alignment <= kLargestAlignment && !request.direct_refused) {
     const int64_t align = target.alignment;
     const int64_t into = piece.offset % align;
     if (into != 0) {

@@ -5,6 +5,10 @@
 
 namespace ds::aio {
 
+// Direct transfers are not cut finer than this, nor is the engine's own aligned memory: a file
+// that asks for more than it goes through the page cache.
+constexpr int64_t kLargestAlignment = 65536;
+
 // A file, opened once or twice by the caller, who keeps it open while requests are in flight.
 struct Target {
   int direct;               // opened with O_DIRECT; -1: all goes through the page cache

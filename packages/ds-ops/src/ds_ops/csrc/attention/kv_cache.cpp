@@ -54,14 +54,19 @@ void check_not_within(const char* name, const Tensor& tokens, const char* cache_
                   " overlap in memory, and the second is written; give tensors of their own");
 }
 
-// Each row of a cache has memory of its own: in the order of their strides, no dimension steps over
-// less than the ones inside it take.
-void check_own_memory(const char* name, const Tensor& cache) {
+// The dimensions outside of a row, the innermost in memory first.
+std::array<int64_t, 3> by_stride(const Tensor& cache) {
   std::array<int64_t, 3> order{0, 1, 2};
   std::sort(order.begin(), order.end(),
             [&](int64_t a, int64_t b) { return cache.stride(a) < cache.stride(b); });
+  return order;
+}
+
+// Each row of a cache has memory of its own: in the order of their strides, no dimension steps over
+// less than the ones inside it take.
+void check_own_memory(const char* name, const Tensor& cache) {
   int64_t room = cache.size(3);
-  for (const int64_t dim : order) {
+  for (const int64_t dim : by_stride(cache)) {
     if (cache.size(dim) == 1) continue;
     STD_TORCH_CHECK(cache.stride(dim) >= room, kOp, ": ", name, ": elements of dimension ", dim,
                     " overlap (stride ", cache.stride(dim), ", expected ", room, " or more)");
@@ -69,14 +74,17 @@ void check_own_memory(const char* name, const Tensor& cache) {
   }
 }
 
-// The caches may lie side by side in one tensor: then in each step of one of its dimensions there
-// is room for the keys and, behind them, the values.
+// The caches may lie side by side in one tensor: then in each step of one of its dimensions, from
+// the innermost in memory on, there is room for the keys and, behind them, the values.
 bool side_by_side(const Tensor& first, const Tensor& second) {
-  const int64_t apart = (static_cast<const char*>(second.const_data_ptr()) -
-                         static_cast<const char*>(first.const_data_ptr())) /
-                        static_cast<int64_t>(first.element_size());
+  const int64_t size = first.element_size();
+  const int64_t bytes = static_cast<const char*>(second.const_data_ptr()) -
+                        static_cast<const char*>(first.const_data_ptr());
+  if (bytes % size != 0) return false;
+  const int64_t apart = bytes / size;
   int64_t room = first.size(3);
-  for (const int64_t dim : {2, 1, 0}) {
+  for (const int64_t dim : by_stride(first)) {
+    if (first.size(dim) == 1) continue;
     if (first.stride(dim) != second.stride(dim)) return false;
     if (apart >= room && apart + room <= first.stride(dim)) return true;
     room += first.stride(dim) * (first.size(dim) - 1);
@@ -153,6 +161,8 @@ void write_kv_cache(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor s
                   tokens);
   STD_TORCH_CHECK(slots.dim() == 1 && slots.size(0) == tokens, kOp, ": slots: got shape ",
                   shape_text(slots), ", expected [", tokens, "]");
+  check_not_within("slots", slots, "k_cache", k_cache);
+  check_not_within("slots", slots, "v_cache", v_cache);
   const auto* slot = static_cast<const int64_t*>(slots.const_data_ptr());
   check_slots(slot, tokens, k_cache.size(0) * k_cache.size(1));
   if (k.numel() == 0) return;

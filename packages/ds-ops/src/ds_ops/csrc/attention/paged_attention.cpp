@@ -19,6 +19,8 @@ constexpr const char* kOp = "paged_attention";
 // threads or on the rest of the batch: its result is the same bit for bit in any company.
 constexpr int64_t kFewTiles = 4 * kAttentionRows;
 constexpr int64_t kKeysOfPart = 512;
+// A window that every key is in; positions less it do not overflow.
+constexpr int64_t kNoWindow = int64_t{1} << 40;
 
 // --- Checks ---------------------------------------------------------------------------------------
 
@@ -302,7 +304,7 @@ Tensor paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_ta
                             q.size(1),
                             k_cache.size(2),
                             q.size(2),
-                            window.value_or(INT64_C(1) << 40),
+                            std::min(window.value_or(kNoWindow), kNoWindow),
                             static_cast<float>(scale),
                             static_cast<float>(softcap.value_or(0.0)),
                             float_type(q)};

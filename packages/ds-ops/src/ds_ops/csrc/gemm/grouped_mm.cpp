@@ -123,12 +123,14 @@ Tensor grouped_mm(Tensor a, Tensor b, Tensor offsets) {
   const ScalarType work = product_dtype(a.scalar_type());
   const std::vector<Task> found = tasks(stops, width, depth, work);
   parallel(static_cast<int64_t>(found.size()), 1, [&](int64_t begin, int64_t end) {
+    const Tensor left = bare(a), right = bare(b);
+    Tensor to = bare(out);
     for (int64_t index = begin; index < end; ++index) {
       const Task& task = found[index];
       if (task.end - task.begin <= kFewRows) {
-        few(a, b, out, task);
+        few(left, right, to, task);
       } else {
-        many(a, b, out, task, work);
+        many(left, right, to, task, work);
       }
     }
   });
@@ -157,13 +159,15 @@ Tensor grouped_mm_backward(Tensor a, Tensor grad, Tensor offsets) {
   const ScalarType work = product_dtype(a.scalar_type());
   const std::vector<Task> found = tasks(stops, a.size(1), grad.size(1), work);
   parallel(static_cast<int64_t>(found.size()), 1, [&](int64_t begin, int64_t end) {
+    const Tensor left = bare(a), right = bare(grad), to = bare(out);
     for (int64_t index = begin; index < end; ++index) {
       const Task& task = found[index];
-      Tensor place = torch::stable::select(out, 0, task.expert);
+      Tensor place = torch::stable::select(to, 0, task.expert);
       place = torch::stable::narrow(place, 0, task.first, task.last - task.first);
-      Tensor turned = rows_of(a, task, work);
+      Tensor turned = rows_of(left, task, work);
       turned = torch::stable::narrow(turned, 1, task.first, task.last - task.first);
-      multiply_to(torch::stable::transpose(turned, 0, 1), rows_of(grad, task, work), place, work);
+      multiply_to(torch::stable::transpose(turned, 0, 1), rows_of(right, task, work), place,
+                  work);
     }
   });
   return out;

@@ -1,6 +1,8 @@
 // Matrix products by torch, from within a kernel's threads.
 #pragma once
 
+#include <vector>
+
 #include "common/op.h"
 
 namespace ds {
@@ -14,6 +16,19 @@ inline ScalarType product_dtype(ScalarType dtype) {
   constexpr bool has_bf16 = false;
 #endif
   return dtype == ScalarType::BFloat16 && has_bf16 ? dtype : ScalarType::Float;
+}
+
+// A tensor on the memory of `t`, which must outlive it. Threads of a kernel know nothing of the modes
+// that its caller is in: there torch would record what is done to tensors that require gradients,
+// and refuse to write to those of inference mode. Made in the thread that uses it, this is neither.
+inline Tensor bare(const Tensor& t) {
+  std::vector<int64_t> sizes, strides;
+  for (int64_t dim = 0; dim < t.dim(); ++dim) {
+    sizes.push_back(t.size(dim));
+    strides.push_back(t.stride(dim));
+  }
+  return torch::stable::from_blob(const_cast<void*>(t.const_data_ptr()), sizes, strides, t.device(),
+                                  t.scalar_type());
 }
 
 // out = a b, all of one dtype; out may be a view.

@@ -88,13 +88,15 @@ void multiply_many(const PackedWeight& weight, const Tensor& x, Tensor& y, int64
   const int64_t tile = (kTile / across / kBlock + 1) * kBlock;
   const auto kernel = DS_BEST(dequantize_blocks);
   parallel((along + tile - 1) / tile, 1, [&](int64_t begin, int64_t end) {
+    const Tensor from = bare(x2);
+    Tensor to = bare(y2);
     for (int64_t index = begin; index < end; ++index) {
       const int64_t first = index * tile;
       const int64_t count = first + tile < along ? tile : along - first;
-      Tensor w = transposed ? torch::stable::new_empty(x2, {across, count})
-                            : torch::stable::new_empty(x2, {count, across});
+      Tensor w = transposed ? torch::stable::new_empty(from, {across, count})
+                            : torch::stable::new_empty(from, {count, across});
       DequantizeBlocks call{weight, w.mutable_data_ptr(), 0, 0, weight.depth,
-                            float_type(x2)};
+                            float_type(from)};
       if (transposed) {
         call.begin = first;
         call.end = first + count;
@@ -104,9 +106,9 @@ void multiply_many(const PackedWeight& weight, const Tensor& x, Tensor& y, int64
         kernel(call, call.first_block, (first + count + kBlock - 1) / kBlock);
         w = torch::stable::transpose(w, 0, 1);
       }
-      Tensor part = torch::stable::new_empty(x2, {rows, count});
-      multiply_into(x2, w, part);
-      Tensor place = torch::stable::narrow(y2, 1, first, count);
+      Tensor part = torch::stable::new_empty(from, {rows, count});
+      multiply_into(from, w, part);
+      Tensor place = torch::stable::narrow(to, 1, first, count);
       torch::stable::copy_(place, part);
     }
   });

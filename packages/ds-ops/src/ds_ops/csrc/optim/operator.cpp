@@ -26,7 +26,8 @@ StepTensors::StepTensors(const char* op, const Tensor& param, bool written)
   check_float(op, "param", param);
   check_plain(op, "param", param);
   all_.push_back({"param", param, written});
-  streams_.param = const_cast<void*>(param.const_data_ptr());
+  // Only what says that it writes makes a lazy copy (torch's copy-on-write) a copy of its own.
+  streams_.param = written ? param.mutable_data_ptr() : const_cast<void*>(param.const_data_ptr());
   streams_.param_type = dtype_of(param);
   streams_.grad_scale = 1.0f;
 }
