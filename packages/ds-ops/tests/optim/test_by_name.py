@@ -16,8 +16,10 @@ import ds_core
 import ds_ops
 from ds_core import ops, optimizers, plugins
 from ds_core.decisions import _optimizer as told
-from ds_core.errors import ConfigError
+from ds_core.errors import ConfigError, OpError
+from ds_core.ops import registry
 from ds_core.planning.optimizer_state import OptimizerState
+from ds_ops.implementations import Cpp
 
 _PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
@@ -110,6 +112,23 @@ def test_torchs_is_built_where_only_the_reference_could_run(monkeypatch: pytest.
     assert type(build("adamw")) is torch.optim.AdamW
     assert type(build("FusedAdam")) is ds_ops.FusedAdam
     assert type(build("adamw", {"bias_correction": False})) is ds_ops.FusedAdam
+
+
+def test_torchs_in_place_of_a_kernel_that_is_missing_is_told_or_refused(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(Cpp, "unavailable", lambda self, device_type: "no compiler at all")
+    registry.select.cache_clear()
+    registry._warn_once.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="slower than they could: cpp: no compiler at all"):
+            assert type(build("adamw")) is torch.optim.AdamW
+        monkeypatch.setenv("DS_OPS_FALLBACK", "error")
+        with pytest.raises(OpError, match="no compiler at all; DS_OPS_FALLBACK=error"):
+            build("adamw")
+    finally:
+        registry.select.cache_clear()
+        registry._warn_once.cache_clear()
 
 
 @pytest.mark.parametrize(
