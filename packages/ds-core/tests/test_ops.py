@@ -37,7 +37,7 @@ class Fake:
         library.bind_python(self.op, namespace, device_type, self._kernel)
 
     def _kernel(self, x, weight, eps):
-        return self.factor * x, x.sum(-1)
+        return self.factor * x, x.sum(-1), x.new_empty(0)
 
 
 @pytest.fixture
@@ -134,6 +134,7 @@ def test_what_is_asked_for_by_name_runs_or_is_an_error(installed, name, impl, me
     [
         ("DS_OPS_IMPL", "rms_norm", "expected OP=IMPLEMENTATION pairs"),
         ("DS_OPS_IMPL", "rms_norm=none", "no implementation 'none'"),
+        ("DS_OPS_IMPL", "rms_nrom=reference", "there is no op 'rms_nrom'; there are"),
         ("DS_OPS_FALLBACK", "silently", "expected warn or error"),
     ],
 )
