@@ -135,6 +135,7 @@ def test_what_is_asked_for_by_name_runs_or_is_an_error(installed, name, impl, me
     [
         ("DS_OPS_IMPL", "rms_norm", "expected OP=IMPLEMENTATION pairs"),
         ("DS_OPS_IMPL", "rms_norm=none", "no implementation 'none'"),
+        ("DS_OPS_IMPL", "rms_nrom=reference", "there is no op 'rms_nrom'; there are"),
         ("DS_OPS_FALLBACK", "silently", "expected warn or error"),
     ],
 )

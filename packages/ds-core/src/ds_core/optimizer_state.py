@@ -10,6 +10,9 @@ import torch
 from ds_core.errors import CheckpointError
 from ds_core.whole_matrices import WholeMatrices
 
+#: Entries of a group that say what computes, and in which format the state was allocated.
+_STAYS = ("names", "params", "fused", "foreach", "fp32_optimizer_states")
+
 
 @runtime_checkable
 class PortableState(Protocol):
@@ -68,12 +71,12 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_groups(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
-    """Restore each group's hyperparameters; which kernel computes them stays as it is."""
+    """Restore each group's hyperparameters; kernel and format of the state stay as they are."""
     if len(groups) != len(saved):
         raise CheckpointError(
             f"the optimizer state has {len(saved)} parameter groups, this optimizer {len(groups)}"
         )
     for group, values in zip(groups, saved, strict=True):
         for key, value in values.items():
-            if key not in ("names", "params", "fused", "foreach"):
+            if key not in _STAYS:
                 group[key] = tuple(value) if isinstance(group.get(key), tuple) else value

@@ -247,13 +247,19 @@ def _impossible(given: list[Any] | None) -> str | None:
 
 
 def _slower(cls: Any, given: list[Any]) -> str | None:
-    """Why an installed class would not be faster for these parameters, or None."""
+    """Why an installed class would not be faster for these parameters, or None.
+
+    Where that is for want of something, such as a compiler, it warns as the op itself would, and
+    raises OpError with DS_OPS_FALLBACK=error.
+    """
     from ds_core import ops
 
     for device_type in sorted({tensor.device.type for tensor in _tensors(given)}):
         for op in cls.ops:
             offered = ops.available(op, device_type)
             if all(reason for name, reason in offered.items() if name != "reference"):
+                if ops.choose(op, device_type).passed:
+                    ops.select(op, device_type)
                 told = "; ".join(f"{name}: {reason}" for name, reason in offered.items() if reason)
                 return f"its kernel {op} cannot run on {device_type} ({told or 'none is known'})"
     return None

@@ -47,7 +47,7 @@ def test_without_a_compiler_the_reference_computes_and_says_so_once(tmp_path):
 def test_a_compiler_that_does_not_exist_is_an_error_not_an_absence(compiler, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/g++")
     assert library.unavailable() is None  # or it would be passed over
-    with pytest.raises(BuildError, match=r"CXX=/nowhere/g\+\+: is not found") as raised:
+    with pytest.raises(BuildError, match=r"CXX=/nowhere/g\+\+ is not found;") as raised:
         library.ensure()
     assert "unset CXX" in str(raised.value)
 

@@ -16,8 +16,10 @@ import ds_core
 import ds_ops
 from ds_core import ops, optimizers, plugins
 from ds_core.decisions import _optimizer as told
-from ds_core.errors import ConfigError
+from ds_core.errors import ConfigError, OpError
+from ds_core.ops import registry
 from ds_core.planning.optimizer_state import OptimizerState
+from ds_ops.implementations import Cpp
 
 _PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
@@ -112,6 +114,23 @@ def test_torchs_is_built_where_only_the_reference_could_run(monkeypatch: pytest.
     assert type(build("adamw", {"bias_correction": False})) is ds_ops.FusedAdam
 
 
+def test_torchs_in_place_of_a_kernel_that_is_missing_is_told_or_refused(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(Cpp, "unavailable", lambda self, device_type: "no compiler at all")
+    registry.select.cache_clear()
+    registry._warn_once.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="slower than they could: cpp: no compiler at all"):
+            assert type(build("adamw")) is torch.optim.AdamW
+        monkeypatch.setenv("DS_OPS_FALLBACK", "error")
+        with pytest.raises(OpError, match="no compiler at all; DS_OPS_FALLBACK=error"):
+            build("adamw")
+    finally:
+        registry.select.cache_clear()
+        registry._warn_once.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
@@ -203,3 +222,53 @@ def test_the_engine_writes_bf16_weights_in_the_pass_of_the_step(monkeypatch: pyt
     assert set(calls) == {(torch.float32, low, low)}
     assert any(scaled)
     assert len(calls) == 20 * 4
+
+
+def engine_of(optimizer: str, params: dict[str, Any]) -> ds_core.Engine:
+    torch.manual_seed(0)
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": optimizer, "params": {"lr": 0.01, **params}},
+    }
+    return ds_core.initialize(nn.Linear(8, 8), config)
+
+
+def stepped(engine: ds_core.Engine, seed: int) -> torch.Tensor:
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))
+    engine.backward((engine(x) - x).square().mean())
+    engine.step()
+    return engine.module.weight.detach().clone()
+
+
+@pytest.mark.parametrize("name", ["Adam", "Lion", "Lamb", "Adagrad", "Muon"])
+@pytest.mark.parametrize("first", ["with", "without"])
+def test_checkpoints_do_not_depend_on_what_is_installed(
+    name: str, first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    found = plugins.registered
+
+    def installed(*, ops: bool) -> None:
+        shown = found if ops else lambda seam: {} if seam == "optimizers" else found(seam)
+        monkeypatch.setattr(plugins, "registered", shown)
+
+    installed(ops=first == "with")
+    engine = engine_of(name, {})
+    stepped(engine, 0)
+    engine.save_checkpoint(tmp_path)
+    expected = stepped(engine, 1)
+    installed(ops=first != "with")
+    other = engine_of(name, {})
+    other.load_checkpoint(tmp_path)
+    assert torch.allclose(stepped(other, 1), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("narrow_first", [False, True])
+def test_a_checkpoint_goes_on_with_states_in_another_format(narrow_first: bool, tmp_path: Path):
+    engine = engine_of("Adam", {"fp32_optimizer_states": not narrow_first})
+    stepped(engine, 0)
+    engine.save_checkpoint(tmp_path)
+    expected = stepped(engine, 1)
+    other = engine_of("Adam", {"fp32_optimizer_states": narrow_first})
+    other.load_checkpoint(tmp_path)
+    assert torch.allclose(stepped(other, 1), expected, atol=1e-3)
+    assert other.sharding.param_groups[0]["fp32_optimizer_states"] is narrow_first

@@ -285,6 +285,53 @@ def test_amsgrad_of_a_loaded_state_is_refused():
     take(other, truth, 0)
     with pytest.raises(OptimizerError, match="amsgrad: got True"):
         ds_ops.FusedAdam(parameters()).load_state_dict(other.state_dict())
+    optimizer = ds_ops.FusedAdam(parameters())
+    with pytest.raises(OptimizerError):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.param_groups[0]["amsgrad"] is False
+    assert not optimizer.state
+
+
+def test_lions_state_is_that_of_the_plain_one():
+    """A checkpoint that was made without ds-ops must load with it, and the other way round."""
+    ours, truth = parameters(), parameters()
+    optimizer, other = ds_ops.FusedLion(ours), optim.Lion(truth)
+    take(optimizer, ours, 0, undo=True)
+    take(other, truth, 0)
+    assert optimizer.state[ours[0]].keys() == other.state[truth[0]].keys()
+    take(optimizer, ours, 1, undo=True)
+    optimizer.rollback()
+    counting = ds_ops.FusedLion(ours, stochastic_rounding=True)
+    counting.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    counting.param_groups[0]["stochastic_rounding"] = True
+    take(counting, ours, 1)
+    assert float(counting.state[ours[0]]["step"]) == 2
+
+
+def muon(model: nn.Module) -> ds_ops.Muon:
+    return ds_ops.Muon(model.named_parameters(), lr=0.1)
+
+
+def test_muon_is_saved_copied_and_loaded_with_the_optimizer_inside():
+    model = nn.Linear(4, 8, dtype=torch.bfloat16)
+    params = list(model.parameters())
+    optimizer = muon(model)
+    take(optimizer, params, 0)
+    again = muon(model)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert again.state[model.bias]["exp_avg"].dtype is torch.float32
+    assert_same_state(again.state_dict(), optimizer.state_dict())
+    twin = copy.deepcopy(optimizer)
+    own = [param for group in twin.param_groups for param in group["params"]]
+    take(twin, own, 1)
+    take(again, params, 1)
+    for mine, right in zip(own, params, strict=True):
+        assert torch.equal(mine, right)
+
+
+def test_muon_refuses_parameters_without_names():
+    with pytest.raises(OptimizerError, match="give all of them to Muon"):
+        muon(nn.Linear(4, 8)).add_param_group({"params": [nn.Parameter(torch.ones(3))]})
 
 
 # --- As any optimizer of torch --------------------------------------------------------------------
@@ -427,6 +474,12 @@ def test_parameters_with_gaps_are_refused():
     param.grad = torch.ones(3)
     with pytest.raises(OptimizerError, match="expected a dense one"):
         ds_ops.FusedLion([param]).step()
+    # With a gradient in the same layout, torch's kernel would write between the elements.
+    memory = torch.ones(4, 6)
+    param = nn.Parameter(memory[:, :3])
+    with pytest.raises(OptimizerError, match="expected a dense one"):
+        ds_ops.FusedAdam([param]).step(gradients={param: torch.ones(4, 6)[:, :3]})
+    assert torch.equal(memory, torch.ones(4, 6))
 
 
 def test_tensors_on_no_device_of_the_cpu_are_refused_by_cpu_optimizers():

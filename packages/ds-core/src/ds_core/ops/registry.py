@@ -129,10 +129,15 @@ def choose(name: str, device_type: str, impl: str | None = None) -> Choice:
     Args:
         impl: which implementation; None: what DS_OPS_IMPL names, else the best that can run.
 
-    Raises OpError if there is no such op or implementation, or if it cannot run there.
+    Raises OpError if there is no such op or implementation, or if it cannot run there, and if
+    DS_OPS_IMPL names an op that does not exist.
     """
     offered = implementations(name)
-    asked = impl or _named(_env.ops_implementations(), name)
+    table = _env.ops_implementations()
+    if unknown := table.keys() - {"*", *(names() if table else ())}:
+        there = ", ".join(names())
+        raise OpError(f"DS_OPS_IMPL: there is no op {min(unknown)!r}; there are {there}")
+    asked = impl or _named(table, name)
     if asked is not None:
         return Choice(_by_name(name, device_type, asked, offered), {})
     passed: dict[str, str] = {}

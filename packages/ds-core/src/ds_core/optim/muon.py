@@ -84,6 +84,19 @@ class Muon(Optimizer):
             )
             groups += [{**group, "use_muon": False} for group in self._rest.param_groups]
         super().__init__(groups, {})
+        self._is_complete = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_rest": self._rest, "_is_complete": True}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused after construction: names decide how a parameter is updated."""
+        if hasattr(self, "_is_complete"):
+            raise OptimizerError(
+                "Muon.add_param_group: the names of parameters decide how they are updated; give "
+                "all of them to Muon(named_params)"
+            )
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(

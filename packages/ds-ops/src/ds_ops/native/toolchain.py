@@ -58,7 +58,7 @@ def _examine(given: str | None, search_path: str) -> Compiler | str | None:
         words = shlex.split(name)
         command = shutil.which(words[0], path=search_path) if words else None
         if command is None:
-            problem = "is not found"
+            problem = " is not found"
             continue
         words[0] = command
         try:
@@ -66,15 +66,15 @@ def _examine(given: str | None, search_path: str) -> Compiler | str | None:
                 [*words, "--version"], capture_output=True, text=True, check=False, timeout=60
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            problem = f"does not start: {error}"
+            problem = f" does not start: {error}"
             continue
         if told.returncode == 0 and told.stdout:
             return Compiler(tuple(words), told.stdout.splitlines()[0])
         lines = "\n".join(f"    {line}" for line in told.stderr.splitlines()[:_SHOWN_LINES])
-        problem = f"`{shlex.join([*words, '--version'])}` ended with {told.returncode}:\n{lines}"
+        problem = f": `{shlex.join([*words, '--version'])}` ended with {told.returncode}:\n{lines}"
     if not given:
         return None
     return (
-        f"CXX={given}: {problem}\n  what to do: name a C++ compiler that works (g++ >= 11 or "
+        f"CXX={given}{problem};\nname a C++ compiler that works (g++ >= 11 or "
         f"clang++ >= 14), or unset CXX to use the first on PATH"
     )

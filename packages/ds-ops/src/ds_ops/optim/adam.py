@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from ds_core.ops.adam_step import adam_step_
 from ds_ops.optim.arguments import check_betas, check_not_negative, check_on_cpu
-from ds_ops.optim.fused_optimizer import FusedOptimizer, Request, Update
+from ds_ops.optim.fused_optimizer import FusedOptimizer, Request, Update, is_dense
 
 
 class FusedAdam(FusedOptimizer):
@@ -94,6 +94,7 @@ class FusedAdam(FusedOptimizer):
                 continue
             fits = grad.layout is torch.strided and grad.stride() == param.stride()
             same = grad.shape == param.shape and grad.device == param.device
+            fits = fits and is_dense(param)
             if not (fits and same and param.dtype is grad.dtype is torch.float32):
                 return None
             params.append(param)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -197,7 +197,7 @@ class FusedOptimizer(Optimizer):
         self._check_gradient(param, grad)
         was_new = self._ensure_state(group, param)
         state = self.state[param]
-        step = float(state["step"]) + 1
+        step = float(state.get("step", 0)) + 1
         states = self._states(param)
         own = _own_copy(param, request.copies.get(param))
         buffer = None
@@ -223,7 +223,8 @@ class FusedOptimizer(Optimizer):
                 options,
             ),
         )
-        state["step"].fill_(step)
+        if "step" in state:
+            state["step"].fill_(step)
         if param in request.copies and own is not request.copies[param]:
             request.copies[param].copy_(param)
         if buffer is not None:
@@ -278,7 +279,7 @@ class FusedOptimizer(Optimizer):
                 record.copy.copy_(param)
             if record.was_new:
                 del self.state[param]
-            else:
+            elif "step" in self.state[param]:
                 self.state[param]["step"].fill_(record.step)
         self._undos = {}
 
@@ -289,7 +290,7 @@ class FusedOptimizer(Optimizer):
         state = self.state[param]
         if state:
             # Some of torch's keep no count: there was at least one step.
-            if "step" not in state:
+            if "step" not in state and self._counts_steps(group):
                 state["step"] = torch.ones((), dtype=torch.float32)
             return False
         state.update(self._new_state(group, param))
@@ -299,7 +300,13 @@ class FusedOptimizer(Optimizer):
         """A count of steps, and zeros for each of `state_keys`."""
         dtype = self._state_dtype(group)
         zeros = {key: torch.zeros_like(param, dtype=dtype) for key in self.state_keys}
+        if not self._counts_steps(group):
+            return zeros
         return {"step": torch.zeros((), dtype=torch.float32), **zeros}
+
+    def _counts_steps(self, group: dict[str, Any]) -> bool:
+        """Whether a state holds a count of steps."""
+        return True
 
     def _states(self, param: torch.Tensor) -> list[torch.Tensor]:
         """What the kernel updates beside the parameter."""
@@ -324,20 +331,36 @@ class FusedOptimizer(Optimizer):
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but a state keeps its format whatever the parameter's is."""
+        """As torch's, but a state keeps its format whatever the parameter's is.
+
+        Raises OptimizerError for settings that it has not, and is then as it was.
+        """
+        for group in state_dict["param_groups"]:
+            self._check_group({**self.defaults, **group})
         super().load_state_dict(state_dict)
-        ids = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
-        pairs = itertools.chain.from_iterable(
-            ((group, param) for param in group["params"]) for group in self.param_groups
-        )
-        for key, (group, param) in zip(ids, pairs, strict=True):
-            saved = state_dict["state"].get(key, {})
-            own = self.state[param] if saved else {}
-            for name in [name for name in own if name not in (*self._new_state_keys(), *saved)]:
-                del own[name]
-            for name, value in saved.items():
-                if torch.is_tensor(value):
-                    own[name] = self._adopted(group, param, name, value)
+        pairs = zip(state_dict["param_groups"], self.param_groups, strict=True)
+        self.keep_formats(state_dict["state"], pairs)
+
+    def keep_formats(
+        self,
+        saved_state: dict[Any, dict[str, Any]],
+        groups: Iterable[tuple[dict[str, Any], dict[str, Any]]],
+    ) -> None:
+        """Take loaded states over in formats of their own: torch casts them to the parameters'.
+
+        Args:
+            saved_state: of a state dict.
+            groups: a group of the same state dict, and the one that it was loaded into.
+        """
+        for saved_group, group in groups:
+            for key, param in zip(saved_group["params"], group["params"], strict=True):
+                saved = saved_state.get(key, {})
+                own = self.state[param] if saved else {}
+                for name in own.keys() - {*self._new_state_keys(), *saved}:
+                    del own[name]
+                for name, value in saved.items():
+                    if torch.is_tensor(value):
+                        own[name] = self._adopted(group, param, name, value)
 
     def _new_state_keys(self) -> tuple[str, ...]:
         return ("step", *self.state_keys)
@@ -358,14 +381,14 @@ def flat(t: torch.Tensor) -> torch.Tensor:
     return t if t.is_contiguous() else t.detach().as_strided((t.numel(),), (1,))
 
 
-def _is_dense(t: torch.Tensor) -> bool:
+def is_dense(t: torch.Tensor) -> bool:
     """Whether the elements fill one range of memory, in whatever order."""
     return t.is_contiguous() or torch.empty_like(t, device="meta").stride() == t.stride()
 
 
 def _like_param(t: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     """`t`, or an equal tensor, whose elements lie in memory as the parameter's do."""
-    if not _is_dense(param):
+    if not is_dense(param):
         raise OptimizerError(
             f"params: got one of shape {list(param.shape)} with strides {list(param.stride())}, "
             f"whose elements have gaps between them or overlap; expected a dense one"

@@ -57,6 +57,10 @@ class FusedLion(FusedOptimizer):
         }
         super().__init__(params, defaults, set_grad_none)
 
+    def _counts_steps(self, group: dict[str, Any]) -> bool:
+        # Only random rounding needs a count: else the state is that of `ds_core.optim.Lion`.
+        return bool(group["stochastic_rounding"])
+
     def _update(self, group: dict[str, Any], update: Update) -> None:
         lion_step_(
             update.param,

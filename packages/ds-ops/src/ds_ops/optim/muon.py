@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
@@ -21,3 +21,12 @@ class Muon(optim.Muon):
     _rest_class: ClassVar[Callable[..., Optimizer]] = FusedAdam
     step_options: ClassVar[frozenset[str]] = frozenset({"gradients", "copies", "grad_scale"})
     ops = FusedAdam.ops
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but a state of AdamW keeps its format, as `FusedAdam`'s does."""
+        super().load_state_dict(state_dict)
+        pairs = zip(state_dict["param_groups"], self.param_groups, strict=True)
+        others = [(saved, own) for saved, own in pairs if not self.is_whole(own)]
+        if isinstance(self._rest, FusedAdam):
+            self._rest.state = self.state
+            self._rest.keep_formats(state_dict["state"], others)
