@@ -40,6 +40,7 @@ _HOMES = {
     "linear_cross_entropy": "ds_core.ops.linear_cross_entropy",
     "rms_norm": "ds_core.ops.rms_norm",
     "rope": "ds_core.ops.rope",
+    "rope_tables": "ds_core.ops.rope",
     "swiglu": "ds_core.ops.gated_activation",
     # quantization
     "dequantize": "ds_core.ops.quantize",
