@@ -26,6 +26,7 @@ EngineName = Literal["auto", "io_uring", "threads", "gds"]
 _KINDS = {"io_uring": 0, "threads": 1}
 _MAX_DEPTH, _MAX_THREADS, _MAX_BLOCK = 4096, 256, 1 << 30
 _MIN_BLOCK = 4096
+_CLOSED = "AsyncIO: it is closed; make another one"
 _COUNTERS = (
     *("bytes", "pieces", "buffered_bytes", "bounced_bytes", "continued"),
     "peak_in_flight",
@@ -87,6 +88,7 @@ class AsyncIO:
         self._functions = functions()
         self._pid = os.getpid()
         self._lock = threading.RLock()  # a file may be collected, and wait, inside of it
+        self._closing = False
         self._waiting = 0  # threads that are inside the library's wait
         self._files: weakref.WeakSet[AsyncFile] = weakref.WeakSet()
         self._stages: dict[object, Stage] = {}
@@ -147,6 +149,7 @@ class AsyncIO:
         """
         if self.closed or os.getpid() != self._pid:
             return
+        self._closing = True  # or a thread that goes on could keep it busy for ever
         while not self.closed:
             for file in list(self._files):
                 file.settle()
@@ -173,6 +176,11 @@ class AsyncIO:
     def adopt(self, file: AsyncFile) -> None:
         """Settle the file's requests when this engine is closed."""
         self._files.add(file)
+
+    def check_open(self) -> None:
+        """Raise OpError if it takes no new requests; those begun before may still have parts."""
+        if self._closing or self.closed:
+            raise OpError(_CLOSED)
 
     def submit(
         self, target: tuple[int, int, int, int], writes: bool, address: int, size: int, offset: int
@@ -229,7 +237,7 @@ class AsyncIO:
     def _check_usable(self) -> None:
         self.check_process()
         if self.closed:
-            raise OpError("AsyncIO: it is closed; make another one")
+            raise OpError(_CLOSED)
 
 
 def _close(library: ctypes.CDLL, handle: int, pid: int) -> None:
