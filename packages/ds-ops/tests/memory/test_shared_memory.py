@@ -223,8 +223,9 @@ def _does_not_fit() -> str:
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    os.posix_fallocate = no_space
-    with pytest.raises(OpError) as told:
+    # Undone: the next test may run in the same process.
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OpError) as told:
+        patch.setattr(os, "posix_fallocate", no_space)
         ds_ops.SharedMemoryAllReduce(dist.group.WORLD)
     return str(told.value)
 

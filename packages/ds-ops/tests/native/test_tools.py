@@ -29,7 +29,7 @@ def test_facts_are_told_where_nothing_works(compiler, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/g++")
     monkeypatch.setenv("DS_OPS_CACHE", "/dev/null/cache")
     facts = Tools().facts()
-    assert facts["compiler"].startswith("CXX=/nowhere/g++: is not found")
+    assert facts["compiler"].startswith("CXX=/nowhere/g++ is not found")
     assert facts["cache"].startswith("DS_OPS_CACHE=/dev/null/cache: Not a directory")
 
 
@@ -94,7 +94,7 @@ def test_the_report_tells_a_compiler_that_fails_from_one_that_is_absent(
     monkeypatch.setenv("CXX", "/nowhere/g++")
     row, advice = report()
     assert (row["implementation"], row["state"]) == ("cpp", "cannot build")
-    assert "CXX=/nowhere/g++: is not found" in advice[0]
+    assert "CXX=/nowhere/g++ is not found" in advice[0]
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
     row, advice = report()
