@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import zipfile
 
@@ -138,3 +139,22 @@ def test_error_of_the_block_comes_first():
         block()
     assert "ENOSPC" in caught.value.__notes__[0]
     assert file.closed
+
+
+def test_what_failed_is_not_written_over_what_follows(tmp_path, monkeypatch):
+    class Failing:
+        def wait(self) -> int:
+            raise AsyncFileError(errno.EIO, "file.bin", "write failed")
+
+    with FastFileWriter(tmp_path / "file.bin", buffer_bytes=4096, buffers=1) as file:
+        places = []
+
+        def write(part, offset):
+            places.append(offset)
+            return Failing()
+
+        monkeypatch.setattr(file.file, "write", write)
+        for _ in range(2):
+            with pytest.raises(AsyncFileError, match="EIO"):
+                file.write(bytes(4096))
+        assert places == [0, 4096]

@@ -87,6 +87,7 @@ class AsyncIO:
         self._functions = functions()
         self._pid = os.getpid()
         self._lock = threading.RLock()  # a file may be collected, and wait, inside of it
+        self._is_closing = False
         self._waiting = 0  # threads that are inside the library's wait
         self._files: weakref.WeakSet[AsyncFile] = weakref.WeakSet()
         self._stages: dict[object, Stage] = {}
@@ -147,6 +148,7 @@ class AsyncIO:
         """
         if self.closed or os.getpid() != self._pid:
             return
+        self._is_closing = True  # or threads that go on and on would keep it open
         while not self.closed:
             for file in list(self._files):
                 file.settle()
@@ -225,6 +227,12 @@ class AsyncIO:
                 f"{os.getpid()}, where its threads do not exist; make an engine and open files "
                 f"after the fork"
             )
+
+    def check_usable(self) -> None:
+        """Raise OpError unless transfers can be begun: what a stage has begun ends in any case."""
+        self._check_usable()
+        if self._is_closing:
+            raise OpError("AsyncIO: it is closed; make another one")
 
     def _check_usable(self) -> None:
         self.check_process()

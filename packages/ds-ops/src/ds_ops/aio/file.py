@@ -141,6 +141,7 @@ class AsyncFile:
         what = f"{verb} of {tensor.nbytes} bytes"
         with self._lock:
             self._check_open()
+            self.engine.check_usable()
             self._reap()
             begin: Callable[[Verb, torch.Tensor, int], Transfer] = self._channel.begin
             if tensor.device.type != "cpu":
