@@ -94,6 +94,8 @@ def add_namespaces(head: str, names: tuple[str, str]) -> None:
 
 
 def write_ssh_files(folder: Path) -> None:
+    # A home of its own: what the shell of the user starts may print, and two logins may disturb
+    # each other, as with pyenv.
     for name in ("host_key", "user_key"):
         run_checked("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name))
     shutil.copy(folder / "user_key.pub", folder / "authorized_keys")
@@ -106,6 +108,7 @@ def write_ssh_files(folder: Path) -> None:
         UsePAM no
         PidFile none
         AcceptEnv TMPDIR
+        SetEnv HOME={folder}
         """)
     )
     (folder / "ssh_config").write_text(
