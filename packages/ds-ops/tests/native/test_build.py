@@ -29,7 +29,7 @@ def test_many_processes_build_once(compiler, cache_folder):
 
 
 def test_a_killed_builder_leaves_nothing_that_is_loaded(compiler, cache_folder):
-    compiler.behave(seconds=5)
+    compiler.behave(seconds=40)
     process = start(ENSURE)
     deadline = time.monotonic() + 120
     while compiler.count("compile") == 0 and time.monotonic() < deadline:
@@ -41,7 +41,7 @@ def test_a_killed_builder_leaves_nothing_that_is_loaded(compiler, cache_folder):
     compiler.behave()
     begin = time.monotonic()
     assert cache.is_whole(library.ensure())
-    assert time.monotonic() - begin < 4, "waited for what the killed one left running"
+    assert time.monotonic() - begin < 30, "waited for what the killed one left running"
     assert not list(cache_folder.glob("*.tmp-*"))
 
 
