@@ -25,9 +25,9 @@ def test_candidates_take_turns_in_an_order_that_rotates():
 
 def test_rounds_go_on_until_the_time_is_up():
     found = interleave({"sleep": lambda: time.sleep(0.01)}, seconds=0.2, min_rounds=1)["sleep"]
-    assert 1 <= found.rounds <= 20
+    assert 5 <= found.rounds <= 20
     assert found.min_s <= found.p10_s <= found.median_s <= found.p90_s
-    assert found.min_s > 0.009
+    assert 0.009 < found.min_s < 0.1
 
 
 def test_short_calls_are_repeated_within_a_round():
