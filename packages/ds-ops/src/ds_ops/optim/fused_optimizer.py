@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -68,7 +69,7 @@ class Request:
         return found
 
 
-class FusedOptimizer(Optimizer):
+class FusedOptimizer(Optimizer, ABC):
     """Base: parameters go one by one through a kernel, which `_update` calls.
 
     Subclasses set `state_keys` (tensors with a number for each of the parameter's), `ops` (the
@@ -230,9 +231,9 @@ class FusedOptimizer(Optimizer):
             record = _Undo(states, step - 1, buffer, request.copies.get(param), was_new)
             self._undos[param] = record
 
+    @abstractmethod
     def _update(self, group: dict[str, Any], update: Update) -> None:
         """Call the kernel for one parameter."""
-        raise NotImplementedError
 
     def _check_gradient(self, param: torch.Tensor, grad: torch.Tensor) -> None:
         name = type(self).__name__

@@ -111,20 +111,6 @@ DS_INLINE F weight_of(F v) {
 
 DS_INLINE float weight_of(float v) { return weight_of(splat(v))[0]; }
 
-// tanh to 2e-7: near 0 by its series, else from e^(-2|v|).
-DS_INLINE F tanh_of(F v) {
-  const F a = absolute(v);
-  const F power = weight_of(a * -2.0f);
-  const F far = (1.0f - power) / (1.0f + power);
-  const F s = v * v;
-  F series = splat(62.0f / 2835.0f);
-  series = series * s - 17.0f / 315.0f;
-  series = series * s + 2.0f / 15.0f;
-  series = series * s - 1.0f / 3.0f;
-  const F near = v + v * s * series;
-  return a < 0.25f ? near : (v < 0.0f ? -far : far);
-}
-
 // Scores of one row in place to weights e^(score - max), zero outside of keys [begin, end).
 // `largest` and `total` go on; returns by what sums of earlier keys are multiplied.
 float to_weights(float* scores, int64_t begin, int64_t end, float softcap, float& largest,
@@ -135,7 +121,7 @@ float to_weights(float* scores, int64_t begin, int64_t end, float softcap, float
   F best = splat(kNone);
   for (int key = 0; key < kKeys; key += kWidth) {
     F score = load(scores + key);
-    if (softcap > 0.0f) score = tanh_of(score / softcap) * softcap;
+    if (softcap > 0.0f) score = hyperbolic_tangent(score / softcap) * softcap;
     const I lane = lanes + key;
     const I seen = (I)(lane >= first) & (I)(lane < last);
     score = seen ? score : splat(kNone);

@@ -232,7 +232,7 @@ DS_INLINE void move_by(const StepStreams& streams, const AdamStep& of, int64_t i
     }
     store_rounded(s.param_type, s.param, at, p, kRandom, bits & 0xffffu);
     if (!s.copy) continue;
-    if (s.param_type != Dtype::fp32) p = load_as(s.param_type, s.param, at);
+    if (s.param_type != FloatType::fp32) p = load_as(s.param_type, s.param, at);
     if (copy_around) {
       stream_as(s.copy_type, s.copy, at, p);
     } else {

@@ -12,15 +12,15 @@
 namespace ds {
 namespace DS_ISA {
 
-DS_INLINE F load_as(Dtype type, const void* from, int64_t i) {
-  if (type == Dtype::fp32) return load(static_cast<const float*>(from) + i);
-  if (type == Dtype::bf16) return load(static_cast<const bf16*>(from) + i);
+DS_INLINE F load_as(FloatType type, const void* from, int64_t i) {
+  if (type == FloatType::fp32) return load(static_cast<const float*>(from) + i);
+  if (type == FloatType::bf16) return load(static_cast<const bf16*>(from) + i);
   return load(static_cast<const fp16*>(from) + i);
 }
 
-DS_INLINE void store_as(Dtype type, void* to, int64_t i, F v) {
-  if (type == Dtype::fp32) return store(static_cast<float*>(to) + i, v);
-  if (type == Dtype::bf16) return store(static_cast<bf16*>(to) + i, v);
+DS_INLINE void store_as(FloatType type, void* to, int64_t i, F v) {
+  if (type == FloatType::fp32) return store(static_cast<float*>(to) + i, v);
+  if (type == FloatType::bf16) return store(static_cast<bf16*>(to) + i, v);
   return store(static_cast<fp16*>(to) + i, v);
 }
 
@@ -82,8 +82,8 @@ DS_INLINE void stream_bytes(void* to, const void* vector, int bytes) {
   memcpy(to, vector, bytes);
 }
 
-DS_INLINE void stream_as(Dtype type, void* to, int64_t i, F v) {
-  if (type == Dtype::fp32) return stream_bytes(static_cast<float*>(to) + i, &v, sizeof v);
+DS_INLINE void stream_as(FloatType type, void* to, int64_t i, F v) {
+  if (type == FloatType::fp32) return stream_bytes(static_cast<float*>(to) + i, &v, sizeof v);
   uint16_t halves[kWidth];
   store_as(type, halves, 0, v);
   stream_bytes(static_cast<uint16_t*>(to) + i, halves, sizeof halves);
@@ -99,15 +99,15 @@ DS_INLINE void finish_streams() {
 // --- The loop ------------------------------------------------------------------------------------
 
 // Whether stores around the caches at elements begin, begin + kWidth, ... would be aligned.
-DS_INLINE bool aligned(const void* stream, Dtype type, int64_t begin) {
+DS_INLINE bool aligned(const void* stream, FloatType type, int64_t begin) {
   return ((uintptr_t)stream + begin * size_of(type)) % (kWidth * size_of(type)) == 0;
 }
 
-DS_INLINE void keep_for_undo(void* to, const void* from, Dtype type, int64_t i, bool around) {
+DS_INLINE void keep_for_undo(void* to, const void* from, FloatType type, int64_t i, bool around) {
   const int64_t at = i * size_of(type);
   char* target = static_cast<char*>(to) + at;
   const char* source = static_cast<const char*>(from) + at;
-  if (type == Dtype::fp32) {
+  if (type == FloatType::fp32) {
     if (around) return stream_bytes(target, source, kWidth * 4);
     memcpy(target, source, kWidth * 4);
   } else {
@@ -116,8 +116,10 @@ DS_INLINE void keep_for_undo(void* to, const void* from, Dtype type, int64_t i, 
   }
 }
 
-DS_INLINE void store_rounded(Dtype type, void* to, int64_t i, F v, bool stochastic, U bits16) {
-  if (stochastic && type == Dtype::bf16) return store_random(static_cast<bf16*>(to) + i, v, bits16);
+DS_INLINE void store_rounded(FloatType type, void* to, int64_t i, F v, bool stochastic, U bits16) {
+  if (stochastic && type == FloatType::bf16) {
+    return store_random(static_cast<bf16*>(to) + i, v, bits16);
+  }
   store_as(type, to, i, v);
 }
 
@@ -143,7 +145,7 @@ DS_INLINE void one_vector(const StepStreams& s, Rule& rule, int64_t i, U bits, b
     store_rounded(s.state_type, s.states[k], i, state[k], s.stochastic, state_bits[k]);
   if (!s.copy) return;
   // The copy is of what was stored, not of what was computed.
-  if (Rule::kWrites && s.param_type != Dtype::fp32) p = load_as(s.param_type, s.param, i);
+  if (Rule::kWrites && s.param_type != FloatType::fp32) p = load_as(s.param_type, s.param, i);
   if (copy_around) return stream_as(s.copy_type, s.copy, i, p);
   store_as(s.copy_type, s.copy, i, p);
 }
@@ -155,12 +157,12 @@ static void few_elements(const StepStreams& s, Rule& rule, int64_t i, int count,
   char padded[kStreams][kWidth * 4] = {};
   StepStreams few = s;
   int used = 0;
-  const auto bring = [&](const void* from, Dtype type) -> void* {
+  const auto bring = [&](const void* from, FloatType type) -> void* {
     const int64_t bytes = size_of(type);
     memcpy(padded[used], static_cast<const char*>(from) + i * bytes, count * bytes);
     return padded[used++];
   };
-  const auto take = [&](void* to, const void* from, Dtype type) {
+  const auto take = [&](void* to, const void* from, FloatType type) {
     const int64_t bytes = size_of(type);
     memcpy(static_cast<char*>(to) + i * bytes, from, count * bytes);
   };

@@ -10,17 +10,6 @@ constexpr int64_t kAroundCacheBytes = 4 << 20;
 
 }  // namespace
 
-Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::fp32;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    default:
-      return Dtype::fp16;
-  }
-}
-
 StepTensors::StepTensors(const char* op, const Tensor& param, bool written)
     : op_(op), param_(param), numel_(param.numel()) {
   check_float(op, "param", param);
@@ -28,7 +17,7 @@ StepTensors::StepTensors(const char* op, const Tensor& param, bool written)
   all_.push_back({"param", param, written});
   // Only what says that it writes makes a lazy copy (torch's copy-on-write) a copy of its own.
   streams_.param = written ? param.mutable_data_ptr() : const_cast<void*>(param.const_data_ptr());
-  streams_.param_type = dtype_of(param);
+  streams_.param_type = float_type(param);
   streams_.grad_scale = 1.0f;
 }
 
@@ -45,7 +34,7 @@ void StepTensors::grad(const char* argument, const Tensor& t) {
   shaped(argument, t);
   all_.push_back({argument, t, false});
   streams_.grad = t.const_data_ptr();
-  streams_.grad_type = dtype_of(t);
+  streams_.grad_type = float_type(t);
 }
 
 void StepTensors::state(const char* argument, Tensor& t) {
@@ -56,7 +45,7 @@ void StepTensors::state(const char* argument, Tensor& t) {
   shaped(argument, t);
   all_.push_back({argument, t, true});
   streams_.states[states_.size()] = t.mutable_data_ptr();
-  streams_.state_type = dtype_of(t);
+  streams_.state_type = float_type(t);
   states_.push_back(t);
 }
 
@@ -66,7 +55,7 @@ void StepTensors::copy(const char* argument, std::optional<Tensor>& t) {
   shaped(argument, *t);
   all_.push_back({argument, *t, true});
   streams_.copy = t->mutable_data_ptr();
-  streams_.copy_type = dtype_of(*t);
+  streams_.copy_type = float_type(*t);
 }
 
 void StepTensors::undo(std::optional<Tensor>& t) {

@@ -14,8 +14,6 @@ constexpr int64_t kStepGrain = 16384;
 // Parts begin at multiples of this, so that a stream which is aligned at its begin is so in all.
 constexpr int64_t kStepAlign = 256;
 
-Dtype dtype_of(const Tensor& t);
-
 // The tensors of one call, checked one after the other, and at the end against each other: whatever
 // was passed, a kernel that runs on them stays inside of them.
 class StepTensors {

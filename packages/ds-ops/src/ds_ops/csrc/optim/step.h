@@ -3,14 +3,13 @@
 
 #include <stdint.h>
 
+#include "common/float_type.h"
 #include "common/half.h"
 #include "common/isa.h"
 
 namespace ds {
 
-enum class Dtype : uint8_t { fp32, bf16, fp16 };
-
-static inline int64_t size_of(Dtype type) { return type == Dtype::fp32 ? 4 : 2; }
+static inline int64_t size_of(FloatType type) { return type == FloatType::fp32 ? 4 : 2; }
 
 // What a step reads and writes: one element of each per parameter, all in the order of the
 // parameter. A pass reads each stream once and writes each once.
@@ -21,10 +20,10 @@ struct StepStreams {
   void* copy;       // receives the new parameter, rounded to the nearest; or null
   // Receive the bytes that param and states had before; undo[0] is null for a step that is final.
   void* undo[3];
-  Dtype param_type;
-  Dtype grad_type;
-  Dtype state_type;
-  Dtype copy_type;
+  FloatType param_type;
+  FloatType grad_type;
+  FloatType state_type;
+  FloatType copy_type;
   bool stochastic;  // round bf16 parameters and states by the random bits of rounding.h
   uint64_t seed;
   float grad_scale;  // the gradient is multiplied with it first; negative to maximize
