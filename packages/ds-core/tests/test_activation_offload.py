@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 import ds_core
 from ds_core.activation_checkpointing import (
@@ -376,6 +377,127 @@ def test_a_pool_takes_buffers_back_while_it_gives_one_out():
     assert pool.take(8).numel() == 8
     assert pool.num_allocated == 2
     assert pool.used_bytes == 24
+
+
+# ------------------------------------------------------------------------------------- streams
+
+
+class LateStream:
+    """Does what is queued on it only when somebody waits for an event behind it."""
+
+    def __init__(self, device):
+        self.device, self.queue, self.done, self.waits = device, [], 0, 0
+        self.current = None
+
+    def __enter__(self):
+        LateStream.current = self
+
+    def __exit__(self, *error):
+        LateStream.current = None
+
+    def wait_stream(self, other):
+        self.waits += 1
+
+    def record_event(self):
+        return self, len(self.queue)
+
+    def wait_event(self, event):
+        stream, end = event
+        for copy_now in stream.queue[stream.done : end]:
+            copy_now()
+        stream.done = max(stream.done, end)
+
+
+@pytest.fixture
+def late_stream(monkeypatch):
+    """A side stream as late as it may be; memory that was not written to yet is full of NaN."""
+    side = LateStream(torch.device("cpu"))
+
+    def queue_copy(target, source):
+        target.fill_(float("nan"))
+        LateStream.current.queue.append(lambda: target.copy_(source))
+
+    monkeypatch.setattr(HostOffload, "_stream", lambda self, device: side)
+    monkeypatch.setattr(host_offload, "_copy", queue_copy)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device=None: side)
+    return side
+
+
+@pytest.mark.parametrize("keep_last", [0, 1, 2])
+def test_nobody_reads_before_a_copy_is_done(late_stream, keep_last):
+    model, offload = Net(), HostOffload(keep_last=keep_last)
+    checkpoint_blocks(model, policy=Policy(offload_to_cpu=offload))
+    mask = torch.rand(32, 16)
+
+    for _ in range(3):
+        assert same(step(Net(), mask), step(model, mask))
+
+    assert late_stream.waits == offload.counts.num_sent + offload.counts.num_fetched
+    # Those that are under way when backward begins are still on the device.
+    assert offload.counts.num_fetched < offload.counts.num_sent
+    assert offload.counts.num_on_device > 3 * keep_last
+
+
+def test_copies_under_way_keep_two_blocks_on_the_device(late_stream):
+    model, offload = Net(8), HostOffload(keep_last=1)
+    checkpoint_blocks(model, policy=Policy(offload_to_cpu=offload))
+    held = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *_: held.append(len(offload._leaving)))
+
+    loss = model(torch.randn(32, 16))
+
+    assert held == [0, 1, 2, 2, 2, 2, 2, 2]
+    assert late_stream.done == 5  # of 7 that were sent: what comes after waits for no more
+    loss.backward()
+
+
+def test_a_graph_that_is_dropped_waits_for_what_it_had_asked_for(late_stream):
+    offload = HostOffload(keep_last=0)
+    policy = Policy(offload_to_cpu=offload)
+    x = torch.randn(32, 16, requires_grad=True)
+    first = policy(torch.sin, x)
+    middle = [policy(torch.cos, first)]
+    for _ in range(4):
+        middle.append(policy(torch.cos, middle[-1]))
+
+    torch.autograd.grad(middle[-1].sum(), middle[-4])  # the block before was asked for too
+    pending = len(late_stream.queue) - late_stream.done
+    del middle, first
+
+    assert pending > 0
+    assert late_stream.done == len(late_stream.queue)
+
+
+# ------------------------------------------------------------------------------ torch.compile
+
+
+# Dynamo hides this warning of its own, but not where warnings are errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("compiled", ["inside", "outside"])
+def test_compiled_blocks_are_offloaded(compiled):
+    plain, model, offload = step(Net(2)), Net(2), HostOffload(keep_last=0)
+    if compiled == "inside":
+        for block in model.blocks:
+            block.down.forward = torch.compile(block.down.forward, backend="aot_eager")
+    checkpoint_blocks(model, policy=Policy(offload_to_cpu=offload))
+    if compiled == "outside":
+        for block in model.blocks:
+            block.forward = torch.compile(block.forward, backend="aot_eager")
+
+    found = step(model)
+
+    assert offload.counts.num_sent == 2
+    for ours, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_without_early_stopping():
+    plain, model = step(Net(3)), Net(3)
+    checkpoint_blocks(model, policy=Policy(offload_to_cpu=HostOffload(keep_last=0)))
+
+    with set_checkpoint_early_stop(False):
+        assert same(plain, step(model))
 
 
 # ---------------------------------------------------------------- models that checkpoint themselves

@@ -180,7 +180,7 @@ class HostOffload:
         stream = self._stream(saved.device)
         with _queued_on(stream):
             saved.host = self.buffers.take(saved.layout.num_bytes)
-            saved.host.view(flat.dtype).copy_(flat, non_blocking=stream is not None)
+            _copy(saved.host.view(flat.dtype), flat)
             saved.sent = None if stream is None else stream.record_event()
         saved.source = flat
         self.counts.num_sent += 1
@@ -206,7 +206,7 @@ class HostOffload:
         saved.copy = torch.empty(layout.numel, dtype=layout.dtype, device=saved.device)
         stream = self._stream(saved.device)
         with _queued_on(stream):
-            saved.copy.copy_(saved.host.view(layout.dtype), non_blocking=stream is not None)
+            _copy(saved.copy, saved.host.view(layout.dtype))
             saved.came = None if stream is None else stream.record_event()
         self.counts.num_fetched += 1
         self.counts.fetched_bytes += layout.num_bytes
@@ -312,6 +312,11 @@ class _Ticket(NamedTuple):
 
 def _host_buffer(num_bytes: int) -> torch.Tensor:
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.accelerator.is_available())
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Queue a copy on the current stream, if there are streams."""
+    target.copy_(source, non_blocking=True)
 
 
 def _queued_on(stream: torch.Stream | None) -> Any:
