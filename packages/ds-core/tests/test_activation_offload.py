@@ -594,7 +594,7 @@ def test_named_random_states_in_a_models_own_checkpoints():
 # ----------------------------------------------------------------------------------- by the config
 
 
-def train(model, section):
+def train(model, section, backend=None):
     engine = ds_core.initialize(
         model,
         {
@@ -604,7 +604,9 @@ def train(model, section):
             "activation_checkpointing": section,
         },
     )
-    counts = [each.offload for each in engine._observers if hasattr(each, "offload")]
+    if backend is not None:
+        engine.compile(backend=backend)
+    offloads = [each.offload for each in engine._observers if hasattr(each, "offload")]
     torch.manual_seed(1)
     losses = []
     for _ in range(4):
@@ -612,7 +614,7 @@ def train(model, section):
         engine.step()
         losses.append(loss.item())
     engine.close()
-    return losses, counts[0].counts if counts else None
+    return losses, offloads[0].counts if offloads and offloads[0] else None
 
 
 def test_the_section_offloads(caplog):
@@ -624,6 +626,25 @@ def test_the_section_offloads(caplog):
     # The last block's input stays until a next one comes; its backward was before.
     assert counts.num_sent == counts.num_fetched == 4 * 5
     assert "MiB of host memory" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("offloads", [False, True])
+def test_blocks_are_compiled_whether_or_not_they_are_offloaded(offloads):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    plain, _ = train(Net(2), {})
+    section = {"blocks": "repeated", "cpu_checkpointing": offloads}
+
+    losses, counts = train(Net(2), section, backend)
+
+    assert losses == pytest.approx(plain)
+    assert graphs
+    assert counts is None or counts.num_sent == 4
 
 
 def test_the_section_offloads_what_a_model_checkpoints_itself():

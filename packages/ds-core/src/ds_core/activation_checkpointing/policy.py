@@ -38,6 +38,7 @@ class Policy:
 
     Tensors among the arguments, also in tuples, lists and dicts, are kept as the settings say. Of a
     checkpoint inside another only the outer one's are: the inner one's are computed again.
+    torch.compile leaves out what a policy that moves them calls; compile that itself.
 
     Attributes:
         offload_to_cpu: whether they wait in pinned host memory for the backward; copies overlap
