@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import weakref
@@ -467,6 +468,37 @@ def test_a_graph_that_is_dropped_waits_for_what_it_had_asked_for(late_stream):
 
     assert pending > 0
     assert late_stream.done == len(late_stream.queue)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator")
+@pytest.mark.parametrize("keep_last", [0, 1])
+def test_an_accelerator_copies_beside_its_compute(keep_last):
+    device = torch.accelerator.current_accelerator()
+
+    def train(offload):
+        model = Net().to(device)
+        states = RngStates(device)
+        states.add("apart", 3)
+
+        def dropped(x, forward):
+            with states.fork("apart"):
+                return nn.functional.dropout(forward(x), 0.1)
+
+        for block in model.blocks:
+            block.down.forward = functools.partial(dropped, forward=block.down.forward)
+        checkpoint_blocks(model, policy=Policy(offload_to_cpu=offload))
+        torch.manual_seed(1)
+        x = torch.randn(4096, 16, device=device)
+        for _ in range(3):
+            model(x).backward()
+        return [p.grad.cpu() for p in model.parameters()]
+
+    offload = HostOffload(keep_last=keep_last)
+
+    assert same(train(False), train(offload))
+    assert offload.counts.num_fetched > 0
+    assert offload.buffers.used_bytes == 0
 
 
 # ------------------------------------------------------------------------------ torch.compile

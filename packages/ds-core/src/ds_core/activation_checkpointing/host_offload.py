@@ -65,7 +65,8 @@ class HostOffload:
 
     Args:
         min_bytes: smaller tensors stay on the device.
-        keep_last: blocks, the newest ones, whose inputs stay: backward begins with them.
+        keep_last: blocks, the newest ones, whose inputs stay: backward begins with them. Those of
+            up to two blocks more are there while their copies are under way.
         max_free_buffers: host buffers that are kept for the next step.
 
     Attributes:
