@@ -7,7 +7,6 @@ import logging
 import os
 import random
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from ds_core.buffers import persistent_buffers
 from ds_core.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from ds_core.checkpoint.remote import Place
     from ds_core.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ def _about(engine: Engine) -> dict[str, Any]:
     }
 
 
-def known_to(checkpoint: Path, optimizer_state: _State) -> _State:
+def known_to(checkpoint: Place, optimizer_state: _State) -> _State:
     """The part of `optimizer_state` that a checkpoint can fill.
 
     A parameter that had not been stepped when it was saved (the checkpoint was taken before the
@@ -195,7 +195,7 @@ def in_own_order(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list
     return [by_names[names] for names in wanted] if by_names.keys() == set(wanted) else saved
 
 
-def without_excluded(checkpoint: Path, model_state: dict[str, Any]) -> dict[str, Any]:
+def without_excluded(checkpoint: Place, model_state: dict[str, Any]) -> dict[str, Any]:
     """`model_state` without the frozen parameters that a checkpoint left out on purpose."""
     from ds_core.checkpoint import read_state
     from ds_core.checkpoint.index import Index
