@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch.distributed.checkpoint.metadata import Metadata
@@ -54,6 +55,7 @@ def write_and_publish(
     items: SavePlan,
     source: SavePlanner,
     metadata: Metadata | None,
+    when_read: Callable[[], object] = lambda: None,
 ) -> Place:
     """Write this rank's part; when all have, the checkpoint gets its tag. Returns its directory.
 
@@ -63,6 +65,7 @@ def write_and_publish(
         items: what this rank writes.
         source: hands out the tensors and values of the items.
         metadata: of all ranks, on rank 0.
+        when_read: called when this rank's part is written, and no source is read any more.
     """
     what, directory, tag = destination.what, destination.directory, destination.tag
     draft = ranks.first(what, lambda: tags.begin(directory, tag))
@@ -70,7 +73,9 @@ def write_and_publish(
 
     def write() -> list[WriteResult]:
         name = data_file_name(ranks.rank, draft.suffix)
-        return writer.write_data(replace(items, storage_data=name), source).value()
+        results = writer.write_data(replace(items, storage_data=name), source).value()
+        when_read()
+        return results
 
     def publish(results: list[list[WriteResult]]) -> list[Place]:
         assert metadata is not None

@@ -156,7 +156,7 @@ class SafetensorsWriter(StorageWriter):
 
             def resolve(i: int) -> torch.Tensor:
                 turn.to(items[i].index.fqn)
-                return _resolve(items[i], planner)
+                return resolved(items[i], planner)
 
             stored = write_data_file(file, entries, resolve)
         boxes = [
@@ -392,7 +392,8 @@ def _has_bytes(item: WriteItem) -> bool:
     return _box(item).numel > 0 or item.tensor_data.size.numel() == 0
 
 
-def _resolve(item: WriteItem, planner: SavePlanner) -> torch.Tensor:
+def resolved(item: WriteItem, planner: SavePlanner) -> torch.Tensor:
+    """The tensor that an item is about, with the shape of its box."""
     data = planner.resolve_data(item)
     if not isinstance(data, torch.Tensor):
         raise CheckpointError(
