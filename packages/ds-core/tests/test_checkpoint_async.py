@@ -360,6 +360,23 @@ def test_ranks_save_their_shards_and_what_they_share_once(tmp_path):
         verify(tmp_path, tag)
 
 
+def save_from_pairs(directory: str) -> float:
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    rank = dist.get_rank()
+    mine = pairs[rank // 2]
+    for fill in (1.0, 2.0):  # a second saver of the same ranks
+        with AsyncSaver(mine) as saver:
+            share = FlatShard(torch.full((5,), fill + rank), (10,), rank % 2 * 5)
+            saver.save(f"{directory}/pair{rank // 2}", "a", {"w": share})
+    got = load(f"{directory}/pair{rank // 2}", state={"w": torch.zeros(10)}, group=mine)
+    return float(got["w"].sum())
+
+
+def test_groups_of_ranks_save_by_themselves(tmp_path):
+    sums = run_ranks(4, save_from_pairs, str(tmp_path))
+    assert sums == [25.0, 25.0, 45.0, 45.0]
+
+
 def fail_on_one_rank(directory: str, where: str):
     rank = dist.get_rank()
     saver, write = AsyncSaver(), storage.write_data_file

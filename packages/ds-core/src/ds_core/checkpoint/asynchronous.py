@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import threading
@@ -104,7 +105,8 @@ class AsyncSaver:
     so after `timeout_s`.
 
     A program that ends waits for the save in flight. Errors of the thread are logged at once and
-    raised by the next `save`, `wait` or `close`, on every rank.
+    raised by the next `save`, `wait` or `close`, on every rank; one that nobody asks for is shown
+    when the program ends.
 
     Collective: all ranks of `group` make one, and call its methods alike.
 
@@ -130,11 +132,13 @@ class AsyncSaver:
         if timeout_s is not None and not timeout_s > 0:
             raise CheckpointError(f"timeout_s: got {timeout_s}, expected seconds above 0")
         self._own_group = _own_group(group, timeout_s)
+        self._spans_world = self._own_group is not None and group in (None, dist.group.WORLD)
         self._ranks = Ranks(self._own_group)
         self._buffers = HostBuffers(pinned=torch.accelerator.is_available())
         self._pending: PendingSave | None = None
         self._plan: _Cached | None = None
         self._is_closed = False
+        atexit.register(self.wait)  # raises, hence shows, an error that nobody has asked for
 
     def __enter__(self) -> AsyncSaver:
         return self
@@ -219,9 +223,10 @@ class AsyncSaver:
         try:
             self.wait()
         finally:
-            if not self._is_closed and self._own_group is not None and dist.is_initialized():
+            if not self._is_closed and self._spans_world and dist.is_initialized():
                 dist.destroy_process_group(self._own_group)
             self._is_closed = True
+            atexit.unregister(self.wait)
             self._plan = None
             self._buffers = HostBuffers(pinned=False)
 
@@ -335,9 +340,15 @@ def _own_group(
     """A group of the same ranks for messages between the writing threads."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    timeout = timedelta(seconds=timeout_s) if timeout_s is not None else None
-    ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-    return dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
+    options: dict[str, Any] = {"backend": "gloo"}
+    if timeout_s is not None:
+        options["timeout"] = timedelta(seconds=timeout_s)
+    if group is None or group is dist.group.WORLD:
+        return dist.new_group(**options)
+    # Only members call. Such a group is named by its ranks, and a name must not be used again: the
+    # rendezvous of a second one would find what the first left. So it is never destroyed.
+    ranks = dist.get_process_group_ranks(group)
+    return dist.new_group(ranks, use_local_synchronization=True, **options)
 
 
 def _signature(flat: FlatState) -> int:
