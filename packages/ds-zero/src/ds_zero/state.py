@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,19 +42,33 @@ def _piece_of(unit: Unit, position: int) -> Piece | None:
 
 
 def _optimizer_piece(unit: Unit, piece: Piece) -> OptimizerPiece:
-    for candidate in unit.optimizer_pieces:
-        if candidate.start <= piece.offset < candidate.stop:
-            return candidate
-    raise ShardError(f"{piece.slot.name!r} is frozen: it has no optimizer state")
+    if not unit.trainable:
+        raise ShardError(f"{piece.slot.name!r} is frozen: it has no optimizer state")
+    return unit.piece_at(piece.offset)
+
+
+@contextmanager
+def _held(
+    optimizer: ZeroOptimizer, unit: Unit, piece: Piece | None, kind: str, *, edits: bool
+) -> Iterator[torch.Tensor]:
+    """`_local` of what may live elsewhere; `edits` made inside the block are kept."""
+    if piece is None or kind == "gradient":
+        unit.settle_gradient()
+        yield _local(optimizer, unit, piece, kind)
+        return
+    mine = unit.piece_at(piece.offset) if unit.trainable else None
+    with unit.present(mine, edits=edits):
+        yield _local(optimizer, unit, piece, kind)
 
 
 def _local(optimizer: ZeroOptimizer, unit: Unit, piece: Piece | None, kind: str) -> torch.Tensor:
     """This rank's elements of a parameter, gradient or state: a 1-D view, maybe empty."""
     if piece is None:
-        return unit.weights[:0]
+        return unit.full.new_empty(0, dtype=unit.weights_dtype)
     start, stop = piece.offset, piece.offset + piece.stop - piece.start
     if kind == "parameter":
-        return unit.weights[start:stop]
+        owner = unit.piece_at(start) if unit.trainable else None
+        return unit.weights_of(owner, start, stop)
     if kind == "gradient":
         return unit.grad[start:stop]
     mine = _optimizer_piece(unit, piece)
@@ -64,7 +80,7 @@ def _local(optimizer: ZeroOptimizer, unit: Unit, piece: Piece | None, kind: str)
     keys = {k for values in each for k, v in values.items() if _is_wide(v)}
     if kind in keys and not held:
         # No step has used the parameter yet.
-        return torch.zeros_like(unit.weights[start:stop])
+        return torch.zeros_like(mine.weights.detach()[start - mine.start : stop - mine.start])
     raise ShardError(
         f"optimizer state {kind!r}: {type(optimizer._inner).__name__} has "
         f"{', '.join(sorted(keys)) or 'no state before its first step'}"
@@ -78,7 +94,8 @@ def _is_wide(value: Any) -> bool:
 def local_value(optimizer: ZeroOptimizer, which: str | nn.Parameter, kind: str) -> torch.Tensor:
     """See `ZeroOptimizer.local_value`."""
     unit, position = _find(optimizer, which)
-    return _local(optimizer, unit, _piece_of(unit, position), kind)
+    with _held(optimizer, unit, _piece_of(unit, position), kind, edits=False) as value:
+        return value if unit.is_resident else value.clone()
 
 
 def full_value(optimizer: ZeroOptimizer, which: str | nn.Parameter, kind: str) -> torch.Tensor:
@@ -86,8 +103,8 @@ def full_value(optimizer: ZeroOptimizer, which: str | nn.Parameter, kind: str) -
     unit, position = _find(optimizer, which)
     slot = unit.layout.slots[position]
     piece = _piece_of(unit, position)
-    mine = _local_or_error(optimizer, unit, piece, kind)
-    dtype = unit.grad_dtype if kind == "gradient" else unit.weights.dtype
+    mine = _copied_or_error(optimizer, unit, piece, kind)
+    dtype = unit.grad_dtype if kind == "gradient" else unit.weights_dtype
     own = torch.zeros(unit.layout.shard_numel, dtype=dtype, device=unit.shard.device)
     if piece is not None:
         own[piece.offset : piece.offset + mine.numel()].copy_(mine)
@@ -96,13 +113,14 @@ def full_value(optimizer: ZeroOptimizer, which: str | nn.Parameter, kind: str) -
     return whole[slot.offset : slot.end].view(slot.shape).clone()
 
 
-def _local_or_error(
+def _copied_or_error(
     optimizer: ZeroOptimizer, unit: Unit, piece: Piece | None, kind: str
 ) -> torch.Tensor:
-    """As `_local`, but an error is raised on every rank, also where there is no part to miss."""
-    mine, complaint = unit.weights[:0], None
+    """As `local_value`, but errors are raised on all ranks, also where there is no part to miss."""
+    mine, complaint = unit.full.new_empty(0), None
     try:
-        mine = _local(optimizer, unit, piece, kind)
+        with _held(optimizer, unit, piece, kind, edits=False) as value:
+            mine = value if unit.is_resident else value.clone()
     except ShardError as error:
         complaint = str(error)
     if kind not in ("parameter", "gradient"):
@@ -136,15 +154,17 @@ def set_full_value(
         )
     piece = _piece_of(unit, position)
     if kind == "gradient" and unit.trainable and not unit.has_grad:
+        unit.settle_gradient()
         unit.grad.zero_()  # it may hold that of an earlier step
     if piece is not None:
         part = value.reshape(-1)[piece.start : piece.stop]
-        with torch.no_grad():
+        with torch.no_grad(), _held(optimizer, unit, piece, kind, edits=True) as mine:
             if kind in ("parameter", "gradient"):
-                _local(optimizer, unit, piece, kind).copy_(part)
+                mine.copy_(part)
             else:
                 _set_state(optimizer, unit, piece, kind, part)
     if kind == "parameter":
+        unit.refresh()
         pending = unit.publish()
         if pending is not None:
             pending.wait()
