@@ -21,7 +21,7 @@ Models", section 5; the flat layout is ours (docs/design.md, section 5).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ from ds_zero.errors import ShardError
 from ds_zero.offload.choice import Offload, Tier
 from ds_zero.offload.crossing import Crossing, host_empty
 from ds_zero.offload.homes import Homes
-from ds_zero.offload.shard_home import HostShard, ShardHome
+from ds_zero.offload.shard_home import HostShard, ShardHome, memory_of
 from ds_zero.plan import UnitSpec
 from ds_zero.sharded_param import Keeper, hide, show
 
@@ -364,7 +364,8 @@ class Unit:
         self.twin = FlatGradient(self.layout, self.dtype, device, transient=transient)
         own = self.layout.shard_numel
         if in_twin:
-            self.grad = self._own(self.twin.flat)
+            with memory_of(self.twin.flat) if transient else nullcontext():
+                self.grad = self._own(self.twin.flat)
         elif self.crossing is not None:
             self.grad = self.crossing.gradient.zero_()
         else:
@@ -467,6 +468,10 @@ class Unit:
             start, stop = part.offset, part.offset + part.stop - part.start
             index = open_range.get(group)
             if index is None or (limit is not None and stop - ranges[index][1] > limit):
+                if index is not None:
+                    # Up to the next, so that a kernel meets the elements before the gap as it
+                    # would without a cut: its results do not depend on where states live.
+                    ranges[index] = (group, ranges[index][1], start)
                 open_range[group] = len(ranges)
                 ranges.append((group, start, stop))
             else:

@@ -131,10 +131,10 @@ class DiskShard:
 
 
 @contextmanager
-def memory_of(shard: torch.Tensor) -> Iterator[None]:
-    """Memory for a shard that has none, inside the block."""
-    storage = shard.untyped_storage()
-    storage.resize_(shard.nbytes)
+def memory_of(flat: torch.Tensor) -> Iterator[None]:
+    """Memory for a buffer that has none, inside the block."""
+    storage = flat.untyped_storage()
+    storage.resize_(flat.nbytes)
     try:
         yield
     finally:
