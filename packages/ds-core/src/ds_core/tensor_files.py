@@ -88,7 +88,8 @@ class _ThreadedFile:
     def _begin(
         self, move: Callable[[memoryview, int], int], tensor: torch.Tensor, offset: int
     ) -> Transfer:
-        view = memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # keeps the memory
+        array: Any = tensor.detach().view(-1).view(torch.uint8).numpy()
+        view = memoryview(array)  # which keeps the tensor's memory
         self._under_way = [each for each in self._under_way if not each.done()]
         pending = _Pending(self._pool.submit(move, view, offset))
         self._under_way.append(pending)

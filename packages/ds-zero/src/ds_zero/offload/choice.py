@@ -24,23 +24,27 @@ class Offload:
         optimizer: home of master weights and moments. On "cpu" and "nvme" the step runs on the
             CPU, and gradients go to the host as they are averaged.
         parameters: home of parameter shards; other than "device" only at stage 3.
-        folder: on the disk that "nvme" means; one file per rank, which is gone when the process
-            ends, however it ends.
+        folder: on the disk that "nvme" means. Files in it are gone when the process ends, however
+            it ends.
+        parameters_folder: the same for parameters; default: `folder`.
         ratio: share of the optimizer's elements that leave the device, in whole units; the rest
             is updated there. "auto": found by measuring both sides (Twin-Flow).
         pin_memory: whether host memory is page-locked, for copies beside the program.
         piece_numel: elements of one read or write of states on disk; a larger parameter is one.
         buffers: such pieces in memory at a time: one read, one updated, one written.
+        parameter_buffers: shards of parameters on their way between memory and disk at a time.
         max_numel_in_cpu: with parameters on "nvme": so many elements stay in host memory.
     """
 
     optimizer: Tier = "device"
     parameters: Tier = "device"
     folder: str | None = None
+    parameters_folder: str | None = None
     ratio: float | Literal["auto"] = 1.0
     pin_memory: bool = True
     piece_numel: int = 1 << 24
     buffers: int = 3
+    parameter_buffers: int = 3
     max_numel_in_cpu: int = 0
 
     def __post_init__(self) -> None:
@@ -50,7 +54,8 @@ class Offload:
                     f"offload: {name}: got {getattr(self, name)!r}, expected one of "
                     f"{', '.join(map(repr, get_args(Tier)))}"
                 )
-        if "nvme" in (self.optimizer, self.parameters) and not self.folder:
+        homeless = self.optimizer == "nvme" and not self.folder
+        if homeless or (self.parameters == "nvme" and not self.folder_of_parameters):
             raise ShardError(
                 'offload: "nvme" needs a folder on that disk: Offload(folder="/mnt/nvme"), in a '
                 "config nvme_path"
@@ -62,11 +67,21 @@ class Offload:
                 f"offload: ratio: got {self.ratio!r}, but nothing of the optimizer leaves the "
                 f'device; set optimizer="cpu"'
             )
-        for name, least in (("piece_numel", 1), ("buffers", 2), ("max_numel_in_cpu", 0)):
+        for name, least in (
+            ("piece_numel", 1),
+            ("buffers", 2),
+            ("parameter_buffers", 1),
+            ("max_numel_in_cpu", 0),
+        ):
             if getattr(self, name) < least:
                 raise ShardError(
                     f"offload: {name}: got {getattr(self, name)}, expected at least {least}"
                 )
+
+    @property
+    def folder_of_parameters(self) -> str | None:
+        """Where parameters on "nvme" are."""
+        return self.parameters_folder or self.folder
 
     def check_stage(self, stage: int) -> None:
         """Raise ShardError for a stage at which the parameters cannot leave the device."""

@@ -40,7 +40,9 @@ class Homes:
         self._shard_pool: BufferPool | None = None
         self.swap: Swap | None = None
         if offload.optimizer == "nvme":
-            self.swap = Swap(self._open("states"), BufferPool(self.files, offload.buffers))
+            self.swap = Swap(
+                self._open("states", offload.folder), BufferPool(self.files, offload.buffers)
+            )
 
     @property
     def leaves_device(self) -> bool:
@@ -89,17 +91,17 @@ class Homes:
 
     def _on_disk(self, shard: torch.Tensor) -> DiskShard:
         if self._shard_file is None or self._shard_pool is None:
-            self._shard_file = self._open("parameters")
-            self._shard_pool = BufferPool(self.files, self.offload.buffers)
+            self._shard_file = self._open("parameters", self.offload.folder_of_parameters)
+            self._shard_pool = BufferPool(self.files, self.offload.parameter_buffers)
         offset, self._shard_end = self._shard_end, self._shard_end + -(-shard.nbytes // 4096) * 4096
         self._shard_file.preallocate(self._shard_end)
         home = DiskShard(shard, self._shard_file, offset, self._shard_pool)
         self._disk_shards.append(home)
         return home
 
-    def _open(self, what: str) -> TensorFile:
+    def _open(self, what: str, where: str | None) -> TensorFile:
         """A file that nobody else can find, and that is gone when the process ends."""
-        folder = Path(self.offload.folder or "")
+        folder = Path(where or "")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"ds_zero_{what}_rank{self._rank}_{uuid.uuid4().hex[:12]}.swap"
