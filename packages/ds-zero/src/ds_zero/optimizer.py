@@ -422,6 +422,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Bytes that this rank holds between steps, by kind; "padding" is part of the others."""
         return state.memory(self)
 
+    def swap_bytes(self) -> tuple[int, int]:
+        """Bytes that this rank has read from and written to disk so far."""
+        return self._homes.swap_bytes()
+
     def close(self) -> None:
         """Undo the sharding: the model is whole again, with no hook of ours. Collective."""
         if self._gather is not None:

@@ -21,7 +21,7 @@ Models", section 5; the flat layout is ours (docs/design.md, section 5).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -235,6 +235,10 @@ class Unit:
         """Take the memory of a shard that lives elsewhere, unless a gather may still read it."""
         if self.shard_home is not None and not self.is_full:
             self.shard.untyped_storage().resize_(0)
+
+    def shard_memory(self) -> AbstractContextManager[None]:
+        """The shard has memory inside the block, so that views of it can be made."""
+        return nullcontext() if self._shard_is_here else memory_of(self.shard)
 
     @contextmanager
     def present(self, piece: OptimizerPiece | None, *, edits: bool) -> Iterator[None]:
