@@ -33,6 +33,7 @@ BENCHMARKS = {
     "host_overhead": "what a step costs where the model costs nothing",
     "observers": "what observers add to a step",
     "import_time": "what importing a package adds to `import torch`",
+    "offload": "the largest model under a memory cap, states on disk, the rate of the disk",
     "autotuning": "`ds tune` against an exhaustive search of the same grid",
 }
 

@@ -422,6 +422,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Bytes that this rank holds between steps, by kind; "padding" is part of the others."""
         return state.memory(self)
 
+    def settle(self) -> None:
+        """Wait until what was written to disk is there; it goes on beside the program otherwise.
+
+        Raises the error of a write that failed.
+        """
+        self._homes.settle()
+
     def swap_bytes(self) -> tuple[int, int]:
         """Bytes that this rank has read from and written to disk so far."""
         return self._homes.swap_bytes()
