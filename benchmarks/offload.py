@@ -36,7 +36,7 @@ LIMIT_S = 900
 BLOCK, DEPTH = 1 << 20, 32
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemoryError(RuntimeError):
     """A trial needed more than its cap."""
 
 
@@ -84,7 +84,7 @@ def _largest(trial: Trial) -> Trial:
 def _fits(trial: Trial) -> bool:
     try:
         _trial(trial)
-    except OutOfMemory:
+    except OutOfMemoryError:
         return False
     return True
 
@@ -93,7 +93,7 @@ def _fits(trial: Trial) -> bool:
 def _trial(trial: Trial) -> dict[str, Any]:
     """Run a trial in a process of its own.
 
-    Raises OutOfMemory if it ended for want of memory, RuntimeError with its output if otherwise.
+    Raises OutOfMemoryError if it ended for want of memory, RuntimeError with its output if otherwise.
     """
     script = Path(__file__).with_name("offload_trial.py")
     command = [sys.executable, str(script), json.dumps(asdict(trial))]
@@ -107,7 +107,7 @@ def _trial(trial: Trial) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return found
     if "allocate memory" in done.stderr or "MemoryError" in done.stderr:
-        raise OutOfMemory(done.stderr[-500:])
+        raise OutOfMemoryError(done.stderr[-500:])
     raise RuntimeError(f"{trial}: exit status {done.returncode}\n{done.stderr[-3000:]}")
 
 
@@ -154,7 +154,8 @@ def _rate(report: Report, folder: str, quick: bool) -> None:
     for _ in range(3 if quick else 5):
         floors.append(max(_fio(folder, engine) for engine in ("io_uring", "libaio")))
         ours.append(_update_rate(trial))
-    shown = ", ".join(f"{rate / 1e9:.2f} of {floor / 1e9:.2f}" for rate, floor in zip(ours, floors))
+    pairs = zip(ours, floors, strict=True)
+    shown = ", ".join(f"{rate / 1e9:.2f} of {floor / 1e9:.2f}" for rate, floor in pairs)
     report.notes.append(f"optimizer I/O, GB/s read and written, of fio's: {shown}")
     report.checks.append(
         Check("optimizer I/O / fio", median(ours) / median(floors), float("inf"), least=0.9)

@@ -1,7 +1,7 @@
 """One training run under a cap on memory, in a process of its own: `offload_trial.py '{...}'`.
 
-Prints one line of JSON: parameters, seconds per step, peak memory, bytes swapped, losses. A run that
-needs more than the cap ends with an error, as it would for a user.
+Prints one line of JSON: parameters, seconds per step, peak memory, bytes swapped, losses. A run
+that needs more than the cap ends with an error, as it would for a user.
 """
 
 from __future__ import annotations
