@@ -34,6 +34,7 @@ BENCHMARKS = {
     "observers": "what observers add to a step",
     "checkpoint": "what training waits for a checkpoint, and how fast it is written",
     "import_time": "what importing a package adds to `import torch`",
+    "offload": "the largest model under a memory cap, states on disk, the rate of the disk",
     "autotuning": "`ds tune` against an exhaustive search of the same grid",
 }
 

@@ -189,6 +189,8 @@ class Engine(EngineFiles):
 
     def _prepare_backward(self) -> None:
         """Gradients that are not sharded are averaged once per step, at its last micro-batch."""
+        if self.sharding.updates_in_backward:
+            self._before_update()
         early = not self._micro.is_boundary and not self.sharding.reduces_each_backward
         self.sharding.accumulate_locally = self._micro.held or early
 
