@@ -47,6 +47,7 @@ def config(stage: int, tier: str, folder: Path, name: str, **changes: Any) -> di
         "gradient_accumulation_steps": 2,
         "optimizer": {"type": name, "params": {"lr": 0.01}},
         "zero_optimization": section,
+        "gradient_clipping": 0.0,
         "progress": False,
         **changes,
     }

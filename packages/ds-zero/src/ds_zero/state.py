@@ -57,7 +57,7 @@ def _held(
         yield _local(optimizer, unit, piece, kind)
         return
     mine = unit.piece_at(piece.offset) if unit.trainable else None
-    with unit.present(mine, edits=edits):
+    with unit.present(mine, edits=edits, weights=kind == "parameter"):
         yield _local(optimizer, unit, piece, kind)
 
 

@@ -241,18 +241,23 @@ class Unit:
         return nullcontext() if self._shard_is_here else memory_of(self.shard)
 
     @contextmanager
-    def present(self, piece: OptimizerPiece | None, *, edits: bool) -> Iterator[None]:
-        """Weights and states of an optimizer piece are in memory inside the block; `edits` stay.
+    def present(
+        self, piece: OptimizerPiece | None, *, edits: bool, weights: bool = True
+    ) -> Iterator[None]:
+        """States and `weights` of an optimizer piece are in memory inside the block; `edits` stay.
 
-        None: those of frozen parameters.
+        None: those of frozen parameters. Without `weights`, a shard that gathers read meanwhile is
+        left alone, so that a checkpoint may be written beside training.
         """
         swap = self._homes.swap
         with ExitStack() as stack:
             if piece is not None and swap is not None:
                 stack.enter_context(swap.present(piece.weights, edits=edits))
-            if self.master is None and self.shard_home is not None and not self._shard_is_here:
+            away = self.shard_home is not None and not self._shard_is_here
+            if weights and self.master is None and away:
                 self._bring_shard(fill=True)
                 stack.callback(self._leave_shard)
+                assert self.shard_home is not None
                 if edits:
                     stack.callback(self.shard_home.store, self.shard)
             yield
