@@ -111,7 +111,8 @@ def train_8bit(settings: dict[str, Any]) -> None:
 def test_updates_in_backward_have_the_same_bits(tmp_path: Path):
     early = config(2, "nvme", tmp_path, "CPUAdam")
     early["zero_optimization"]["update_in_backward"] = True
-    run_ranks(2, compare, early, config(2, "none", tmp_path, "CPUAdam"), True)
+    # Both average the gradients of all micro-batches once.
+    run_ranks(2, compare, early, config(1, "none", tmp_path, "CPUAdam"), True)
 
 
 @pytest.mark.parametrize(
