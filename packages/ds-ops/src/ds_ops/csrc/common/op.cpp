@@ -1,5 +1,7 @@
 #include "common/op.h"
 
+#include <sys/mman.h>
+
 #include <cstring>
 #include <string>
 #include <vector>
@@ -54,6 +56,18 @@ std::string shape_text(const Tensor& t) {
     text += (dim ? ", " : "") + std::to_string(t.size(dim));
   }
   return text + "]";
+}
+
+Tensor on_large_pages(Tensor fresh) {
+  constexpr uintptr_t kLarge = 32 << 20, kPage = 2 << 20;
+  const uintptr_t bytes = fresh.numel() * fresh.element_size();
+  if (bytes < kLarge || !fresh.is_cpu()) return fresh;
+  // Only whole large pages inside: what lies around belongs to others.
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (begin + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  return fresh;
 }
 
 void check_plain(const char* op, const char* argument, const Tensor& t) {

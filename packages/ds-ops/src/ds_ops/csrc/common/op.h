@@ -75,6 +75,21 @@ inline FloatType float_type(const Tensor& t) {
   }
 }
 
+// --- Results ------------------------------------------------------------------------------------
+
+// `fresh`, which nobody has written to yet, asked to lie on large pages if it is large. Above 32 MiB
+// malloc takes new memory from the system every time and gives it back; in pages of 4 KiB, getting
+// it at the first touch takes longer than most ops. An advice: where it is not taken, nothing else
+// changes.
+Tensor on_large_pages(Tensor fresh);
+
+inline Tensor result_like(const Tensor& t) { return on_large_pages(torch::stable::empty_like(t)); }
+
+inline Tensor new_result(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
+                         std::optional<ScalarType> dtype = std::nullopt) {
+  return on_large_pages(torch::stable::new_empty(like, shape, dtype));
+}
+
 // --- Threads ------------------------------------------------------------------------------------
 
 // `body(begin, end)` over parts of [0, count), by at most torch.get_num_threads() threads; parts

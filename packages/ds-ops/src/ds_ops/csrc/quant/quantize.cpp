@@ -124,7 +124,7 @@ Quantized quantized(QuantizeCall& call, const Tensor& like, std::vector<int64_t>
   for (const int64_t size : shape) blocks *= size;
   const int64_t width = shape.back();
   shape.back() = width / block * (block * format.bits / 8);
-  Tensor codes = torch::stable::new_empty(like, shape, ScalarType::Byte);
+  Tensor codes = new_result(like, shape, ScalarType::Byte);
   shape.back() = width / block;
   Tensor scales = torch::stable::new_empty(like, shape, ScalarType::Float);
   const std::vector<int64_t> none{0};
@@ -257,7 +257,7 @@ Tensor dequantize_blocks(Tensor codes, Tensor scales, std::optional<Tensor> zero
   }
   std::vector<int64_t> shape = shape_of(codes);
   shape.back() = width;
-  Tensor y = torch::stable::new_empty(codes, shape, dtype);
+  Tensor y = new_result(codes, shape, dtype);
   const DequantizeCall call{
       static_cast<const uint8_t*>(codes.const_data_ptr()),
       static_cast<const float*>(scales.const_data_ptr()),
