@@ -63,21 +63,26 @@ DS_INLINE F from_bf16_bits(H bits) {
 #endif
 }
 
-// Nearest, ties to even; a NaN stays one.
-DS_INLINE H to_bf16_bits(F v) {
+// Bits whose high half is the nearest bf16, ties to even; a NaN stays one.
+DS_INLINE U rounded_to_bf16(F v) {
   const U bits = (U)v;
+  const U half = ((bits >> 16) & 1u) + 0x7fffu;
 #if defined(__AVX512F__)
-  // Where v is a NaN, the last addition leaves this one in its place.
+  // Where v is a NaN, the addition leaves this one in its place.
   const __m512i nan = _mm512_set1_epi32(0x7fc00000);
   const __mmask16 number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
-  const U half = ((bits >> 16) & 1u) + 0x7fffu;
-  const __m512i rounded = _mm512_mask_add_epi32(nan, number, (__m512i)bits, (__m512i)half);
-  return (H)_mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  return (U)_mm512_mask_add_epi32(nan, number, (__m512i)bits, (__m512i)half);
 #else
-  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const U quiet = (bits >> 16) | 0x40u;
-  const U chosen = (U)(v == v) ? rounded : quiet;
-  return __builtin_convertvector(chosen, H);
+  return (U)(v == v) ? bits + half : bits | 0x400000u;
+#endif
+}
+
+DS_INLINE H to_bf16_bits(F v) {
+  const U high = rounded_to_bf16(v) >> 16;
+#if defined(__AVX512F__)
+  return (H)_mm512_cvtepi32_epi16((__m512i)high);
+#else
+  return __builtin_convertvector(high, H);
 #endif
 }
 
