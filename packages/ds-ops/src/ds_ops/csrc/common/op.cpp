@@ -94,12 +94,23 @@ void check_numel(const char* op, const char* argument, const Tensor& t, int64_t 
                   " elements, expected ", expected);
 }
 
+namespace {
+
+// Bytes from the first element to the end of the last one; no stride is negative.
+int64_t extent(const Tensor& t) {
+  int64_t last = 0;
+  for (int64_t dim = 0; dim < t.dim(); ++dim) last += t.stride(dim) * (t.size(dim) - 1);
+  return (last + 1) * t.element_size();
+}
+
+}  // namespace
+
 void check_apart(const char* op, const char* a_name, const Tensor& a, const char* b_name,
                  const Tensor& b) {
   const char* a_begin = static_cast<const char*>(a.const_data_ptr());
   const char* b_begin = static_cast<const char*>(b.const_data_ptr());
-  const char* a_end = a_begin + a.numel() * a.element_size();
-  const char* b_end = b_begin + b.numel() * b.element_size();
+  const char* a_end = a_begin + extent(a);
+  const char* b_end = b_begin + extent(b);
   STD_TORCH_CHECK(a.numel() == 0 || b.numel() == 0 || a_end <= b_begin || b_end <= a_begin, op,
                   ": ", a_name, " and ", b_name,
                   " overlap in memory, and one of them is written; give tensors of their own");

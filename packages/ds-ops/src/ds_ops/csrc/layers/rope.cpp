@@ -101,10 +101,8 @@ Tensor rope(Tensor x, Tensor cos, Tensor sin, bool heads_first, bool interleaved
 void rope_(Tensor x, Tensor cos, Tensor sin, bool heads_first, bool interleaved, bool inverse) {
   check_x(x);
   check_own_elements(x);
-  if (x.is_contiguous()) {
-    check_apart(kOp, "x", x, "cos", cos);
-    check_apart(kOp, "x", x, "sin", sin);
-  }
+  check_apart(kOp, "x", x, "cos", cos);
+  check_apart(kOp, "x", x, "sin", sin);
   rotate(x, x, cos, sin, heads_first, interleaved, inverse);
 }
 

@@ -117,6 +117,13 @@ int64_t check_quantized(const char* op, const Tensor& codes, const Tensor& scale
 
 using Quantized = std::tuple<Tensor, Tensor, Tensor>;
 
+// What was lost before is added, and what is lost now is kept: `error` has been checked.
+void feed_back(QuantizeCall& call, const Tensor& error, double beta) {
+  call.error = error.mutable_data_ptr();
+  call.error_type = element_type(error.scalar_type());
+  call.beta = static_cast<float>(beta);
+}
+
 // Makes the results, of x's shape `shape`, and fills them. `call` says what is quantized.
 Quantized quantized(QuantizeCall& call, const Tensor& like, std::vector<int64_t> shape,
                     const BlockFormat& format, int64_t block, std::optional<int64_t> seed) {
@@ -158,9 +165,7 @@ Quantized quantize(const char* op, const Tensor& x, const Tensor* error, double 
     check_beta(op, beta);
     check_error(op, *error, shape_of(x), x.scalar_type());
     check_apart(op, "error", *error, "x", x);
-    call.error = error->mutable_data_ptr();
-    call.error_type = element_type(error->scalar_type());
-    call.beta = static_cast<float>(beta);
+    feed_back(call, *error, beta);
   }
   call.x = x.const_data_ptr();
   call.x_type = element_type(x.scalar_type());
@@ -210,9 +215,7 @@ Quantized reduce(const char* op, const Tensor& codes, const Tensor& scales,
     check_apart(op, "error", *error, "codes", codes);
     check_apart(op, "error", *error, "scales", scales);
     if (zeros.has_value()) check_apart(op, "error", *error, "zeros", *zeros);
-    call.error = error->mutable_data_ptr();
-    call.error_type = element_type(error->scalar_type());
-    call.beta = static_cast<float>(beta);
+    feed_back(call, *error, beta);
   }
   call.outer = call.inner = 1;
   return quantized(call, codes, shape, to, block, seed);
