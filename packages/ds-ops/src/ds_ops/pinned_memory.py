@@ -27,6 +27,9 @@ def pinned_empty(
     they stay in memory; `tensor.is_pinned()` is then False, because no driver knows them. Either
     way the data begin at a page.
 
+    A process forked from this one must not touch such a tensor: its pages are not in the child
+    (`MADV_DONTFORK`), which would end with a segmentation fault. Hand the child a copy.
+
     Args:
         shape: dimensions, all 0 or more.
         dtype: any of torch's.

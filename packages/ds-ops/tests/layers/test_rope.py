@@ -77,6 +77,10 @@ def test_in_place_refuses_what_it_would_spoil() -> None:
         ds_ops.rope(torch.ones(1, 4, 1, 8).expand(1, 4, 3, 8), *tables, in_place=True)
     with pytest.raises(DsError, match="layout"):
         ds_ops.rope(torch.ones(1, 4, 3, 8), *tables, layout="sbhd")
+    room = torch.ones(1, 4, 5, 8)
+    inside = room.view(-1)[-24:-8].view(4, 4)
+    with pytest.raises(RuntimeError, match="x and cos overlap in memory"):
+        ds_ops.rope(room[:, :, 1:4], inside, tables[1], in_place=True)
 
 
 def test_rows_that_overlap_in_memory_are_refused() -> None:

@@ -117,6 +117,50 @@ static void check_parts() {
   EXPECT(max_of(load(row)) == row[kWidth - 1], "%g", (double)max_of(load(row)));
 }
 
+static float at_once(F (*function)(F), float v) {
+  float got[kWidth];
+  store(got, function(splat(v)));
+  return got[kWidth - 1];
+}
+
+static F sigmoid_of(F v) { return sigmoid(v); }
+static F exponential_of(F v) { return exponential(v); }
+static F reciprocal_of(F v) { return reciprocal(v); }
+
+// Infinities, NaN with any payload, and what sigmoid and reciprocal promise.
+static void check_edges() {
+  const uint32_t nans[] = {0x7fc00000u, 0xffc00000u, 0x7fc00081u, 0x7fffffffu, 0xffffffffu};
+  for (const uint32_t bits : nans) {
+    const float nan = float_of(bits);
+    EXPECT(isnan(at_once(exponential_of, nan)), "e^NaN of %08x", bits);
+    EXPECT(isnan(at_once(sigmoid_of, nan)), "sigmoid of %08x", bits);
+    EXPECT(isnan(at_once(reciprocal_of, nan)), "reciprocal of %08x", bits);
+  }
+  const float large[] = {89.0f, 1e4f, 1e30f, 3.4e38f, INFINITY};
+  for (const float v : large) {
+    EXPECT(at_once(exponential_of, v) > 2e38f, "e^%g", (double)v);
+    EXPECT(at_once(exponential_of, -v) >= 0.0f && at_once(exponential_of, -v) < 1.3e-38f, "e^%g",
+           (double)-v);
+    EXPECT(at_once(sigmoid_of, v) == 1.0f, "sigmoid of %g", (double)v);
+    const float none = at_once(sigmoid_of, -v);
+    EXPECT(none >= 0.0f && none < 1e-37f, "sigmoid of %g: %g", (double)-v, (double)none);
+  }
+  EXPECT(at_once(exponential_of, 0.0f) == 1.0f, "e^0");
+  EXPECT(at_once(sigmoid_of, 0.0f) == 0.5f, "sigmoid of 0");
+  double worst = 0.0, worst_share = 0.0;
+  for (int i = -86000; i <= 86000; ++i) {
+    const float v = (float)i * 1e-3f;
+    const double truth = 1.0 / (1.0 + exp(-(double)v));
+    const double error = fabs(at_once(sigmoid_of, v) - truth) / truth;
+    worst = error > worst ? error : worst;
+    const float size = ldexpf(1.0f + (float)(i + 86000) * 5e-6f, i % 100);
+    const double off = fabs((double)at_once(reciprocal_of, size) * size - 1.0);
+    worst_share = off > worst_share ? off : worst_share;
+  }
+  EXPECT(worst < 4.8e-7, "sigmoid is off by %g", worst);
+  EXPECT(worst_share < 1.2e-7, "the reciprocal is off by %g", worst_share);
+}
+
 static void check_functions() {
   double worst = 0.0;
   for (int i = -870000; i <= 880000; i += kWidth) {
@@ -137,6 +181,7 @@ static void check_functions() {
     }
   }
   EXPECT(worst < 2.5e-7, "e^v is off by %g", worst);
+  check_edges();
   float one[kWidth] = {1.0f}, two[kWidth] = {2.0f}, got[kWidth];
   store(got, maximum(load(one), load(two)));
   EXPECT(got[0] == 2.0f, "%g", (double)got[0]);

@@ -40,15 +40,30 @@ def _moments(own: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return decoded(own[2], own[3], signed=True), decoded(own[4], own[5], signed=False)
 
 
+def _off(
+    ours: torch.Tensor, theirs: torch.Tensor, before: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far new parameters are apart, and may be: AVX-512 has a step to 2^-13 of itself."""
+    change = (theirs.double() - before).abs()
+    off = (ours.double() - theirs.double()).abs()
+    return off, 1e-6 + 1e-6 * before.abs() + 2**-13 * change
+
+
 @pytest.mark.parametrize("numel", SIZES)
 @pytest.mark.parametrize("seed", [None, 5])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_it_is_the_reference(numel: int, seed: int | None, dtype: torch.dtype) -> None:
     ours, theirs = _tensors(numel, dtype), _tensors(numel, dtype)
+    before = theirs[0].double()
     copies = [torch.zeros(numel, dtype=BF16) for _ in range(2)]
     for impl, own, copy in (("cpp", ours, copies[0]), ("reference", theirs, copies[1])):
         _step(own, impl, copy=copy, seed=seed, scale=torch.tensor(0.5))
-    for index in (0, 3, 5):
+    off, allowed = _off(ours[0], theirs[0], before)
+    if dtype is BF16:  # or to the other of two neighbours, where that is near
+        assert int((off > allowed).sum()) <= max(1, numel // 1000)
+        allowed = 2**-7 * theirs[0].double().abs() + 1e-6
+    assert bool((off <= allowed).all())
+    for index in (3, 5):
         assert torch.allclose(ours[index], theirs[index], rtol=1e-6, atol=1e-6)
     assert torch.equal(copies[0], ours[0].to(BF16))
     for index in (2, 4):  # codes: a number beside a boundary may end on its other side
@@ -59,9 +74,11 @@ def test_it_is_the_reference(numel: int, seed: int | None, dtype: torch.dtype) -
 
 def test_weight_decay_of_adam_goes_through_the_gradient() -> None:
     ours, theirs = _tensors(300), _tensors(300)
+    before = ours[0].double()
     _step(ours, decoupled=False, weight_decay=0.1)
     _step(theirs, "reference", decoupled=False, weight_decay=0.1)
-    assert torch.allclose(ours[0], theirs[0], rtol=1e-6, atol=1e-6)
+    off, allowed = _off(ours[0], theirs[0], before)
+    assert bool((off <= allowed).all())
 
 
 def test_the_first_step_from_nothing_is_adams() -> None:

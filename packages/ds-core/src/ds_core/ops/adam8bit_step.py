@@ -21,6 +21,7 @@ from ds_core.ops.arguments import (
     wide,
     wide_dtype,
 )
+from ds_core.ops.optimizer_step import random_bits
 from ds_core.ops.registry import run
 from ds_core.ops.tolerance import CLASS
 from ds_core.seams.op import Floor, Op
@@ -105,23 +106,21 @@ def decoded(codes: torch.Tensor, scales: torch.Tensor, *, signed: bool) -> torch
 
 
 def encoded(
-    values: torch.Tensor, *, signed: bool, bits: torch.Tensor | None = None
+    values: torch.Tensor, *, signed: bool, noise: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes in the shape of `values`, scales) of a state.
 
     The scale is the largest size of a block. No code of an unsigned state is 0 while the scale is
     not: a step would divide by it.
 
-    bits: 32 random ones per element, as int64, for unbiased rounding; None: to nearest.
+    noise: 20 random bits per element, as int64, for unbiased rounding; None: to nearest.
     """
     flat = values.reshape(-1).float()
     blocks = _blocks(flat)
     scales = blocks.abs().amax(1) if len(blocks) else flat.new_empty(0)
     scales = torch.where(scales > 0, scales.clamp(min=_SMALLEST), scales)
     ratio = flat.abs() / _spread(torch.where(scales > 0, scales, 1.0), flat.numel())
-    added: torch.Tensor | int = 1 << 19
-    if bits is not None:
-        added = bits & 0xFFFFF if signed else bits >> 12
+    added = 1 << 19 if noise is None else noise
     raw = ratio.view(torch.int32).to(torch.int64)
     codes = (((raw + added) >> 20) - _lowest(signed)).clamp(0, 127 if signed else 255)
     if signed:
@@ -177,14 +176,33 @@ def reference(
     square = beta2 * square + (1 - beta2) * g * g
     denominator = square.sqrt() / math.sqrt(1 - beta2**step) + eps
     p = p - lr / (1 - beta1**step) * (mean / denominator)
-    bits = common.bits_of(seed, param)
+    noise, bits = _noise_of(seed, param)
     codes = (exp_avg_codes, exp_avg_sq_codes)
     scales = (exp_avg_scales, exp_avg_sq_scales)
     for index, value in enumerate((mean, square)):
-        found, scale = encoded(value.float(), signed=index == 0, bits=bits)
+        found, scale = encoded(value.float(), signed=index == 0, noise=noise[index])
         codes[index].copy_(found)
         scales[index].copy_(scale)
     common.finish(param, p, copy, bits)
+
+
+def _noise_of(
+    seed: int | None, param: torch.Tensor
+) -> tuple[tuple[torch.Tensor | None, torch.Tensor | None], torch.Tensor | None]:
+    """Of each element: 20 bits for either moment, and 16 for a bf16 parameter.
+
+    Two neighbours share 32 random bits, the second one with their ends exchanged.
+    """
+    if seed is None:
+        return (None, None), None
+    numel = param.numel()
+    shared = random_bits(seed, -(-numel // 2), param.device)
+    low, high = shared & 0xFFFFF, shared >> 12
+
+    def spread(even: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
+        return torch.stack((even, odd), dim=1).view(-1)[:numel]
+
+    return (spread(low, high), spread(high, low)), spread(shared & 0xFFFF, shared >> 16)
 
 
 def _check_state(param: torch.Tensor, name: str, codes: torch.Tensor, scales: torch.Tensor) -> None:

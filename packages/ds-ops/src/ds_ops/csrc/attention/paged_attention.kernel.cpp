@@ -1,5 +1,6 @@
 #include "attention/paged_attention.h"
 
+#include "common/float_type.h"
 #include "common/simd.h"
 
 // The lanes named, of two vectors laid end to end.
@@ -584,25 +585,11 @@ void combine(const PagedAttention& call, const AttentionResult& result) {
 }  // namespace
 
 void attention_part(const PagedAttention& call, const AttentionPart& part, float* scratch) {
-  switch (call.type) {
-    case FloatType::fp32:
-      return compute<float>(call, part, scratch);
-    case FloatType::bf16:
-      return compute<bf16>(call, part, scratch);
-    case FloatType::fp16:
-      return compute<fp16>(call, part, scratch);
-  }
+  by_float_type(call.type, [&](auto as) { compute<decltype(as)>(call, part, scratch); });
 }
 
 void attention_combine(const PagedAttention& call, const AttentionResult& result) {
-  switch (call.type) {
-    case FloatType::fp32:
-      return combine<float>(call, result);
-    case FloatType::bf16:
-      return combine<bf16>(call, result);
-    case FloatType::fp16:
-      return combine<fp16>(call, result);
-  }
+  by_float_type(call.type, [&](auto as) { combine<decltype(as)>(call, result); });
 }
 
 }  // namespace DS_ISA

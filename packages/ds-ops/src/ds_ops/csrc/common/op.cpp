@@ -1,5 +1,7 @@
 #include "common/op.h"
 
+#include <sys/mman.h>
+
 #include <cstring>
 #include <string>
 #include <vector>
@@ -56,6 +58,18 @@ std::string shape_text(const Tensor& t) {
   return text + "]";
 }
 
+Tensor on_large_pages(Tensor fresh) {
+  constexpr uintptr_t kLarge = 32 << 20, kPage = 2 << 20;
+  const uintptr_t bytes = fresh.numel() * fresh.element_size();
+  if (bytes < kLarge || !fresh.is_cpu()) return fresh;
+  // Only whole large pages inside: what lies around belongs to others.
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (begin + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  return fresh;
+}
+
 void check_plain(const char* op, const char* argument, const Tensor& t) {
   STD_TORCH_CHECK(t.is_cpu(), op, ": ", argument, ": not on a CPU, where this kernel runs");
   STD_TORCH_CHECK(t.is_contiguous(), op, ": ", argument, ": not contiguous (shape ", shape_text(t),
@@ -80,12 +94,23 @@ void check_numel(const char* op, const char* argument, const Tensor& t, int64_t 
                   " elements, expected ", expected);
 }
 
+namespace {
+
+// Bytes from the first element to the end of the last one; no stride is negative.
+int64_t extent(const Tensor& t) {
+  int64_t last = 0;
+  for (int64_t dim = 0; dim < t.dim(); ++dim) last += t.stride(dim) * (t.size(dim) - 1);
+  return (last + 1) * t.element_size();
+}
+
+}  // namespace
+
 void check_apart(const char* op, const char* a_name, const Tensor& a, const char* b_name,
                  const Tensor& b) {
   const char* a_begin = static_cast<const char*>(a.const_data_ptr());
   const char* b_begin = static_cast<const char*>(b.const_data_ptr());
-  const char* a_end = a_begin + a.numel() * a.element_size();
-  const char* b_end = b_begin + b.numel() * b.element_size();
+  const char* a_end = a_begin + extent(a);
+  const char* b_end = b_begin + extent(b);
   STD_TORCH_CHECK(a.numel() == 0 || b.numel() == 0 || a_end <= b_begin || b_end <= a_begin, op,
                   ": ", a_name, " and ", b_name,
                   " overlap in memory, and one of them is written; give tensors of their own");

@@ -9,6 +9,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <exception>
+#include <mutex>
 #include <optional>
 #include <tuple>
 
@@ -44,7 +46,7 @@ void check_dtype(const char* op, const char* argument, const Tensor& t, ScalarTy
 // One of fp32, bf16, fp16.
 void check_float(const char* op, const char* argument, const Tensor& t);
 void check_numel(const char* op, const char* argument, const Tensor& t, int64_t expected);
-// The two share no byte: one of them is written.
+// The two share no byte, from the first element of each to its last: one of them is written.
 void check_apart(const char* op, const char* a_name, const Tensor& a, const char* b_name,
                  const Tensor& b);
 
@@ -75,7 +77,43 @@ inline FloatType float_type(const Tensor& t) {
   }
 }
 
+// --- Results ------------------------------------------------------------------------------------
+
+// `fresh`, which nobody has written to yet, asked to lie on large pages if it is large. Above 32 MiB
+// malloc takes new memory from the system every time and gives it back; in pages of 4 KiB, getting
+// it at the first touch takes longer than most ops. An advice: where it is not taken, nothing else
+// changes.
+Tensor on_large_pages(Tensor fresh);
+
+inline Tensor result_like(const Tensor& t) { return on_large_pages(torch::stable::empty_like(t)); }
+
+inline Tensor new_result(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
+                         std::optional<ScalarType> dtype = std::nullopt) {
+  return on_large_pages(torch::stable::new_empty(like, shape, dtype));
+}
+
 // --- Threads ------------------------------------------------------------------------------------
+
+// What the first of several threads threw. Torch would carry on the error, but not what it says.
+class FirstFailure {
+ public:
+  template <typename Body>
+  void guard(const Body& body) noexcept {
+    try {
+      body();
+    } catch (...) {
+      const std::lock_guard<std::mutex> held(mutex_);
+      if (!error_) error_ = std::current_exception();
+    }
+  }
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::exception_ptr error_;
+};
 
 // `body(begin, end)` over parts of [0, count), by at most torch.get_num_threads() threads; parts
 // are at least `grain` long, begin at multiples of `align` and do not depend on the machine's load.
@@ -83,11 +121,13 @@ template <typename Body>
 void parallel(int64_t count, int64_t grain, const Body& body, int64_t align = 1) {
   if (count <= 0) return;
   const int64_t blocks = (count + align - 1) / align;
+  FirstFailure failure;
   torch::stable::parallel_for(
       0, blocks, grain / align > 0 ? grain / align : 1, [&](int64_t begin, int64_t end) {
         const int64_t stop = end * align;
-        body(begin * align, stop < count ? stop : count);
+        failure.guard([&] { body(begin * align, stop < count ? stop : count); });
       });
+  failure.rethrow();
 }
 
 }  // namespace ds

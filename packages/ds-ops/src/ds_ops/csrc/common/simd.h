@@ -63,21 +63,26 @@ DS_INLINE F from_bf16_bits(H bits) {
 #endif
 }
 
-// Nearest, ties to even; a NaN stays one.
-DS_INLINE H to_bf16_bits(F v) {
+// Bits whose high half is the nearest bf16, ties to even; a NaN stays one.
+DS_INLINE U rounded_to_bf16(F v) {
   const U bits = (U)v;
+  const U half = ((bits >> 16) & 1u) + 0x7fffu;
 #if defined(__AVX512F__)
-  // Where v is a NaN, the last addition leaves this one in its place.
+  // Where v is a NaN, the addition leaves this one in its place.
   const __m512i nan = _mm512_set1_epi32(0x7fc00000);
   const __mmask16 number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
-  const U half = ((bits >> 16) & 1u) + 0x7fffu;
-  const __m512i rounded = _mm512_mask_add_epi32(nan, number, (__m512i)bits, (__m512i)half);
-  return (H)_mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  return (U)_mm512_mask_add_epi32(nan, number, (__m512i)bits, (__m512i)half);
 #else
-  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const U quiet = (bits >> 16) | 0x40u;
-  const U chosen = (U)(v == v) ? rounded : quiet;
-  return __builtin_convertvector(chosen, H);
+  return (U)(v == v) ? bits + half : bits | 0x400000u;
+#endif
+}
+
+DS_INLINE H to_bf16_bits(F v) {
+  const U high = rounded_to_bf16(v) >> 16;
+#if defined(__AVX512F__)
+  return (H)_mm512_cvtepi32_epi16((__m512i)high);
+#else
+  return __builtin_convertvector(high, H);
 #endif
 }
 
@@ -213,24 +218,30 @@ DS_INLINE F square_root(F v) {
 #endif
 }
 
+// `v`, as the compiler cannot see: it would cancel an addition and a subtraction.
+DS_INLINE F kept(F v) {
+#if defined(__aarch64__)
+  __asm__("" : "+w"(v));
+#else
+  __asm__("" : "+x"(v));
+#endif
+  return v;
+}
+
 // Nearest integer, ties to even, of |v| < 2^22: adding 1.5 * 2^23 leaves no bit for a fraction.
 DS_INLINE F round_even(F v) {
   const F magic = splat(12582912.0f);
-  F shifted = v + magic;
-  // Or the compiler may cancel the two additions.
-#if defined(__aarch64__)
-  __asm__("" : "+w"(shifted));
-#else
-  __asm__("" : "+x"(shifted));
-#endif
-  return shifted - magic;
+  return kept(v + magic) - magic;
 }
 
 // e^v to 2 ulp: v = n ln 2 + r, with a polynomial of degree 6 on |r| <= ln 2 / 2. Where the result
 // would not be a normal number it is the smallest or largest one; a NaN stays one.
 DS_INLINE F exponential(F v) {
   v = minimum(splat(88.37626f), maximum(splat(-87.33654f), v));
-  const F n = round_even(v * 1.44269504f);
+  // As in round_even; with 127 more, the low bits are the exponent of 2^n.
+  const F magic = splat(12582912.0f + 127.0f);
+  const F shifted = kept(v * 1.44269504f + magic);
+  const F n = shifted - magic;
   F r = v - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   F p = splat(1.9875691500e-4f);
@@ -239,9 +250,9 @@ DS_INLINE F exponential(F v) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const I exponent = (__builtin_convertvector(n, I) + 127) << 23;
-  return p * (F)exponent;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * (F)((U)shifted << 23);
 }
 
 // Pairwise, the upper half onto the lower one, in the same order everywhere.
@@ -268,7 +279,8 @@ DS_INLINE float sum_of(F v) {
 // 1 / v to 1 ulp of finite v other than 0; 0 where that is not a normal number.
 DS_INLINE F reciprocal(F v) {
 #if defined(__AVX512F__)
-  // One step of Newton's doubles the 14 bits; a division takes four times as long.
+  // One step of Newton's doubles the 14 bits; a division takes four times as long. With AVX2 it does
+  // not, and the estimate has 12 bits, of which Newton's step makes 0.49999997 of 1 / 2.
   const F guess = (F)_mm512_rcp14_ps((__m512)v);
   return guess + guess * (1.0f - v * guess);
 #else

@@ -1,5 +1,6 @@
 #include "gemm/grouped_mm.h"
 
+#include "common/float_type.h"
 #include "common/simd.h"
 
 namespace ds {
@@ -101,14 +102,7 @@ void multiply_rows(const FewRows& call, int64_t begin, int64_t end) {
 }  // namespace
 
 void multiply_few_rows(const FewRows& call, int64_t begin, int64_t end) {
-  switch (call.type) {
-    case FloatType::fp32:
-      return multiply_rows<float>(call, begin, end);
-    case FloatType::bf16:
-      return multiply_rows<bf16>(call, begin, end);
-    default:
-      return multiply_rows<fp16>(call, begin, end);
-  }
+  by_float_type(call.type, [&](auto as) { multiply_rows<decltype(as)>(call, begin, end); });
 }
 
 }  // namespace DS_ISA

@@ -1,5 +1,6 @@
 #include "gemm/weight_only_linear.h"
 
+#include "common/float_type.h"
 #include "common/simd.h"
 
 namespace ds {
@@ -169,14 +170,7 @@ DS_INLINE void write(const WeightOnlyLinear& call, int64_t row, int64_t at, F va
 }
 
 DS_INLINE void write_as(const WeightOnlyLinear& call, int64_t row, int64_t at, F value) {
-  switch (call.type) {
-    case FloatType::fp32:
-      return write<float>(call, row, at, value);
-    case FloatType::bf16:
-      return write<bf16>(call, row, at, value);
-    default:
-      return write<fp16>(call, row, at, value);
-  }
+  by_float_type(call.type, [&](auto as) { write<decltype(as)>(call, row, at, value); });
 }
 
 // `N` blocks from `index` on by `R` rows from `row` on. With little to add, there are more sums than

@@ -42,7 +42,7 @@ Tensor gated_activation(Tensor gate, Tensor up, std::string activation) {
   check_plain(kOp, "gate", gate);
   check_same("up", up, gate);
   const Activation act = activation_of(kOp, activation);
-  Tensor y = torch::stable::empty_like(gate);
+  Tensor y = result_like(gate);
   const auto kernel = DS_BEST(gated_activation_span);
   parallel(
       gate.numel(), kGrain,
@@ -61,8 +61,8 @@ std::tuple<Tensor, Tensor> gated_activation_backward(Tensor grad, Tensor gate, T
   check_same("up", up, gate);
   check_same("grad", grad, gate);
   const Activation act = activation_of(kOp, activation);
-  Tensor dgate = torch::stable::empty_like(gate);
-  Tensor dup = torch::stable::empty_like(gate);
+  Tensor dgate = result_like(gate);
+  Tensor dup = result_like(gate);
   const auto kernel = DS_BEST(gated_activation_backward_span);
   parallel(
       gate.numel(), kGrain,
@@ -90,7 +90,7 @@ Tensor gated_activation_packed(Tensor x, std::string activation) {
   std::vector<int64_t> shape;
   for (int64_t dim = 0; dim + 1 < x.dim(); ++dim) shape.push_back(x.size(dim));
   shape.push_back(half);
-  Tensor y = torch::stable::new_empty(x, shape);
+  Tensor y = new_result(x, shape);
   const auto kernel = DS_BEST(gated_activation_span);
   parallel(half ? y.numel() / half : 0, kGrain / (half + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
@@ -108,7 +108,7 @@ Tensor gated_activation_packed_backward(Tensor grad, Tensor x, std::string activ
   check_plain(kPacked, "grad", grad);
   check_dtype(kPacked, "grad", grad, x.scalar_type());
   check_numel(kPacked, "grad", grad, x.numel() / 2);
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = result_like(x);
   const auto kernel = DS_BEST(gated_activation_backward_span);
   const int64_t rows = half ? grad.numel() / half : 0;
   parallel(rows, kGrain / (half + 1) + 1, [&](int64_t begin, int64_t end) {

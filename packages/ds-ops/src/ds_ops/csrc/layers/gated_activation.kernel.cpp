@@ -1,5 +1,6 @@
 #include "layers/gated_activation.h"
 
+#include "common/float_type.h"
 #include "common/simd.h"
 
 namespace ds {
@@ -68,26 +69,12 @@ void backward(const GatedBackward& span, int64_t count) {
 
 template <typename Act>
 void forward_of(const GatedForward& span, int64_t count, FloatType type) {
-  switch (type) {
-    case FloatType::fp32:
-      return forward<float, Act>(span, count);
-    case FloatType::bf16:
-      return forward<bf16, Act>(span, count);
-    case FloatType::fp16:
-      return forward<fp16, Act>(span, count);
-  }
+  by_float_type(type, [&](auto as) { forward<decltype(as), Act>(span, count); });
 }
 
 template <typename Act>
 void backward_of(const GatedBackward& span, int64_t count, FloatType type) {
-  switch (type) {
-    case FloatType::fp32:
-      return backward<float, Act>(span, count);
-    case FloatType::bf16:
-      return backward<bf16, Act>(span, count);
-    case FloatType::fp16:
-      return backward<fp16, Act>(span, count);
-  }
+  by_float_type(type, [&](auto as) { backward<decltype(as), Act>(span, count); });
 }
 
 }  // namespace

@@ -90,7 +90,7 @@ void rotate(const Tensor& x, const Tensor& y, Tensor cos, Tensor sin, bool heads
 
 Tensor rope(Tensor x, Tensor cos, Tensor sin, bool heads_first, bool interleaved, bool inverse) {
   check_x(x);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = result_like(x);
   STD_TORCH_CHECK(y.stride(3) == 1 || y.size(3) <= 1, kOp,
                   ": x: its elements overlap in memory, so that the result would lie otherwise; "
                   "call .contiguous() on it");
@@ -101,10 +101,8 @@ Tensor rope(Tensor x, Tensor cos, Tensor sin, bool heads_first, bool interleaved
 void rope_(Tensor x, Tensor cos, Tensor sin, bool heads_first, bool interleaved, bool inverse) {
   check_x(x);
   check_own_elements(x);
-  if (x.is_contiguous()) {
-    check_apart(kOp, "x", x, "cos", cos);
-    check_apart(kOp, "x", x, "sin", sin);
-  }
+  check_apart(kOp, "x", x, "cos", cos);
+  check_apart(kOp, "x", x, "sin", sin);
   rotate(x, x, cos, sin, heads_first, interleaved, inverse);
 }
 

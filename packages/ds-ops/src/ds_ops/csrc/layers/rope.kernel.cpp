@@ -1,5 +1,6 @@
 #include "layers/rope.h"
 
+#include "common/float_type.h"
 #include "common/simd.h"
 
 namespace ds {
@@ -129,14 +130,7 @@ void rotate(const Rope& call, int64_t begin, int64_t end) {
 }  // namespace
 
 void rope_rows(const Rope& call, int64_t begin, int64_t end) {
-  switch (call.type) {
-    case FloatType::fp32:
-      return rotate<float>(call, begin, end);
-    case FloatType::bf16:
-      return rotate<bf16>(call, begin, end);
-    case FloatType::fp16:
-      return rotate<fp16>(call, begin, end);
-  }
+  by_float_type(call.type, [&](auto as) { rotate<decltype(as)>(call, begin, end); });
 }
 
 }  // namespace DS_ISA

@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor logits, Tensor targets, 
                                          int64_t ignored, double smoothing, double z_loss,
                                          double softcap, bool with_gradient) {
   check_logits(logits);
-  Tensor gradient = with_gradient ? torch::stable::empty_like(logits)
+  Tensor gradient = with_gradient ? result_like(logits)
                                   : torch::stable::new_empty(logits, {0});
   void* to = with_gradient ? gradient.mutable_data_ptr() : nullptr;
   auto [total, losses] =

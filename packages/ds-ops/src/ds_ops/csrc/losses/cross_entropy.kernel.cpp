@@ -1,5 +1,6 @@
 #include "losses/cross_entropy.h"
 
+#include "common/float_type.h"
 #include "common/simd.h"
 
 namespace ds {
@@ -131,14 +132,7 @@ void rows_of(const CrossEntropy& call, float* scratch, int64_t begin, int64_t en
 }  // namespace
 
 void cross_entropy_rows(const CrossEntropy& call, float* scratch, int64_t begin, int64_t end) {
-  switch (call.type) {
-    case FloatType::fp32:
-      return rows_of<float>(call, scratch, begin, end);
-    case FloatType::bf16:
-      return rows_of<bf16>(call, scratch, begin, end);
-    case FloatType::fp16:
-      return rows_of<fp16>(call, scratch, begin, end);
-  }
+  by_float_type(call.type, [&](auto as) { rows_of<decltype(as)>(call, scratch, begin, end); });
 }
 
 }  // namespace DS_ISA

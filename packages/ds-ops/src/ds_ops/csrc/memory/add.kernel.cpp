@@ -1,5 +1,6 @@
 #include "memory/add.h"
 
+#include "common/float_type.h"
 #include "common/simd.h"
 
 namespace ds {
@@ -33,14 +34,7 @@ void add(const void* const* from, int ranks, void* to_bytes, void* also_bytes, i
 
 void add_ranks(const void* const* from, int ranks, void* to, void* also, int64_t count,
                FloatType type) {
-  switch (type) {
-    case FloatType::fp32:
-      return add<float>(from, ranks, to, also, count);
-    case FloatType::bf16:
-      return add<bf16>(from, ranks, to, also, count);
-    case FloatType::fp16:
-      return add<fp16>(from, ranks, to, also, count);
-  }
+  by_float_type(type, [&](auto as) { add<decltype(as)>(from, ranks, to, also, count); });
 }
 
 }  // namespace DS_ISA

@@ -1,5 +1,6 @@
 #include "moe/moe_gate.h"
 
+#include "common/float_type.h"
 #include "common/simd.h"
 
 namespace ds {
@@ -222,26 +223,13 @@ void backward(const MoeGateBackward& call, int64_t begin, int64_t end, float* gr
 
 void moe_gate_rows(const MoeGate& call, int64_t begin, int64_t end, int32_t* counts,
                    float* scratch) {
-  switch (call.type) {
-    case FloatType::fp32:
-      return forward<float>(call, begin, end, counts, scratch);
-    case FloatType::bf16:
-      return forward<bf16>(call, begin, end, counts, scratch);
-    case FloatType::fp16:
-      return forward<fp16>(call, begin, end, counts, scratch);
-  }
+  by_float_type(call.type,
+                [&](auto as) { forward<decltype(as)>(call, begin, end, counts, scratch); });
 }
 
 void moe_gate_backward_rows(const MoeGateBackward& call, int64_t begin, int64_t end,
                             float* scratch) {
-  switch (call.type) {
-    case FloatType::fp32:
-      return backward<float>(call, begin, end, scratch);
-    case FloatType::bf16:
-      return backward<bf16>(call, begin, end, scratch);
-    case FloatType::fp16:
-      return backward<fp16>(call, begin, end, scratch);
-  }
+  by_float_type(call.type, [&](auto as) { backward<decltype(as)>(call, begin, end, scratch); });
 }
 
 }  // namespace DS_ISA

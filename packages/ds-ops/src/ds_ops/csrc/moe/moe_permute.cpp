@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_permute(Tensor x, Tensor indices, int64_t
                     expert[i], " for token ", i / k, ", expected 0 to ", num_experts - 1,
                     ", or -1 for no expert");
   }
-  Tensor rows = torch::stable::new_empty(x, {count, width});
+  Tensor rows = new_result(x, {count, width});
   prefer_large_pages(rows);
   Tensor offsets = torch::stable::new_empty(indices, {num_experts + 1});
   Tensor row_map = torch::stable::empty_like(indices);
@@ -140,7 +140,7 @@ Tensor moe_unpermute(Tensor y, Tensor row_map, std::optional<Tensor> weights) {
   check_rows("y", y);
   check_row_map(row_map, weights, y.size(0));
   const int64_t tokens = row_map.size(0), k = row_map.size(1), width = y.size(1);
-  Tensor out = torch::stable::new_empty(y, {tokens, width});
+  Tensor out = new_result(y, {tokens, width});
   const MoeUnpermute call{y.const_data_ptr(),
                           static_cast<const int32_t*>(row_map.const_data_ptr()),
                           floats_of(weights),
@@ -185,7 +185,7 @@ std::tuple<Tensor, Tensor> moe_unpermute_backward(Tensor grad, std::optional<Ten
                     shape_text(*y), ", expected [", rows, ", ", width, "]");
   }
   const auto taken = rows_taken(row_map, rows);
-  Tensor dy = torch::stable::new_empty(grad, {rows, width});
+  Tensor dy = new_result(grad, {rows, width});
   prefer_large_pages(dy);
   Tensor dweights =
       torch::stable::new_empty(grad, {weights ? tokens : 0, k}, ScalarType::Float);

@@ -1,5 +1,6 @@
 #include "moe/moe_permute.h"
 
+#include "common/float_type.h"
 #include "common/simd.h"
 
 namespace ds {
@@ -90,25 +91,11 @@ void backward(const MoeUnpermuteBackward& call, int64_t begin, int64_t end) {
 }  // namespace
 
 void moe_unpermute_rows(const MoeUnpermute& call, int64_t begin, int64_t end) {
-  switch (call.type) {
-    case FloatType::fp32:
-      return forward<float>(call, begin, end);
-    case FloatType::bf16:
-      return forward<bf16>(call, begin, end);
-    case FloatType::fp16:
-      return forward<fp16>(call, begin, end);
-  }
+  by_float_type(call.type, [&](auto as) { forward<decltype(as)>(call, begin, end); });
 }
 
 void moe_unpermute_backward_rows(const MoeUnpermuteBackward& call, int64_t begin, int64_t end) {
-  switch (call.type) {
-    case FloatType::fp32:
-      return backward<float>(call, begin, end);
-    case FloatType::bf16:
-      return backward<bf16>(call, begin, end);
-    case FloatType::fp16:
-      return backward<fp16>(call, begin, end);
-  }
+  by_float_type(call.type, [&](auto as) { backward<decltype(as)>(call, begin, end); });
 }
 
 }  // namespace DS_ISA

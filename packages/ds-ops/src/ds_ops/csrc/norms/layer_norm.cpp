@@ -14,10 +14,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(Tensor x, Tensor weight,
   STD_TORCH_CHECK(eps >= 0, kOp, ": eps: got ", eps, ", expected 0 or more");
   if (bias) check_like(kOp, "bias", *bias, weight);
   if (residual) check_like(kOp, "residual", *residual, x);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = result_like(x);
   Tensor mean = new_per_row(x);
   Tensor scale = new_per_row(x);
-  Tensor sum = residual ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+  Tensor sum = residual ? result_like(x) : torch::stable::new_empty(x, {0});
   const Tensor weight32 = in_fp32(weight);
   const Tensor bias32 = bias ? in_fp32(*bias) : weight32;
   const LayerNormForward call{x.const_data_ptr(),
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad, Tensor x, Te
   check_per_row(kOp, "mean", mean, width ? rows : mean.numel());
   check_per_row(kOp, "scale", scale, width ? rows : scale.numel());
   if (grad_sum) check_like(kOp, "grad_sum", *grad_sum, x);
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = result_like(x);
   const Tensor weight32 = in_fp32(weight);
   const LayerNormBackward call{grad.const_data_ptr(),
                                x.const_data_ptr(),

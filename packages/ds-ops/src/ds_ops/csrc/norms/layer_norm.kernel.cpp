@@ -1,5 +1,6 @@
 #include "norms/layer_norm.h"
 
+#include "common/float_type.h"
 #include "common/simd.h"
 #include "norms/rows.h"
 
@@ -110,26 +111,12 @@ void backward(const LayerNormBackward& call, float* sums, int64_t begin, int64_t
 }  // namespace
 
 void layer_norm_rows(const LayerNormForward& call, int64_t begin, int64_t end) {
-  switch (call.type) {
-    case FloatType::fp32:
-      return forward<float>(call, begin, end);
-    case FloatType::bf16:
-      return forward<bf16>(call, begin, end);
-    case FloatType::fp16:
-      return forward<fp16>(call, begin, end);
-  }
+  by_float_type(call.type, [&](auto as) { forward<decltype(as)>(call, begin, end); });
 }
 
 void layer_norm_backward_rows(const LayerNormBackward& call, float* sums, int64_t begin,
                               int64_t end) {
-  switch (call.type) {
-    case FloatType::fp32:
-      return backward<float>(call, sums, begin, end);
-    case FloatType::bf16:
-      return backward<bf16>(call, sums, begin, end);
-    case FloatType::fp16:
-      return backward<fp16>(call, sums, begin, end);
-  }
+  by_float_type(call.type, [&](auto as) { backward<decltype(as)>(call, sums, begin, end); });
 }
 
 }  // namespace DS_ISA

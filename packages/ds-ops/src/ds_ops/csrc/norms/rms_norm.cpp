@@ -12,9 +12,9 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm(Tensor x, Tensor weight, double eps,
   const int64_t width = check_rows(kOp, x, weight);
   STD_TORCH_CHECK(eps >= 0, kOp, ": eps: got ", eps, ", expected 0 or more");
   if (residual) check_like(kOp, "residual", *residual, x);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = result_like(x);
   Tensor scale = new_per_row(x);
-  Tensor sum = residual ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+  Tensor sum = residual ? result_like(x) : torch::stable::new_empty(x, {0});
   const Tensor weight32 = in_fp32(weight);
   const RmsNormForward call{x.const_data_ptr(),
                             floats(weight32),
@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, Tensor weigh
   check_like(kOp, "grad", grad, x);
   check_per_row(kOp, "scale", scale, width ? rows : scale.numel());
   if (grad_sum) check_like(kOp, "grad_sum", *grad_sum, x);
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = result_like(x);
   const Tensor weight32 = in_fp32(weight);
   const RmsNormBackward call{grad.const_data_ptr(),
                              x.const_data_ptr(),

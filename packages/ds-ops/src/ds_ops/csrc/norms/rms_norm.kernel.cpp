@@ -1,5 +1,6 @@
 #include "norms/rms_norm.h"
 
+#include "common/float_type.h"
 #include "common/simd.h"
 #include "norms/rows.h"
 
@@ -87,26 +88,12 @@ void backward(const RmsNormBackward& call, float* dweight, int64_t begin, int64_
 }  // namespace
 
 void rms_norm_rows(const RmsNormForward& call, int64_t begin, int64_t end) {
-  switch (call.type) {
-    case FloatType::fp32:
-      return forward<float>(call, begin, end);
-    case FloatType::bf16:
-      return forward<bf16>(call, begin, end);
-    case FloatType::fp16:
-      return forward<fp16>(call, begin, end);
-  }
+  by_float_type(call.type, [&](auto as) { forward<decltype(as)>(call, begin, end); });
 }
 
 void rms_norm_backward_rows(const RmsNormBackward& call, float* dweight, int64_t begin,
                             int64_t end) {
-  switch (call.type) {
-    case FloatType::fp32:
-      return backward<float>(call, dweight, begin, end);
-    case FloatType::bf16:
-      return backward<bf16>(call, dweight, begin, end);
-    case FloatType::fp16:
-      return backward<fp16>(call, dweight, begin, end);
-  }
+  by_float_type(call.type, [&](auto as) { backward<decltype(as)>(call, dweight, begin, end); });
 }
 
 }  // namespace DS_ISA

@@ -20,9 +20,13 @@
 //   c_m = max(((x + t) >> 20) - 889, 0), and 128 more if m' has the sign bit
 //   c_v = max(((y + w) >> 20) - 761, 0)
 //
-// t = w = 2^19 without a seed: the nearest value. With a seed, from the random bits of rounding.h,
-// t = bits & 0xfffff and w = bits >> 12, so that the moments are right in expectation; a bf16
-// parameter is rounded by bits & 0xffff. Without a seed v cannot follow a change of less than half
+// t = w = 2^19 without a seed: the nearest value. With a seed the moments are right in expectation:
+// elements 2 n and 2 n + 1 share the random bits that rounding.h has for n, as
+//
+//   element 2 n:      t = bits & 0xfffff, w = bits >> 12, and bits & 0xffff for a bf16 parameter
+//   element 2 n + 1:  t = bits >> 12, w = bits & 0xfffff, and bits >> 16 for a bf16 parameter
+//
+// Without a seed v cannot follow a change of less than half
 // a step, which with beta2 = 0.999 is most: after a gradient becomes five times smaller, v stays.
 // Train with one.
 //

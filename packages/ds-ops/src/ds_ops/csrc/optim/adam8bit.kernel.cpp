@@ -1,6 +1,6 @@
 #include "optim/adam8bit.h"
 
-#include "common/simd.h"
+#include "common/pairs.h"
 #include "optim/elementwise.h"
 
 namespace ds {
@@ -13,108 +13,39 @@ constexpr uint32_t kNearest = 1u << (kLowBits - 1);
 constexpr int kShiftMean = 889, kShiftSquare = 761;
 constexpr float kSmallestScale = 1.17549435e-38f;
 
-// --- Bytes ---------------------------------------------------------------------------------------
-
-DS_INLINE I load_signed(const uint8_t* from) {
-#if defined(__AVX512F__)
-  return (I)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from));
-#elif defined(__AVX2__)
-  return (I)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
-#else
-  B bytes;
-  memcpy(&bytes, from, sizeof bytes);
-  return __builtin_convertvector(bytes, I);
-#endif
-}
-
-DS_INLINE I load_unsigned(const uint8_t* from) {
-#if defined(__AVX512F__)
-  return (I)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
-#elif defined(__AVX2__)
-  return (I)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
-#else
-  typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
-  Bytes bytes;
-  memcpy(&bytes, from, sizeof bytes);
-  return __builtin_convertvector(bytes, I);
-#endif
-}
-
-// Twice as many numbers of 16 bits as an I has. In which order `narrow` puts those of two vectors
-// is the processor's business; `store_bytes` puts them right.
-typedef uint16_t W __attribute__((vector_size(kWidth * 4)));
-
-// Numbers below 2^15.
-DS_INLINE W narrow(U a, U b) {
-#if defined(__AVX512F__)
-  return (W)_mm512_packs_epi32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (W)_mm256_packs_epi32((__m256i)a, (__m256i)b);
-#elif defined(__x86_64__)
-  return (W)_mm_packs_epi32((__m128i)a, (__m128i)b);
-#else
-  const H parts[2] = {__builtin_convertvector(a, H), __builtin_convertvector(b, H)};
-  W joined;
-  memcpy(&joined, parts, sizeof joined);
-  return joined;
-#endif
-}
-
-// a - b, or 0 where that is negative.
-DS_INLINE W less(W a, uint16_t b) {
-#if defined(__AVX512F__)
-  return (W)_mm512_subs_epu16((__m512i)a, _mm512_set1_epi16((short)b));
-#elif defined(__AVX2__)
-  return (W)_mm256_subs_epu16((__m256i)a, _mm256_set1_epi16((short)b));
-#elif defined(__x86_64__)
-  return (W)_mm_subs_epu16((__m128i)a, _mm_set1_epi16((short)b));
-#else
-  return a > b ? a - b : W{};
-#endif
-}
-
-// Four vectors of numbers up to 255, which went through `narrow` two by two.
-DS_INLINE void store_bytes(uint8_t* to, W low, W high) {
-#if defined(__AVX512F__)
-  const __m512i mixed = _mm512_packus_epi16((__m512i)low, (__m512i)high);
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, mixed));
-#elif defined(__AVX2__)
-  const __m256i mixed = _mm256_packus_epi16((__m256i)low, (__m256i)high);
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  _mm256_storeu_si256((__m256i*)to, _mm256_permutevar8x32_epi32(mixed, order));
-#elif defined(__x86_64__)
-  _mm_storeu_si128((__m128i*)to, _mm_packus_epi16((__m128i)low, (__m128i)high));
-#else
-  typedef uint8_t Bytes __attribute__((vector_size(kWidth * 2)));
-  const Bytes parts[2] = {__builtin_convertvector(low, Bytes),
-                          __builtin_convertvector(high, Bytes)};
-  memcpy(to, parts, sizeof parts);
-#endif
-}
+// What is added to the bits below a code, for elements at even and at odd places.
+struct Noise {
+  U even, odd;
+};
 
 // --- The code, as adam8bit.h has it --------------------------------------------------------------
 
+constexpr int kHalfBits = kLowBits - 16;  // of the high half of a float, which are not in a code
+
 // Bytes with their sign extended, so that the sign is already where a float has it.
-DS_INLINE F decode_mean(I codes, float scale) {
-  const I bits = ((codes << kLowBits) & (I)((U{} + 0x87f00000u))) + (kShiftMean << kLowBits);
+DS_INLINE Pair decode_mean(W codes) {
+  const W bits = (codes << kHalfBits) & (uint16_t)0x87f0;
+  constexpr uint16_t lowest = kShiftMean << kHalfBits;
 #if defined(__AVX512F__)
-  const __mmask16 any = _mm512_test_epi32_mask((__m512i)codes, _mm512_set1_epi32(127));
-  return (F)_mm512_maskz_mov_epi32(any, (__m512i)bits) * scale;
+  const __mmask32 any = _mm512_test_epi16_mask((__m512i)codes, _mm512_set1_epi16(127));
+  return from_high_halves(
+      (W)_mm512_maskz_add_epi16(any, (__m512i)bits, _mm512_set1_epi16((short)lowest)));
 #else
-  return (F)((codes & 127) == 0 ? I{} : bits) * scale;
+  return from_high_halves((codes & (uint16_t)127) == 0 ? W{} : bits + lowest);
 #endif
 }
 
-DS_INLINE F decode_square(I codes, float scale) {
-  return (F)((codes + kShiftSquare) << kLowBits) * scale;
+DS_INLINE Pair decode_square(W codes) {
+  return from_high_halves((codes + (uint16_t)kShiftSquare) << kHalfBits);
 }
 
-// The sign stays above the eleven bits that are wanted.
-DS_INLINE U rounded_bits(F ratio, U noise) { return ((U)ratio + noise) >> kLowBits; }
+// Ratios to the scale as 16-bit numbers: sign, then eleven bits that count the codes.
+DS_INLINE W rounded(Pair ratio, Noise noise) {
+  return high_halves((U)ratio.even + noise.even, (U)ratio.odd + noise.odd) >> kHalfBits;
+}
 
 DS_INLINE W mean_codes(W rounded) {
-  return less(rounded & 0x7ff, kShiftMean) | ((rounded >> 4) & 0x80);
+  return less(rounded & (uint16_t)0x7ff, kShiftMean) | ((rounded >> 4) & (uint16_t)0x80);
 }
 
 DS_INLINE W square_codes(W rounded) { return less(rounded, kShiftSquare); }
@@ -138,47 +69,70 @@ DS_INLINE float inverse_of(float scale) {
 
 // --- Arithmetic ----------------------------------------------------------------------------------
 
-// 1 / (sqrt(v) * root_scale + eps) to 3e-7. Divisions and roots of whole vectors would take longer
-// than all the rest of a step, so both begin with the processor's estimate. `v` is taken as at
-// least 2^-126, whose root vanishes beside any eps in use; for infinity the result is NaN.
+// 1 / (sqrt(v) * root_scale + eps), to 2^-13 of itself with AVX-512 and to 3e-7 elsewhere: `v` and
+// what it divides come from codes with steps of 2^-4. Divisions and roots of whole vectors would take
+// longer than all the rest of a step, so both begin with the processor's estimate, of 14 bits with
+// AVX-512, which stays as it is; one of 12 bits gets a step of Newton's. `v` is taken as at least
+// 2^-126, whose root vanishes beside any eps in use; for infinity the result is NaN.
 DS_INLINE F inverse_denominator(F v, const AdamStep& step) {
 #if defined(__AVX512F__)
   // The compiler makes two instructions of `maximum`, because of what it says of NaN.
-  v = (F)_mm512_max_ps((__m512)v, (__m512)splat(kSmallestScale));
-#else
-  v = maximum(v, splat(kSmallestScale));
-#endif
-#if defined(__AVX512F__)
-  F y = (F)_mm512_rsqrt14_ps((__m512)v);
-#elif defined(__AVX2__)
-  F y = (F)_mm256_rsqrt_ps((__m256)v);
+  const __m512 positive = _mm512_max_ps((__m512)v, (__m512)splat(kSmallestScale));
+  const F root = (F)positive * (F)_mm512_rsqrt14_ps(positive);
+  return (F)_mm512_rcp14_ps((__m512)(root * step.root_scale + step.eps));
 #elif defined(__x86_64__)
-  F y = (F)_mm_rsqrt_ps((__m128)v);
+  v = maximum(v, splat(kSmallestScale));
+#if defined(__AVX2__)
+  const F y = (F)_mm256_rsqrt_ps((__m256)v);
 #else
-  return 1.0f / (square_root(v) * step.root_scale + step.eps);
+  const F y = (F)_mm_rsqrt_ps((__m128)v);
 #endif
-#if defined(__x86_64__)
   const F root = v * y;
-  const F better = root + root * (0.5f - 0.5f * root * y);  // a step of Newton's
+  const F better = root + root * (0.5f - 0.5f * root * y);
   const F denominator = better * step.root_scale + step.eps;
-#if defined(__AVX512F__)
-  const F z = (F)_mm512_rcp14_ps((__m512)denominator);
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
   const F z = (F)_mm256_rcp_ps((__m256)denominator);
 #else
   const F z = (F)_mm_rcp_ps((__m128)denominator);
 #endif
   return z + z * (1.0f - denominator * z);
+#else
+  return 1.0f / (square_root(maximum(v, splat(kSmallestScale))) * step.root_scale + step.eps);
 #endif
+}
+
+// --- Stores around the caches --------------------------------------------------------------------
+
+// Whether stores of pairs from element `begin` on are aligned; fp16 goes through the caches.
+DS_INLINE bool pair_aligned(const void* stream, FloatType type, int64_t begin) {
+  const int64_t size = type == FloatType::bf16 ? sizeof(W) : sizeof(F);
+  return type != FloatType::fp16 && ((uintptr_t)stream + begin * size_of(type)) % size == 0;
+}
+
+DS_INLINE void stream_pair_as(FloatType type, void* to, int64_t i, Pair v) {
+  if (type == FloatType::bf16) {
+    const W words = high_halves(rounded_to_bf16(v.even), rounded_to_bf16(v.odd));
+    return stream_bytes(static_cast<bf16*>(to) + i, &words, sizeof words);
+  }
+  const InOrder both = in_order(v);
+  stream_bytes(static_cast<float*>(to) + i, &both.first, sizeof both.first);
+  stream_bytes(static_cast<float*>(to) + i + kWidth, &both.second, sizeof both.second);
 }
 
 // --- A block -------------------------------------------------------------------------------------
 
 struct Room {
-  float mean[kBlock];
+  float mean[kBlock];  // the elements of a pair as its two vectors, one after the other
   float square[kBlock];
-  uint32_t bits[kBlock];
+  uint32_t bits[kBlock / 2];  // those of a pair's element at an even place and of the next one
 };
+
+DS_INLINE Pair load_vectors(const float* from) { return {load(from), load(from + kWidth)}; }
+
+DS_INLINE void store_vectors(float* to, Pair v) {
+  store(to, v.even);
+  store(to + kWidth, v.odd);
+}
 
 // A block in three loops, because the way of one vector from codes to codes is long: in one loop a
 // processor could not look far enough ahead to find work while it waits.
@@ -186,6 +140,22 @@ struct Room {
 struct Largest {
   U mean, square;
 };
+
+// What a block will need is asked for some blocks before: the arithmetic takes as long as memory
+// does, and a processor by itself looks ahead too little to let both go on at once.
+constexpr int64_t kAhead = 4 * kBlock;
+
+DS_INLINE void prefetch(const StepStreams& s, const CodedStates& states, int64_t i) {
+  constexpr int64_t line = 64;
+  const char* param = static_cast<const char*>(s.param) + (i + kAhead) * size_of(s.param_type);
+  const char* grad = static_cast<const char*>(s.grad) + (i + kAhead) * size_of(s.grad_type);
+  for (int64_t at = 0; at < kPair * size_of(s.param_type); at += line)
+    __builtin_prefetch(param + at, 1);
+  for (int64_t at = 0; at < kPair * size_of(s.grad_type); at += line) __builtin_prefetch(grad + at);
+  if (i % line != 0) return;
+  __builtin_prefetch(states.mean + i + kAhead, 1);
+  __builtin_prefetch(states.square + i + kAhead, 1);
+}
 
 // The new moments of elements i .. i + kBlock.
 DS_INLINE Largest advance(const StepStreams& streams, const CodedStates& states,
@@ -196,18 +166,29 @@ DS_INLINE Largest advance(const StepStreams& streams, const CodedStates& states,
   const float mean_scale = states.mean_scales[i / kBlock] * (1.0f - step.one_minus_beta1);
   const float square_scale = states.square_scales[i / kBlock] * step.beta2;
   Largest largest = {};
-  for (int j = 0; j < kBlock; j += kWidth) {
-    const int64_t at = i + j;
-    F g = load_as(s.grad_type, s.grad, at) * s.grad_scale;
-    if (step.l2 != 0.0f) g += load_as(s.param_type, s.param, at) * step.l2;
-    const F mean =
-        decode_mean(load_signed(states.mean + at), mean_scale) + g * step.one_minus_beta1;
-    const F square = decode_square(load_unsigned(states.square + at), square_scale) +
-                     g * g * step.one_minus_beta2;
-    store(room.mean + j, mean);
-    store(room.square + j, square);
+  const auto advanced = [&](F& mean, F& square, F g) {
+    mean = mean * mean_scale + g * step.one_minus_beta1;
+    square = square * square_scale + g * g * step.one_minus_beta2;
     largest.mean = larger(largest.mean, (U)absolute(mean));
     largest.square = larger(largest.square, (U)square);
+  };
+  for (int j = 0; j < kBlock; j += kPair) {
+    const int64_t at = i + j;
+    prefetch(s, states, at);
+    Pair g = load_pair_as(s.grad_type, s.grad, at);
+    g.even *= s.grad_scale;
+    g.odd *= s.grad_scale;
+    if (step.l2 != 0.0f) {
+      const Pair p = load_pair_as(s.param_type, s.param, at);
+      g.even += p.even * step.l2;
+      g.odd += p.odd * step.l2;
+    }
+    Pair mean = decode_mean(load_signed(states.mean + at));
+    Pair square = decode_square(load_unsigned(states.square + at));
+    advanced(mean.even, square.even, g.even);
+    advanced(mean.odd, square.odd, g.odd);
+    store_vectors(room.mean + j, mean);
+    store_vectors(room.square + j, square);
   }
   return largest;
 }
@@ -219,24 +200,32 @@ DS_INLINE void move_by(const StepStreams& streams, const AdamStep& of, int64_t i
                        bool copy_around, Room& room) {
   const StepStreams s = streams;
   const AdamStep step = of;
-  RandomBits random(s.seed, number);
-  for (int j = 0; j < kBlock; j += kWidth) {
+  RandomBits random(s.seed, number / 2);
+  const auto moved = [&](F p, F mean, F square) {
+    return p * step.decay - mean * step.step_size * inverse_denominator(square, step);
+  };
+  for (int j = 0; j < kBlock; j += kPair) {
     const int64_t at = i + j;
-    const F mean = load(room.mean + j), square = load(room.square + j);
-    F p = load_as(s.param_type, s.param, at);
-    p = p * step.decay - mean * step.step_size * inverse_denominator(square, step);
+    const Pair mean = load_vectors(room.mean + j), square = load_vectors(room.square + j);
+    Pair p = load_pair_as(s.param_type, s.param, at);
+    p = {moved(p.even, mean.even, square.even), moved(p.odd, mean.odd, square.odd)};
     U bits = {};
     if (kRandom) {
       bits = random.next();
-      memcpy(room.bits + j, &bits, sizeof bits);
+      memcpy(room.bits + j / 2, &bits, sizeof bits);
     }
-    store_rounded(s.param_type, s.param, at, p, kRandom, bits & 0xffffu);
-    if (!s.copy) continue;
-    if (s.param_type != FloatType::fp32) p = load_as(s.param_type, s.param, at);
-    if (copy_around) {
-      stream_as(s.copy_type, s.copy, at, p);
+    if (kRandom && s.param_type == FloatType::bf16) {
+      const W words = high_halves(rounded_by(p.even, bits & 0xffffu), rounded_by(p.odd, bits >> 16));
+      memcpy(static_cast<bf16*>(s.param) + at, &words, sizeof words);
     } else {
-      store_as(s.copy_type, s.copy, at, p);
+      store_pair_as(s.param_type, s.param, at, p);
+    }
+    if (!s.copy) continue;
+    if (s.param_type != FloatType::fp32) p = load_pair_as(s.param_type, s.param, at);
+    if (copy_around) {
+      stream_pair_as(s.copy_type, s.copy, at, p);
+    } else {
+      store_pair_as(s.copy_type, s.copy, at, p);
     }
   }
 }
@@ -254,24 +243,26 @@ DS_INLINE void encode(const Room& room, bool stochastic, Largest largest, int64_
   to.mean_scales[i / kBlock] = mean_scale;
   to.square_scales[i / kBlock] = square_scale;
   const float mean_inverse = inverse_of(mean_scale), square_inverse = inverse_of(square_scale);
-  for (int j = 0; j < kBlock; j += 4 * kWidth) {
-    U mean[4], square[4];
-    for (int k = 0; k < 4; ++k) {
-      const int at = j + k * kWidth;
-      U mean_noise = kNearest - U{}, square_noise = kNearest - U{};
+  const auto ratio = [](const float* from, float inverse) -> Pair {
+    const Pair v = load_vectors(from);
+    return {v.even * inverse, v.odd * inverse};
+  };
+  for (int j = 0; j < kBlock; j += 2 * kPair) {
+    W mean[2], square[2];
+    for (int k = 0; k < 2; ++k) {
+      const int at = j + k * kPair;
+      U low = kNearest - U{}, high = kNearest - U{};
       if (stochastic) {
         U bits;
-        memcpy(&bits, room.bits + at, sizeof bits);
-        mean_noise = bits & 0xfffffu;
-        square_noise = bits >> 12;
+        memcpy(&bits, room.bits + at / 2, sizeof bits);
+        low = bits & 0xfffffu;
+        high = bits >> 12;
       }
-      mean[k] = rounded_bits(load(room.mean + at) * mean_inverse, mean_noise);
-      square[k] = rounded_bits(load(room.square + at) * square_inverse, square_noise);
+      mean[k] = rounded(ratio(room.mean + at, mean_inverse), {low, high});
+      square[k] = rounded(ratio(room.square + at, square_inverse), {high, low});
     }
-    store_bytes(to.mean + i + j, mean_codes(narrow(mean[0], mean[1])),
-                mean_codes(narrow(mean[2], mean[3])));
-    store_bytes(to.square + i + j, square_codes(narrow(square[0], square[1])),
-                square_codes(narrow(square[2], square[3])));
+    store_bytes(to.mean + i + j, mean_codes(mean[0]), mean_codes(mean[1]));
+    store_bytes(to.square + i + j, square_codes(square[0]), square_codes(square[1]));
   }
 }
 
@@ -314,7 +305,7 @@ void short_block(const StepStreams& s, const CodedStates& states, const AdamStep
 void adam8bit_elements(const StepStreams& streams, const CodedStates& states,
                        const AdamStep& step, int64_t begin, int64_t end) {
   const bool around =
-      streams.around_cache && streams.copy && aligned(streams.copy, streams.copy_type, begin);
+      streams.around_cache && streams.copy && pair_aligned(streams.copy, streams.copy_type, begin);
   int64_t i = begin;
   for (; i + kBlock <= end; i += kBlock) one_block(streams, states, step, i, i, around);
   if (i < end) short_block(streams, states, step, i, (int)(end - i));

@@ -49,17 +49,20 @@ struct RandomBits {
   }
 };
 
-// bf16 below or above `v`, the result of a computation, by 16 random bits. Infinities stay, and so
-// does NaN, which is quiet after any computation: without its low bits it still is a NaN.
-DS_INLINE void store_random(bf16* to, F v, U bits16) {
+// Bits whose high half is the bf16 below or above `v`, the result of a computation, by 16 random
+// bits. Infinities stay, and so does NaN, which is quiet after any computation: without its low bits
+// it still is a NaN.
+DS_INLINE U rounded_by(F v, U bits16) {
 #if defined(__AVX512F__)
   const __mmask16 number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
-  const U sum = (U)_mm512_mask_add_epi32((__m512i)v, number, (__m512i)v, (__m512i)bits16);
+  return (U)_mm512_mask_add_epi32((__m512i)v, number, (__m512i)v, (__m512i)bits16);
 #else
-  const U sum = (U)v + (bits16 & (U)(v == v));
+  return (U)v + (bits16 & (U)(v == v));
 #endif
-  const U rounded = sum >> 16;
-  const H bits = __builtin_convertvector(rounded, H);
+}
+
+DS_INLINE void store_random(bf16* to, F v, U bits16) {
+  const H bits = __builtin_convertvector(rounded_by(v, bits16) >> 16, H);
   memcpy(to, &bits, sizeof bits);
 }
 

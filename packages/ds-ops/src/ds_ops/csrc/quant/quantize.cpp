@@ -117,6 +117,13 @@ int64_t check_quantized(const char* op, const Tensor& codes, const Tensor& scale
 
 using Quantized = std::tuple<Tensor, Tensor, Tensor>;
 
+// What was lost before is added, and what is lost now is kept: `error` has been checked.
+void feed_back(QuantizeCall& call, const Tensor& error, double beta) {
+  call.error = error.mutable_data_ptr();
+  call.error_type = element_type(error.scalar_type());
+  call.beta = static_cast<float>(beta);
+}
+
 // Makes the results, of x's shape `shape`, and fills them. `call` says what is quantized.
 Quantized quantized(QuantizeCall& call, const Tensor& like, std::vector<int64_t> shape,
                     const BlockFormat& format, int64_t block, std::optional<int64_t> seed) {
@@ -124,7 +131,7 @@ Quantized quantized(QuantizeCall& call, const Tensor& like, std::vector<int64_t>
   for (const int64_t size : shape) blocks *= size;
   const int64_t width = shape.back();
   shape.back() = width / block * (block * format.bits / 8);
-  Tensor codes = torch::stable::new_empty(like, shape, ScalarType::Byte);
+  Tensor codes = new_result(like, shape, ScalarType::Byte);
   shape.back() = width / block;
   Tensor scales = torch::stable::new_empty(like, shape, ScalarType::Float);
   const std::vector<int64_t> none{0};
@@ -158,9 +165,7 @@ Quantized quantize(const char* op, const Tensor& x, const Tensor* error, double 
     check_beta(op, beta);
     check_error(op, *error, shape_of(x), x.scalar_type());
     check_apart(op, "error", *error, "x", x);
-    call.error = error->mutable_data_ptr();
-    call.error_type = element_type(error->scalar_type());
-    call.beta = static_cast<float>(beta);
+    feed_back(call, *error, beta);
   }
   call.x = x.const_data_ptr();
   call.x_type = element_type(x.scalar_type());
@@ -210,9 +215,7 @@ Quantized reduce(const char* op, const Tensor& codes, const Tensor& scales,
     check_apart(op, "error", *error, "codes", codes);
     check_apart(op, "error", *error, "scales", scales);
     if (zeros.has_value()) check_apart(op, "error", *error, "zeros", *zeros);
-    call.error = error->mutable_data_ptr();
-    call.error_type = element_type(error->scalar_type());
-    call.beta = static_cast<float>(beta);
+    feed_back(call, *error, beta);
   }
   call.outer = call.inner = 1;
   return quantized(call, codes, shape, to, block, seed);
@@ -257,7 +260,7 @@ Tensor dequantize_blocks(Tensor codes, Tensor scales, std::optional<Tensor> zero
   }
   std::vector<int64_t> shape = shape_of(codes);
   shape.back() = width;
-  Tensor y = torch::stable::new_empty(codes, shape, dtype);
+  Tensor y = new_result(codes, shape, dtype);
   const DequantizeCall call{
       static_cast<const uint8_t*>(codes.const_data_ptr()),
       static_cast<const float*>(scales.const_data_ptr()),
