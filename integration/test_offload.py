@@ -84,7 +84,7 @@ def compare(settings: dict[str, Any], plain: dict[str, Any], host: bool) -> None
 def test_every_optimizer_has_the_bits_of_training_in_place(name: str, tier: str, tmp_path: Path):
     for stage in (2, 3):
         settings = [config(stage, where, tmp_path, name) for where in (tier, "none")]
-        run_ranks(2, compare, *settings, True)
+        run_ranks(2, compare, *settings, False)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -112,7 +112,7 @@ def test_updates_in_backward_have_the_same_bits(tmp_path: Path):
     early = config(2, "nvme", tmp_path, "CPUAdam")
     early["zero_optimization"]["update_in_backward"] = True
     # Both average the gradients of all micro-batches once.
-    run_ranks(2, compare, early, config(1, "none", tmp_path, "CPUAdam"), True)
+    run_ranks(2, compare, early, config(1, "none", tmp_path, "CPUAdam"), False)
 
 
 @pytest.mark.parametrize(
