@@ -43,12 +43,12 @@ WEIGHTS: dict[Kind, int] = {"kill": 5, "stop": 5, "full disk": 2}
 def plan(num_faults: int, seed: int) -> list[Trial]:
     """The trials that a seed stands for; every kind comes before one comes for the second time."""
     source = random.Random(seed)
-    order: list[Kind] = [*KINDS]
-    source.shuffle(order)
+    first: list[Kind] = [*KINDS]
+    source.shuffle(first)
     many = [kind for kind in KINDS for _ in range(WEIGHTS.get(kind, 1))]
-    order += [source.choice(many) for _ in range(num_faults)]
     trials = []
-    for kind in order[:num_faults]:
+    for number in range(num_faults):
+        kind = first[number] if number < len(first) else source.choice(many)
         num_ranks = source.choice([2, 4])
         steps = range(BASE_STEPS + 1, STEPS)
         fault = draw(source, num_ranks=num_ranks, steps=steps, kinds=[kind])
@@ -58,7 +58,7 @@ def plan(num_faults: int, seed: int) -> list[Trial]:
         stage = source.choice([0, 1, 2, 3])
         # A rank that returns a wrong shape is found where collectives are compared.
         checks = kind == "wrong shape" or source.random() < 0.3
-        trials.append(Trial(fault, num_ranks, stage, fewer, checks))
+        trials.append(Trial(fault, num_ranks, stage, fewer, checks, source.random() < 0.25))
     return trials
 
 

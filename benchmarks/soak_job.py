@@ -86,6 +86,7 @@ def train(options: argparse.Namespace) -> None:
         # After a failure, the newest may be what failed.
         tag = checkpoint.newest_intact(checkpoints) if attempt > 0 else None
         engine.load_checkpoint(checkpoints, tag)
+    group = engine.mesh.group("dp")  # the one that the config's check covers
     batches = engine.dataloader.forever()
     while engine.global_step < options.steps:
         errors = []

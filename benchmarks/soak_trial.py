@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import soak_job
+from torch.distributed import TCPStore
 
 from ds_core import checkpoint
 from ds_core.errors import CheckpointError
@@ -47,6 +48,8 @@ class Trial:
         stage: of ZeRO.
         min_ranks: with how few `ds run` may go on; `num_ranks` to keep them all.
         checks: whether collectives are compared across ranks.
+        own_store: whether rank 0 holds the rendezvous store, as under MPI; else this process does,
+            as the agent of `ds run`.
         timeout_s: after which a collective that cannot complete is an error.
     """
 
@@ -55,6 +58,7 @@ class Trial:
     stage: int
     min_ranks: int
     checks: bool
+    own_store: bool = False
     timeout_s: float = 5.0
 
 
@@ -149,7 +153,7 @@ def _disk(folder: Path, *, is_small: bool) -> Iterator[bool]:
 def _run_alone(trial: Trial, place: Path, options: list[str], outcome: Outcome) -> None:
     fault = trial.fault
     begun = time.monotonic()
-    ranks = _Ranks(trial.num_ranks, place, options)
+    ranks = _Ranks(trial.num_ranks, place, options, own_store=trial.own_store)
     is_silenced = fault.kind in ("kill", "stop", "stuck loader")
     survivors = set(range(trial.num_ranks)) - ({fault.rank} if is_silenced else set())
     codes = ranks.wait(RUN_S, survivors, place / "strike.json", trial.timeout_s + SLACK_S)
@@ -169,6 +173,8 @@ def _run_alone(trial: Trial, place: Path, options: list[str], outcome: Outcome) 
             outcome.problems.append(f"rank {rank} hung for {outcome.error_s:.0f} s")
         elif codes[rank] == 0:
             outcome.problems.append(f"rank {rank} ended as if nothing had happened")
+        elif trial.own_store and rank and "and so did the rendezvous store" in outcome.said[rank]:
+            continue  # it points to rank 0, which held the store and has to say more
         elif not _names_cause(fault, outcome.where, outcome.said[rank]):
             outcome.problems.append(
                 f"rank {rank} (exit code {codes[rank]}) does not name the cause: "
@@ -193,16 +199,20 @@ def _names_cause(fault: Fault, where: str, words: str) -> bool:
 class _Ranks:
     """Processes that run the job without a launcher, each with files for what it says."""
 
-    def __init__(self, num_ranks: int, place: Path, options: list[str]) -> None:
+    def __init__(
+        self, num_ranks: int, place: Path, options: list[str], *, own_store: bool = False
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        port, self._store = _free_port(), None
+        if not own_store:
+            self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+            port = self._store.port
         self._processes: list[Any] = []
         for rank in range(num_ranks):
             environ = {
                 "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks,
                 "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": 1,
+                "TORCHELASTIC_USE_AGENT_STORE": not own_store,
             }  # fmt: skip
             arguments = (place, rank, {k: str(v) for k, v in environ.items()}, options)
             process = context.Process(target=_be_rank, args=arguments, daemon=True)
@@ -237,6 +247,12 @@ class _Ranks:
             if process.exitcode is None:
                 os.kill(process.pid, signal.SIGKILL)
             process.join()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])
 
 
 def _be_rank(place: Path, rank: int, environ: dict[str, str], options: list[str]) -> None:
