@@ -4,7 +4,7 @@
 
 It is written as one that survives should be: it goes on from the newest checkpoint that is whole,
 and its batch is chosen by the section `elasticity`, so that any number of ranks trains the same.
-The fault comes from the command line, and only in the first attempt.
+Faults come from the command line: the first in the first attempt, the second in the second.
 """
 
 from __future__ import annotations
@@ -70,9 +70,12 @@ def train(options: argparse.Namespace) -> None:
     comm.init()
     group = comm.Mesh.world().group("dp")
     folder, is_first = options.folder, group.rank == 0
-    fault = Fault.from_json(options.fault) if options.fault and attempt == 0 else None
+    faults = [Fault.from_json(text) for text in options.fault]
     injector = FaultInjector(
-        fault, rank=group.rank, record=folder / "strike.json", fills_disk=options.fills_disk
+        faults[attempt] if attempt < len(faults) else None,
+        rank=group.rank,
+        record=folder / "strike.json",
+        fills_disk=options.fills_disk,
     )
     torch.manual_seed(1)
     config = settings(options.stage, options.timeout_s, options.checks)
@@ -137,7 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stage", type=int, default=2)
     parser.add_argument("--timeout-s", type=float, default=5.0)
     parser.add_argument("--checks", action="store_true", help="compare collectives across ranks")
-    parser.add_argument("--fault", default="", help="a ds_core.testing.Fault, as JSON")
+    parser.add_argument(
+        "--fault", action="append", default=[], help="JSON of a ds_core.testing.Fault; repeatable"
+    )
     parser.add_argument("--fills-disk", action="store_true", help="checkpoints/ is a small disk")
     train(parser.parse_args(arguments))
 
