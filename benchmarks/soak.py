@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from ds_core.testing.faults import KINDS, Kind, draw, small_disk
 from report import Check, Report
 from soak_trial import (
     BASE_STEPS,
@@ -32,8 +33,6 @@ from soak_trial import (
     run_trial,
     start_server,
 )
-
-from ds_core.testing.faults import KINDS, Kind, draw, small_disk
 
 COLUMNS = ["#", "fault", "where", "ranks", "s", "survivors say", "newest", "went on", "verdict"]
 #: More of what can strike at many points.
@@ -155,9 +154,7 @@ def main() -> None:
         trials = [trials[arguments.only - 1]]
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="ds-soak-") as folder:
-        outcomes = soak(
-            trials, Path(folder), goes_on_every=arguments.goes_on_every, tells=True
-        )
+        outcomes = soak(trials, Path(folder), goes_on_every=arguments.goes_on_every, tells=True)
     done = report(outcomes, arguments.seed)
     print(done.text())
     print(f"\n({len(outcomes)} faults in {time.perf_counter() - begin:.0f} s)")

@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import soak_job
 from torch.distributed import TCPStore
 
+import soak_job
 from ds_core import checkpoint
 from ds_core.errors import CheckpointError
 from ds_core.testing.faults import DAMAGES, Fault, Strike, small_disk

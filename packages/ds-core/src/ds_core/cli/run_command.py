@@ -337,7 +337,9 @@ def run(
             _run_here(spec, dry_run, is_quiet, as_node, tied_to_stdin)
             return
         if min_nproc is not None:
-            raise LaunchError("--min-nproc: is for one node; on several hosts give --nnodes MIN:MAX")
+            raise LaunchError(
+                "--min-nproc: is for one node; on several hosts give --nnodes MIN:MAX"
+            )
         from ds_core.launcher.cluster import ClusterSpec
 
         cluster = ClusterSpec(
