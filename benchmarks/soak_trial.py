@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +103,15 @@ def run_trial(trial: Trial, folder: Path, expected: dict[int, float], *, goes_on
 
     goes_on: whether `ds run` is tried as well.
     """
-    outcome = Outcome(trial)
-    with _job_folder(trial, folder, "alone") as (place, options):
-        _run_alone(trial, place, options, expected, outcome)
-        _check_newest(place / "checkpoints", trial.fault, outcome)
+    # On a machine that is busy for seconds, ranks give up on one another before the fault strikes.
+    for timeout_s in (trial.timeout_s, 3 * trial.timeout_s, 9 * trial.timeout_s):
+        trial = replace(trial, timeout_s=timeout_s)
+        outcome = Outcome(trial)
+        with _job_folder(trial, folder, "alone") as (place, options):
+            has_struck = _run_alone(trial, place, options, expected, outcome)
+            _check_newest(place / "checkpoints", trial.fault, outcome)
+        if has_struck:
+            break
     if goes_on:
         with _job_folder(trial, folder, "launched") as (place, options):
             _run_launched(trial, place, options, expected, outcome)
@@ -152,7 +157,8 @@ def _disk(folder: Path, *, is_small: bool) -> Iterator[bool]:
 
 def _run_alone(
     trial: Trial, place: Path, options: list[str], expected: dict[int, float], outcome: Outcome
-) -> None:
+) -> bool:
+    """Run and judge; returns whether the fault has struck."""
     fault = trial.fault
     begun = time.monotonic()
     ranks = _Ranks(trial.num_ranks, place, options, own_store=trial.own_store)
@@ -165,8 +171,9 @@ def _run_alone(
     if fault.kind in DAMAGES:
         outcome.where, outcome.error_s = (place / "damaged").read_text(), ended - begun
     elif strike is None:
-        outcome.problems.append("the fault did not strike")
-        return
+        said = {rank: _words(place, rank) for rank in range(trial.num_ranks)}
+        outcome.problems.append(f"the fault did not strike; exit codes {codes}, said {said}")
+        return False
     else:
         outcome.where, outcome.error_s = strike.where, ended - strike.at_s
     is_harmless = fault.kind in DAMAGES and _is_noticed(place) and not _differences(place, expected)
@@ -185,6 +192,7 @@ def _run_alone(
                 f"rank {rank} (exit code {codes[rank]}) does not name the cause: "
                 f"{outcome.said[rank] or 'nothing said'}"
             )
+    return True
 
 
 def _is_noticed(place: Path) -> bool:

@@ -12,6 +12,7 @@ aside; if the job dies between the two renames, the old one is found there.
 from __future__ import annotations
 
 import logging
+import re
 import uuid
 from pathlib import Path
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 LATEST_NAME = "latest"
 _TEMPORARY = ".tmp-"
 _ASIDE = ".old-"
+_DATA_FILE = re.compile(r"rank_\d{5,}\.safetensors")
 
 
 def checked_tag(tag: str) -> str:
@@ -99,8 +101,7 @@ def begin(directory: Path, tag: str) -> Path:
     """
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / tag
-    is_foreign = target.exists() and not _is_complete(target)
-    if is_foreign and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and not _is_complete(target) and not _is_remainder(target):
         raise CheckpointError(
             f"{target} exists and is not a checkpoint of this format, so it is not replaced; "
             "use another tag or directory, or remove it"
@@ -165,6 +166,11 @@ def _known(directory: Path) -> str:
 
 def _is_complete(path: Path) -> bool:
     return (path / INDEX_NAME).is_file()
+
+
+def _is_remainder(path: Path) -> bool:
+    """Whether a folder holds nothing, or what is left of a checkpoint that has lost its index."""
+    return path.is_dir() and all(_DATA_FILE.fullmatch(entry.name) for entry in path.iterdir())
 
 
 def _siblings(directory: Path, tag: str, mark: str) -> list[Path]:

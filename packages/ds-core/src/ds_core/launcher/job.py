@@ -112,9 +112,10 @@ def _run_attempts(spec: LaunchSpec, plan: LaunchPlan, logs: RankLogs, mark: str)
             spec = without_process(spec, plan, failed.local_rank)
             plan = make_plan(spec)
             logs.begin_next_attempt()
+            processes = "1 process" if plan.nproc == 1 else f"{plan.nproc} processes"
             _say(
                 f"{failure}\nds run: attempt {logs.earlier_attempts + 1} of at most "
-                f"{plan.max_restarts + 1} begins with {plan.nproc} processes"
+                f"{plan.max_restarts + 1} begins with {processes}"
             )
 
 
