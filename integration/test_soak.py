@@ -1,0 +1,129 @@
+"""A sample of the soak's faults, and jobs whose ranks become fewer: the same losses go on."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_core.testing import Fault
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+JOB = BENCHMARKS / "soak_job.py"
+
+
+@pytest.fixture(scope="module")
+def soak() -> Iterator[Any]:
+    """The module `benchmarks/soak.py`."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield importlib.import_module("soak")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def ds_run(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "ds_core.cli", "run", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def told(folder: Path) -> list[dict[str, Any]]:
+    """What the job noted of its steps."""
+    path = folder / "losses.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def curve(folder: Path) -> list[float]:
+    """Loss by step; of the last time, where it was done twice."""
+    by_step = {line["step"]: line["loss"] for line in told(folder)}
+    assert sorted(by_step) == list(range(1, len(by_step) + 1))
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def undisturbed(folder: Path, num_steps: int) -> list[float]:
+    """Losses of one rank that nothing happens to."""
+    folder.mkdir()
+    job = ds_run("--nproc", "1", str(JOB), str(folder), "--steps", str(num_steps))
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, output
+    return curve(folder)
+
+
+@pytest.mark.slow
+def test_a_sample_of_faults_is_survived(soak: Any, tmp_path: Path) -> None:
+    trials = [replace(trial, timeout_s=4.0) for trial in soak.plan(12, seed=11)]
+
+    outcomes = soak.soak(trials, tmp_path, goes_on_every=5)
+
+    assert {outcome.trial.fault.kind for outcome in outcomes} == set(soak.KINDS)
+    problems = {str(o.trial): o.problems for o in outcomes if o.problems}
+    assert not problems, soak.report(outcomes, seed=11).text()
+    assert sum(len(outcome.attempts) > 1 for outcome in outcomes) == 3
+
+
+@pytest.mark.slow
+def test_ranks_shrink_from_four_to_two_with_the_same_losses(tmp_path: Path) -> None:
+    expected = undisturbed(tmp_path / "whole", 8)
+    folder = tmp_path / "shrinking"
+    folder.mkdir()
+    faults = [Fault("kill", "backward", rank=3, step=5), Fault("kill", "step", rank=0, step=7)]
+    words = [word for fault in faults for word in ("--fault", fault.to_json())]
+
+    options = ("--nproc", "4", "--min-nproc", "2", "--max-restarts", "3")
+    job = ds_run(*options, str(JOB), str(folder), "--timeout-s", "20", *words)
+    output, _ = job.communicate(timeout=180)
+
+    assert job.returncode == 0, output
+    assert {(line["attempt"], line["ranks"]) for line in told(folder)} == {(0, 4), (1, 3), (2, 2)}
+    assert curve(folder) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_elastic_job_goes_on_when_a_node_is_lost(tmp_path: Path) -> None:
+    num_steps = 60
+    expected = undisturbed(tmp_path / "whole", num_steps)
+    folder = tmp_path / "nodes"
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    quick = ("last_call_timeout=1", "keep_alive_interval=1", "keep_alive_max_attempt=5")
+    conf = [word for setting in quick for word in ("--rdzv-conf", setting)]
+    words = ["--nnodes", "1:2", "--nproc", "1", "--rdzv-endpoint", endpoint, *conf]
+    words += ["--local-addr", "localhost", "--max-restarts", "3"]
+    words += [str(JOB), str(folder), "--steps", str(num_steps), "--timeout-s", "20"]
+    nodes = [ds_run(*words)]
+    time.sleep(1.0)  # the first holds the rendezvous
+    nodes.append(ds_run(*words))
+    try:
+        deadline = time.monotonic() + 90
+        while not any(line["ranks"] == 2 and line["step"] < 50 for line in told(folder)):
+            assert time.monotonic() < deadline, "the nodes did not train together"
+            time.sleep(0.01)
+
+        nodes[1].send_signal(signal.SIGKILL)
+        output, _ = nodes[0].communicate(timeout=120)
+    finally:
+        for node in nodes:
+            node.kill()
+            node.communicate()
+
+    assert nodes[0].returncode == 0, output
+    assert told(folder)[-1]["ranks"] == 1
+    assert curve(folder) == pytest.approx(expected, abs=1e-4)
