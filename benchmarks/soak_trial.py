@@ -78,7 +78,14 @@ class Outcome:
 def start_server() -> None:
     """Have processes that have imported everything stand by to be forked into ranks."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "soak_job", "ds_zero"])
+    context.set_forkserver_preload(
+        [
+            "torch.distributed.checkpoint", "torch.distributed.nn.functional", "torch._dynamo",
+            "ds_core.assembly", "ds_core.checkpoint", "ds_core.config.sections", "ds_core.data",
+            "ds_core.decisions", "ds_core.engine_state", "ds_core.lr_schedules",
+            "ds_core.observers", "ds_core.profiling", "ds_core.tracing", "ds_zero",
+        ]
+    )  # fmt: skip
 
 
 def reference(folder: Path) -> dict[int, float]:

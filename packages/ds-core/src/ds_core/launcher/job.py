@@ -27,7 +27,7 @@ from ds_core.launcher.follower import Follower
 from ds_core.launcher.leash import Leash, hang_up
 from ds_core.launcher.memory_evidence import MemoryCounters, read_counters
 from ds_core.launcher.plan import LaunchPlan, LaunchSpec, make_plan, num_cores, without_process
-from ds_core.launcher.reaper import MARK_VARIABLE, end_marked, guarded, kill_stopped_children
+from ds_core.launcher.reaper import MARK_VARIABLE, end_marked, guarded, wake_stopped_children
 
 if TYPE_CHECKING:
     from ds_core.launcher.rank_logs import RankLogs
@@ -72,7 +72,7 @@ def launch(spec: LaunchSpec, *, quiet: bool = True, is_tied_to_stdin: bool = Fal
         )
     mark = uuid.uuid4().hex
     is_kept = not is_temporary
-    with guarded(mark), _silence(quiet), _stopped_are_killed():
+    with guarded(mark), _silence(quiet), _stopped_can_end():
         try:
             _run_attempts(spec, plan, logs, mark)
         except BaseException as error:
@@ -282,16 +282,16 @@ def _silence(quiet: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stopped_are_killed() -> Iterator[None]:
+def _stopped_can_end() -> Iterator[None]:
     """Have the agent's processes that are stopped (SIGSTOP) end when it asks them to.
 
-    Such a process cannot follow SIGTERM, and the agent would wait for it for half a minute.
+    Such a process does not see SIGTERM, and the agent would wait for it for half a minute.
     """
     is_over = threading.Event()
 
     def watch() -> None:
         while not is_over.wait(STOPPED_POLL_S):
-            kill_stopped_children()
+            wake_stopped_children()
 
     thread = threading.Thread(target=watch, name="ds-run-stopped", daemon=True)
     thread.start()

@@ -64,17 +64,17 @@ def end_marked(mark: str, *, grace_s: float = GRACE_S) -> int:
     return len(first)
 
 
-def kill_stopped_children() -> list[int]:
-    """Kill this process's children that are stopped and have been sent SIGTERM; returns them.
+def wake_stopped_children() -> list[int]:
+    """Have this process's children that are stopped take the SIGTERM that they were sent.
 
-    Empty where the system has no /proc.
+    Returns them; none where the system has no /proc. It is the first thing that they do.
     """
     term = 1 << (signal.SIGTERM - 1)
     found = []
     for path in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(OSError):
             found += [int(pid) for pid in path.read_text().split()]
-    killed = []
+    stopped = []
     for pid in found:
         try:
             lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -83,9 +83,9 @@ def kill_stopped_children() -> list[int]:
         facts = dict(line.split(":", 1) for line in lines if ":" in line)
         pending = int(facts.get("SigPnd", "0"), 16) | int(facts.get("ShdPnd", "0"), 16)
         if facts.get("State", "").strip().startswith("T") and pending & term:
-            killed.append(pid)
-    _signal_all(killed, signal.SIGKILL)
-    return killed
+            stopped.append(pid)
+    _signal_all(stopped, signal.SIGCONT)
+    return stopped
 
 
 @contextlib.contextmanager
