@@ -103,7 +103,7 @@ def resume_and_compare(name: str, stage: int, folder: Path) -> None:
     model, optimizer = sharded(case, stage)
     with torch.no_grad():
         for unit in optimizer.units:
-            unit.weights.zero_()
+            (unit.shard if unit.master is None else unit.master).zero_()
     load_state(optimizer, folder)
     train(model, optimizer, case, 3, first=3)
     truth, reference, _ = plain(case, 6)

@@ -29,6 +29,7 @@ class Alone(WholeModel):
 
     accumulate_locally = False
     reduces_each_backward = False
+    updates_in_backward = False
 
     def __init__(
         self,

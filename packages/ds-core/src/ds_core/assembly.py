@@ -121,7 +121,7 @@ def initialize(
         dataloader=loader,
         device=device_kind.device(),
         decisions=decided,
-        tag_validation=config.checkpoint.tag_validation,
+        saving=config.checkpoint.policy(),
     )
     if config.compile.enabled:
         engine.compile(backend=config.compile.backend, **config.compile.kwargs)
@@ -149,6 +149,12 @@ def _sharding(
             "zero_optimization.stage to 0, or make embeddings with nn.Embedding(sparse=False)"
         )
     if found is not None:
+        if found.updates_in_backward and (config.gradient_clipping or precision.loss_scale):
+            key = "gradient_clipping" if config.gradient_clipping else "fp16"
+            raise ConfigError(
+                f"{key}: gradients cannot be scaled any more after backward has taken the step "
+                f"(update_in_backward of the sharding section); remove one of them"
+            )
         return found
     # Gradients that accumulate in another dtype than their own need a buffer beside autograd's.
     if mesh.size("dp") == 1 and precision.grad in (None, precision.compute):
@@ -226,7 +232,13 @@ def _optimizer(
             '{"type": "AdamW", "params": {"lr": 1e-3}}, or pass optimizer='
         )
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return optimizers.build(config.optimizer, trainable, fuse=not config.sparse_gradients)
+    sections = [config.section(name) for name in plugins.registered("sharding")]
+    return optimizers.build(
+        config.optimizer,
+        trainable,
+        fuse=not config.sparse_gradients,
+        on_host=any(getattr(section, "steps_on_host", False) for section in sections),
+    )
 
 
 def _provided(seam: plugins.Seam, config: configuration.Config, **parts: Any) -> Any:

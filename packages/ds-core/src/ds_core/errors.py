@@ -59,3 +59,7 @@ class OpError(DsError, RuntimeError):
 
 class OptimizerError(DsError, ValueError):
     """An optimizer is given arguments, parameters, gradients or state that it cannot work with."""
+
+
+class TensorFileError(DsError, OSError):
+    """A file of tensors cannot be opened, read or written; `errno` and `filename` say more."""

@@ -44,30 +44,39 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
     changed: a parameter of which the checkpoint has no state then starts as a new one would.
     """
     optimizer.state.clear()
-    kept = [dict(group) for group in optimizer.param_groups]
+    # One parameter at a time, so that only one is copied.
     for group in optimizer.param_groups:
+        for param in group["params"]:
+            allocate_state_of(optimizer, group, param)
+
+
+@torch.no_grad()
+def allocate_state_of(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], param: torch.Tensor
+) -> None:
+    """As `allocate_state`, of one parameter of a group, or of one that is to come into it."""
+    kept = [dict(each) for each in optimizer.param_groups]
+    try:
+        for each in optimizer.param_groups:
+            each["params"] = []
         group["lr"] = torch.zeros_like(group["lr"]) if torch.is_tensor(group["lr"]) else 0.0
-        group["params"] = []
         if "weight_decay" in group:
             group["weight_decay"] = 0.0  # or it would show in the first moment
-    # One parameter at a time, so that only one is copied.
-    for group, before in zip(optimizer.param_groups, kept, strict=True):
-        for param in before["params"]:
-            value, param.grad = param.detach().clone(), torch.zeros_like(param)
-            group["params"] = [param]
-            if isinstance(optimizer, WholeMatrices) and optimizer.is_whole(group):
-                # It may be a part of a matrix, of which there is no whole step.
-                optimizer.direction(group, param, torch.zeros_like(param))
-            else:
-                optimizer.step()
-            param.grad = None
-            param.copy_(value)
-        group["params"] = []
-    for group, before in zip(optimizer.param_groups, kept, strict=True):
-        group.update(before)
-    for values in optimizer.state.values():
-        if torch.is_tensor(values.get("step")):
-            values["step"].zero_()
+        value, param.grad = param.detach().clone(), torch.zeros_like(param)
+        group["params"] = [param]
+        if isinstance(optimizer, WholeMatrices) and optimizer.is_whole(group):
+            # It may be a part of a matrix, of which there is no whole step.
+            optimizer.direction(group, param, torch.zeros_like(param))
+        else:
+            optimizer.step()
+        param.grad = None
+        param.copy_(value)
+    finally:
+        for each, before in zip(optimizer.param_groups, kept, strict=True):
+            each.update(before)
+    own = optimizer.state.get(param, {})
+    if torch.is_tensor(own.get("step")):
+        own["step"].zero_()
 
 
 def load_groups(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:

@@ -113,6 +113,7 @@ def build(
     params: Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]],
     *,
     fuse: bool = True,
+    on_host: bool = False,
 ) -> Optimizer:
     """The optimizer that a config names, over `params`.
 
@@ -125,6 +126,7 @@ def build(
         choice: the optimizer section.
         params: parameters, named ones (which Muon needs), or groups as torch.optim takes them.
         fuse: false where gradients may be sparse, which no fused kernel takes.
+        on_host: the step will run on the CPU, whatever the device of `params`.
 
     Raises ConfigError if the type is unknown or the class refuses its arguments.
     """
@@ -134,7 +136,7 @@ def build(
         raise ConfigError(listing)
     given = list(params)
     name, values = _canonical(choice.type), choice.params
-    cls, reason = _chosen(name, values, given if fuse else None)
+    cls, reason = _chosen(name, values, given if fuse else None, on_host)
     arguments = _signatures.coerced(cls, _arguments(name, values, cls))
     try:
         optimizer: Optimizer = cls(_as_taken(cls, given), **arguments)
@@ -217,7 +219,9 @@ def _candidates(name: str, params: Mapping[str, Any]) -> list[Any]:
     return [plain] if faster is None else [faster, plain]
 
 
-def _chosen(name: str, params: Mapping[str, Any], given: list[Any] | None) -> tuple[Any, str]:
+def _chosen(
+    name: str, params: Mapping[str, Any], given: list[Any] | None, on_host: bool
+) -> tuple[Any, str]:
     """The class to build and why; `given` is None where gradients may be sparse."""
     reason = "as the config names it"
     for cls in _candidates(name, params):
@@ -225,7 +229,7 @@ def _chosen(name: str, params: Mapping[str, Any], given: list[Any] | None) -> tu
             continue
         if cls is _plain_class(name, params):
             return cls, reason
-        impossible, slower = _impossible(given), _slower(cls, given or [])
+        impossible, slower = _impossible(given), _slower(cls, given or [], on_host)
         if impossible is None and slower is None:
             return cls, "one pass over memory"
         reason = f"{cls.__name__} is installed, but {impossible or slower}"
@@ -246,7 +250,7 @@ def _impossible(given: list[Any] | None) -> str | None:
     return None
 
 
-def _slower(cls: Any, given: list[Any]) -> str | None:
+def _slower(cls: Any, given: list[Any], on_host: bool) -> str | None:
     """Why an installed class would not be faster for these parameters, or None.
 
     Where that is for want of something, such as a compiler, it warns as the op itself would, and
@@ -254,7 +258,8 @@ def _slower(cls: Any, given: list[Any]) -> str | None:
     """
     from ds_core import ops
 
-    for device_type in sorted({tensor.device.type for tensor in _tensors(given)}):
+    kinds = {"cpu"} if on_host else {tensor.device.type for tensor in _tensors(given)}
+    for device_type in sorted(kinds):
         for op in cls.ops:
             offered = ops.available(op, device_type)
             if all(reason for name, reason in offered.items() if name != "reference"):

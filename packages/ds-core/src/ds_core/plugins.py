@@ -24,6 +24,7 @@ Seam = Literal[
     "planners",
     "launchers",
     "optimizers",
+    "tensor_files",
 ]
 
 #: Where a name that nobody registered could come from: what users are told to install.
@@ -47,6 +48,7 @@ KNOWN_PROVIDERS: dict[Seam, dict[str, str]] = {
     ),
     "ops": {"ds_ops": "ds-ops"},
     "op_tools": {"ds_ops": "ds-ops"},
+    "tensor_files": {"ds_ops": "ds-ops"},
 }
 
 

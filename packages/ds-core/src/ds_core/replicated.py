@@ -103,6 +103,7 @@ class Replicated(WholeModel):
     """
 
     reduces_each_backward = False
+    updates_in_backward = False
 
     def __init__(
         self,

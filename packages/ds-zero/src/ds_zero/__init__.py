@@ -8,6 +8,7 @@ from ds_zero.api import shard
 from ds_zero.errors import ShardError
 from ds_zero.init import Init
 from ds_zero.memory import estimate_memory
+from ds_zero.offload import Offload
 from ds_zero.optimizer import ZeroOptimizer
 
 # Silent unless the program sets up logging, or the config's `log_level` asks for messages.
@@ -16,6 +17,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 __all__ = [
     "GatheredParameters",
     "Init",
+    "Offload",
     "ShardError",
     "ZeroOptimizer",
     "__version__",

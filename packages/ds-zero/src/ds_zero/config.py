@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from ds_core.config import Auto, Only, Section, refusal
+from ds_zero.offload.choice import Offload
 
 _LATER = "not in ds-zero 0.1"
-_NO_OFFLOAD = f'{_LATER}; use "none", a higher stage, or more ranks'
 _NO_HIERARCHY = f"{_LATER}; every rank of the data-parallel group holds one shard"
 _DENSE = f"{_LATER}; weights and gradients travel dense; remove the key"
 
@@ -41,57 +41,107 @@ class LeafModuleSection(Section):
 
 
 class OffloadOptimizerSection(Section):
-    """Where optimizer states live. Only `device` "none" so far: the rest says how to offload."""
+    """Where master weights and moments live, and with them gradients, between their uses."""
 
-    device: Annotated[Literal["none", "cpu", "nvme"], Only("none", because=_NO_OFFLOAD)] = Field(
-        default="none", description='Only "none": optimizer states stay on the device.'
+    device: Literal["none", "cpu", "nvme"] = Field(
+        default="none",
+        description='"none": on the device. "cpu": in host memory, "nvme": on disk; the optimizer '
+        "then steps on the CPU, and gradients go to the host as they are averaged.",
     )
-    nvme_path: str | None = Field(default=None, description="Unused without offload.")
+    nvme_path: str | None = Field(
+        default=None,
+        description='A folder on the disk that "nvme" means. The files in it have no name and are '
+        "gone when the process ends.",
+    )
     buffer_count: int = Field(
         default=4,
         json_schema_extra={"unit": "buffers"},
-        ge=0,
-        description="Unused without offload.",
+        ge=2,
+        description='With "nvme": pieces of states in memory at a time. Their size follows from '
+        "sub_group_size.",
     )
-    pin_memory: bool = Field(default=True, description="Unused without offload.")
-    pipeline_read: bool = Field(default=False, description="Unused without offload.")
-    pipeline_write: bool = Field(default=False, description="Unused without offload.")
-    fast_init: bool = Field(default=False, description="Unused without offload.")
-    ratio: float = Field(default=1.0, ge=0, le=1, description="Unused without offload.")
+    pin_memory: bool = Field(
+        default=True,
+        description="Whether host memory is page-locked, so that copies run beside the program.",
+    )
+    pipeline_read: bool = Field(
+        default=False, description="Makes no difference: a piece is read while others are updated."
+    )
+    pipeline_write: bool = Field(
+        default=False, description="Makes no difference: a piece is written while others are."
+    )
+    fast_init: bool = Field(
+        default=False, description="Makes no difference: units are written as they are laid out."
+    )
+    ratio: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
+        default=1.0,
+        description="Share of the optimizer's elements that leaves the device, in whole units; the "
+        'rest is updated there at the same time. Not of DeepSpeed: "auto" measures both sides.',
+    )
     super_offload: Annotated[bool, Only(False, because=f"{_LATER}; remove the key")] = Field(
         default=False, description="Only false."
     )
     cpuadam_cores_perc: float = Field(
-        default=0.8, ge=0, le=1, description="Unused without offload."
+        default=0.8,
+        ge=0,
+        le=1,
+        description="Makes no difference: a step uses torch's threads; set OMP_NUM_THREADS.",
     )
+
+    @model_validator(mode="after")
+    def _check_path(self) -> OffloadOptimizerSection:
+        return _with_path(self)
 
 
 class OffloadParamSection(Section):
-    """Where parameter shards live. Only `device` "none" so far: the rest says how to offload."""
+    """Where parameter shards live while their unit is not whole. Stage 3 only."""
 
-    device: Annotated[Literal["none", "cpu", "nvme"], Only("none", because=_NO_OFFLOAD)] = Field(
-        default="none", description='Only "none": parameter shards stay on the device.'
+    device: Literal["none", "cpu", "nvme"] = Field(
+        default="none",
+        description='"none": on the device; "cpu": in host memory; "nvme": on disk.',
     )
-    nvme_path: str | None = Field(default=None, description="Unused without offload.")
+    nvme_path: str | None = Field(
+        default=None,
+        description='A folder on the disk that "nvme" means. The files in it have no name and are '
+        "gone when the process ends.",
+    )
     buffer_count: int = Field(
         default=5,
         json_schema_extra={"unit": "buffers"},
-        ge=0,
-        description="Unused without offload.",
+        ge=2,
+        description='With "nvme": shards in memory at a time, beside those of whole units.',
     )
     buffer_size: int = Field(
         default=100_000_000,
         json_schema_extra={"unit": "elements"},
         ge=0,
-        description="Unused without offload.",
+        description="Makes no difference: a buffer is as large as the shard that it holds.",
     )
     max_in_cpu: int = Field(
         default=1_000_000_000,
         json_schema_extra={"unit": "elements"},
         ge=0,
-        description="Unused without offload.",
+        description='With "nvme": so many elements per rank stay in host memory all the same.',
     )
-    pin_memory: bool = Field(default=True, description="Unused without offload.")
+    pin_memory: bool = Field(
+        default=True,
+        description="Whether host memory is page-locked, so that copies run beside the program.",
+    )
+
+    @model_validator(mode="after")
+    def _check_path(self) -> OffloadParamSection:
+        return _with_path(self)
+
+
+S = TypeVar("S", OffloadOptimizerSection, OffloadParamSection)
+
+
+def _with_path(section: S) -> S:
+    if section.device == "nvme" and not section.nvme_path:
+        raise refusal(
+            'device: got "nvme" without nvme_path; add "nvme_path": a folder on that disk'
+        )
+    return section
 
 
 class ZeroSection(Section):
@@ -103,13 +153,10 @@ class ZeroSection(Section):
     """
 
     removed: ClassVar[Mapping[str, str]] = {
-        "cpu_offload": f'deprecated name of "offload_optimizer": {{"device": "cpu"}}, which is '
-        f"{_LATER}; remove it",
-        "cpu_offload_param": f'deprecated name of "offload_param": {{"device": "cpu"}}, which is '
-        f"{_LATER}; remove it",
-        "cpu_offload_params": f'deprecated name of "offload_param": {{"device": "cpu"}}, which is '
-        f"{_LATER}; remove it",
-        "cpu_offload_use_pin_memory": "deprecated name of offload_optimizer.pin_memory; remove it",
+        "cpu_offload": 'deprecated; use "offload_optimizer": {"device": "cpu"}',
+        "cpu_offload_param": 'deprecated; use "offload_param": {"device": "cpu"}',
+        "cpu_offload_params": 'deprecated; use "offload_param": {"device": "cpu"}',
+        "cpu_offload_use_pin_memory": "deprecated; use offload_optimizer.pin_memory",
         "stage3_gather_fp16_weights_on_model_save": "deprecated; use "
         "stage3_gather_16bit_weights_on_model_save",
         "legacy_stage1": "the old implementation of stage 1 is gone; remove it",
@@ -159,7 +206,7 @@ class ZeroSection(Section):
         description="Makes no difference: a unit's reduction always serves all its owners.",
     )
     round_robin_gradients: bool = Field(
-        default=False, description="Makes no difference without offload."
+        default=False, description="Makes no difference: gradients leave as they are averaged."
     )
     parameter_alignment: bool = Field(
         default=False,
@@ -230,7 +277,8 @@ class ZeroSection(Section):
         default=1_000_000_000,
         json_schema_extra={"unit": "elements"},
         ge=0,
-        description="Makes no difference without offload.",
+        description='With optimizer states on "nvme": elements of one read or write, at most, '
+        "unless one parameter is larger. Default there: 16777216.",
     )
     leaf_module: LeafModuleSection = Field(
         default_factory=LeafModuleSection, description="What is gathered as one unit."
@@ -253,6 +301,13 @@ class ZeroSection(Section):
         default=False, description="Makes no difference: what can go wrong is checked always."
     )
 
+    update_in_backward: bool = Field(
+        default=False,
+        description="Not of DeepSpeed. Each unit is updated as soon as its averaged gradient is "
+        "complete, while backward goes on, so that no gradient outlives its unit's turn. Without "
+        "gradient_clipping and without a loss scale, which need all gradients first.",
+    )
+
     # Checkpoints
     load_from_fp32_weights: Annotated[
         bool, Only(True, because=f"{_LATER}; the fp32 weights of a checkpoint are always restored")
@@ -270,8 +325,8 @@ class ZeroSection(Section):
         default=None, description="Where parameter shards live; null: on the device."
     )
     save_muon_momentum_buffer_in_memory: Annotated[
-        bool, Only(False, because=f"{_LATER}; without offload every state is in memory")
-    ] = Field(default=False, description="Only false: there is no NVMe to keep it from.")
+        bool, Only(False, because=f"{_LATER}; all states of an optimizer live in one place")
+    ] = Field(default=False, description="Only false: momentum lives where the other states do.")
 
     # Hierarchy and quantization
     zero_hpz_partition_size: Annotated[int, Only(1, because=_NO_HIERARCHY)] = Field(
@@ -302,3 +357,40 @@ class ZeroSection(Section):
                 f'got {str(value).lower()}, the form of 2020; use {{"stage": {stage}}} or higher'
             )
         return value
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> ZeroSection:
+        for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
+            section: OffloadOptimizerSection | OffloadParamSection | None = getattr(self, key)
+            if section is not None and section.device != "none" and self.stage < least:
+                raise refusal(
+                    f'{key}.device: got "{section.device}" at stage {self.stage}, where nothing of '
+                    f"that is sharded; set stage to {least}" + (" or higher" if least < 3 else "")
+                )
+        return self
+
+    @property
+    def steps_on_host(self) -> bool:
+        """Whether the optimizer steps on the CPU, whatever the device of the model."""
+        section = self.offload_optimizer
+        return section is not None and section.device != "none" and section.ratio == 1.0
+
+    def offload(self) -> Offload:
+        """What `ds_zero.shard` is told."""
+        states = self.offload_optimizer or OffloadOptimizerSection()
+        shards = self.offload_param or OffloadParamSection()
+        chosen: dict[str, Any] = {}
+        if "sub_group_size" in self.model_fields_set:
+            chosen["piece_numel"] = max(1, self.sub_group_size)
+        return Offload(
+            optimizer="device" if states.device == "none" else states.device,
+            parameters="device" if shards.device == "none" else shards.device,
+            folder=states.nvme_path,
+            parameters_folder=shards.nvme_path,
+            ratio=states.ratio if states.device != "none" else 1.0,
+            pin_memory=states.pin_memory,
+            buffers=states.buffer_count,
+            parameter_buffers=shards.buffer_count,
+            max_numel_in_cpu=shards.max_in_cpu,
+            **chosen,
+        )

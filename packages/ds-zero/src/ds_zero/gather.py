@@ -37,7 +37,7 @@ class GatherRuntime:
 
     Args:
         model: the root module, whose forward and backward delimit a pass.
-        units: all units of the model.
+        units: all units of the model, sharded.
         ensure_begun: tells the watch over backwards that one is under way.
         prefetch: how many gathers may be under way or unused beside what is in use.
 
@@ -55,7 +55,7 @@ class GatherRuntime:
         self._units = {unit.index: unit for unit in units}
         self._ensure_begun = ensure_begun
         self._prefetch = prefetch
-        self._state = dict.fromkeys(self._units, UnitState.IN_USE)
+        self._state = dict.fromkeys(self._units, UnitState.SHARDED)
         self._pending: dict[int, comm.Pending] = {}
         self._kept: set[int] = {unit.index for unit in units if unit.is_root}
         self._key: tuple[Any, ...] = ()
@@ -74,7 +74,7 @@ class GatherRuntime:
         self._handles: list[Any] = []
         self._install(model)
         for unit in units:
-            self._release(unit)
+            unit.free(self)
 
     # ------------------------------------------------------------------ hooks
 
@@ -249,6 +249,12 @@ class GatherRuntime:
         while len(self._pending) < self._prefetch:
             if self._order.ahead() is None:
                 break
+        self._fetch_ahead()
+
+    def _fetch_ahead(self) -> None:
+        """Begin to fetch the shards that live on disk of the units that are gathered next."""
+        for index in self._order.upcoming(max(1, self._prefetch)):
+            self._units[index].fetch_ahead()
 
     def release(self, unit: Unit) -> None:
         """The parameters of `unit` are not needed for now."""

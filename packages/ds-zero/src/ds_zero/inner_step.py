@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -56,40 +56,62 @@ class InnerStep:
         self._one_pass = fused.is_one_pass(optimizer)
         self._fuses_scale = not self._unit_scale and fused.fuses_scale(optimizer)
 
-    def run(self, unit: Unit, used: list[bool]) -> bool:
+    def run(self, unit: Unit, used: list[bool]) -> None:
         """Update the shard of `unit`; parameters that are not `used` keep value and state.
 
-        Parameters that are updated as whole matrices are left out. Returns whether the
-        low-precision shard has the new values already.
+        Parameters that are updated as whole matrices are left out. Afterwards the low-precision
+        shard has the new values too.
         """
+        pieces = self._due(unit, used)
+        everything = sum(piece.stop - piece.start for piece in unit.optimizer_pieces)
+        whole = sum(piece.stop - piece.start for piece in pieces) == everything
+        if not pieces:
+            return
+        unit.settle_gradient()
+        with unit.updating(whole=whole) as rounded:
+            # States on disk pass through memory a piece at a time.
+            turns = [[piece] for piece in pieces] if unit.states == "nvme" else [pieces]
+            for turn in turns:
+                with ExitStack() as stack:
+                    for piece in turn:
+                        stack.enter_context(unit.present(piece, edits=True))
+                    self._step(unit, turn, rounded)
+
+    def _due(self, unit: Unit, used: list[bool]) -> list[OptimizerPiece]:
+        """The pieces that a step updates."""
         pieces = unit.optimizer_pieces
         if not all(used):
             split_by_parameter(self._optimizer, unit)
             names = {spec.name for spec, flag in zip(unit.specs, used, strict=True) if flag}
             pieces = [piece for piece in unit.optimizer_pieces if piece.name in names]
         groups = self._optimizer.param_groups
-        pieces = [p for p in pieces if not is_whole(self._optimizer, groups[p.group_index])]
+        return [p for p in pieces if not is_whole(self._optimizer, groups[p.group_index])]
+
+    def _step(self, unit: Unit, pieces: list[OptimizerPiece], rounded: torch.Tensor | None) -> None:
         if self._one_pass:
-            self._step_in_one_pass(unit, pieces)
-            return all(used)
+            self._step_in_one_pass(unit, pieces, rounded)
+            return
         for piece in pieces:
             piece.weights.grad = self._gradient(unit, piece)
         with self._only(pieces):
-            if self._fuses_scale and pieces:
+            if self._fuses_scale:
                 fused.step_scaled(self._optimizer, self._scale, pieces[0].weights.device)
             else:
                 self._optimizer.step()
         for piece in pieces:
             piece.weights.grad = None
-        return False
+            if rounded is not None:
+                rounded[piece.start : piece.stop].copy_(piece.weights)
 
-    def _step_in_one_pass(self, unit: Unit, pieces: list[OptimizerPiece]) -> None:
+    def _step_in_one_pass(
+        self, unit: Unit, pieces: list[OptimizerPiece], rounded: torch.Tensor | None
+    ) -> None:
         gradients: dict[torch.Tensor, torch.Tensor] = {}
         copies: dict[torch.Tensor, torch.Tensor] = {}
         for piece in pieces:
             gradients[piece.weights] = unit.grad[piece.start : piece.stop]
-            if unit.master is not None:
-                copies[piece.weights] = unit.shard[piece.start : piece.stop]
+            if rounded is not None:
+                copies[piece.weights] = rounded[piece.start : piece.stop]
         with self._only(pieces):
             fused.step_in_one_pass(self._optimizer, gradients, copies, self._scale)
 
@@ -121,7 +143,8 @@ def is_whole(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
 
 
 def split_by_parameter(optimizer: torch.optim.Optimizer, unit: Unit) -> None:
-    """Give every parameter of `unit` an optimizer state of its own, without copying any.
+    """Give every parameter of `unit` an optimizer state of its own, without copying any
+    (of those in memory).
 
     The pieces of a unit share what an optimizer keeps once per tensor, such as the number of
     steps that corrects Adam's averages. Parameters that skip steps must count for themselves.
@@ -130,20 +153,24 @@ def split_by_parameter(optimizer: torch.optim.Optimizer, unit: Unit) -> None:
         return
     cut: list[OptimizerPiece] = []
     for whole in unit.optimizer_pieces:
+        unit.take_from_disk(whole)
         state = state_of(optimizer, whole.weights)
         optimizer.state.pop(whole.weights, None)
         shape = whole.weights.shape
         for part in unit.parts_of(whole):
             start, stop = part.offset, part.offset + part.stop - part.start
             own = slice(start - whole.start, stop - whole.start)
-            weights = nn.Parameter(whole.weights.detach()[own])
+            with unit.shard_memory():
+                weights = nn.Parameter(whole.weights.detach()[own])
             if state:
                 parts = {key: _part(value, shape, own) for key, value in state.items()}
                 if isinstance(optimizer, PortableState):
                     optimizer.load_portable_state(weights, parts)
                 else:
                     optimizer.state[weights] = parts
-            cut.append(OptimizerPiece(whole.group_index, weights, start, stop, part.slot.name))
+            piece = OptimizerPiece(whole.group_index, weights, start, stop, part.slot.name)
+            unit.put_on_disk(piece, optimizer)
+            cut.append(piece)
     _replace(optimizer, unit.optimizer_pieces, cut)
     unit.optimizer_pieces = cut
 

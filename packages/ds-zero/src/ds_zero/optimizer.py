@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ds_core import comm
 from ds_core.backward import BackwardWatch
 from ds_core.fused import prefer_fused
 from ds_core.gradients import GradientReducer, vector_norm
-from ds_core.optimizer_state import allocate_state, load_groups
+from ds_core.optimizer_state import allocate_state_of, load_groups
 from ds_core.precision import Precision
 from ds_core.seams import Transport
 from ds_zero import checks, inner_step, state
 from ds_zero.checks import OWNER
+from ds_zero.early_updates import EarlyUpdates
+from ds_zero.errors import ShardError
 from ds_zero.gather import GatherRuntime
+from ds_zero.offload import Offload
+from ds_zero.offload.homes import Homes
 from ds_zero.plan import Selector, UnitSpec, plan_units
 from ds_zero.sharded_param import show_class
 from ds_zero.unit import Unit
@@ -50,6 +55,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         prefetch: int,
         broadcast: bool,
         transport: Transport,
+        offload: Offload,
+        update_in_backward: bool,
     ) -> None:
         specs = checks.parameters_of(model, optimizer, mesh.group("dp"))
         self._inner = optimizer
@@ -57,8 +64,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.stage, self.mesh, self.max_grad_norm = stage, mesh, max_grad_norm
         plan = plan_units(model, specs, units=units, leaves=leaves, min_unit_numel=min_unit_numel)
         lanes = {axes: _reduce_lane(mesh.group(*axes), stage) for axes in _axes_of(plan)}
-        self.units = [
-            Unit(
+        device = specs[0].param.device
+        self._homes = Homes(offload, device, dist.get_rank())
+        self.updates_in_backward = update_in_backward
+        tiers = offload.states_of([_trained_numel(spec) for spec in plan])
+        self.units: list[Unit] = []
+        kept: dict[torch.Tensor, Any] = {}
+        for index, spec in enumerate(plan):
+            unit = Unit(
                 index,
                 spec,
                 mesh.group(*spec.placement.grad_axes),
@@ -68,11 +81,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 broadcast=broadcast,
                 transport=transport,
                 reduce_group=lanes[spec.placement.grad_axes],
+                homes=self._homes,
+                states=tiers[index],
+                consumed=update_in_backward,
             )
-            for index, spec in enumerate(plan)
-        ]
+            self.units.append(unit)
+            # One unit after the other: only one is whole, and in memory if it lives on disk.
+            kept.update(self._put_on_disk(unit))
+            if unit.stage == 3:
+                unit.free(_NOBODY)
         self._trainable = [unit for unit in self.units if unit.trainable]
-        self._hand_over_to_inner()
+        self._hand_over_to_inner(kept)
         self._matrices = matrix_steps(self._inner, self._trainable)
         self._watch = BackwardWatch(model, self._begin_backward, self._end_backward)
         self._gather: GatherRuntime | None = None
@@ -94,18 +113,45 @@ class ZeroOptimizer(torch.optim.Optimizer):
         )
         self._pending_scale: float | torch.Tensor = 1.0
         self._agreed: _Agreement | None = None
+        #: What a backward has updated already, of an optimizer that updates in backward.
+        self._early: EarlyUpdates | None = None
+        if update_in_backward:
+            self._early = EarlyUpdates(self._inner, self._trainable, self._matrices)
+            self.reduces_each_backward = False
 
-    def _hand_over_to_inner(self) -> None:
-        """Make the inner optimizer's groups hold flat shards in place of the model's parameters."""
+    def _put_on_disk(self, unit: Unit) -> dict[torch.Tensor, dict[str, Any]]:
+        """Allocate the states of a unit that lives on disk, and write them; their small parts."""
+        if unit.states != "nvme":
+            return {}
+        initial = inner_step.initial_state(self._inner, [unit])
+        kept: dict[torch.Tensor, dict[str, Any]] = {}
+        for piece in unit.optimizer_pieces:
+            if piece.weights in initial:
+                self._inner.state[piece.weights] = initial[piece.weights]
+            else:
+                group = self._inner.param_groups[piece.group_index]
+                with unit.present(piece, edits=False):
+                    allocate_state_of(self._inner, group, piece.weights)
+            unit.put_on_disk(piece, self._inner)
+            kept[piece.weights] = self._inner.state[piece.weights]
+        unit.drop_master()
+        return kept
+
+    def _hand_over_to_inner(self, kept: dict[torch.Tensor, dict[str, Any]]) -> None:
+        """Make the inner optimizer's groups hold flat shards in place of the model's parameters.
+
+        kept: the state of shards that have one already.
+        """
         pieces: list[list[nn.Parameter]] = [[] for _ in self._inner.param_groups]
         for unit in self._trainable:
             for piece in unit.optimizer_pieces:
                 pieces[piece.group_index].append(piece.weights)
-        initial = inner_step.initial_state(self._inner, self._trainable)
+        others = [unit for unit in self._trainable if unit.states != "nvme"]
+        initial = inner_step.initial_state(self._inner, others)
         for group, params in zip(self._inner.param_groups, pieces, strict=True):
             group["params"] = params
         self._inner.state.clear()
-        self._inner.state.update(initial)
+        self._inner.state.update({**initial, **kept})
         prefer_fused(self._inner)
 
     # torch's schedulers and scalers read and write these two.
@@ -184,7 +230,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         self._reducer.settle()
         if self._agreed is None or self._agreed.norm is None:
-            self._agreed = _agree(self._trainable, with_norm=True)
+            squares = None if self._early is None else self._early.norm_squares
+            self._agreed = _agree(self._trainable, with_norm=True, squares=squares)
         assert self._agreed.norm is not None
         return self._agreed.norm
 
@@ -226,16 +273,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self._gather is not None:
             self._gather.settle()
         self._reducer.settle()
+        if self._early is not None:
+            self._early.finish(grad_scale)
+            return
         if self._agreed is None:
             self._agreed = _agree(self._trainable, with_norm=False)
         used = self._agreed.used
         for matrices in self._matrices:
             matrices.run(used, grad_scale)
         step = inner_step.InnerStep(self._inner, grad_scale)
+        self._homes.expect(p.weights for unit in self._trainable for p in unit.optimizer_pieces)
         pending = []
         for unit in self._trainable:
-            written = step.run(unit, used[unit.index])
-            pending.append(unit.publish(cast=not written))
+            step.run(unit, used[unit.index])
+            pending.append(unit.publish())
         for gather in pending:
             if gather is not None:
                 gather.wait()
@@ -243,6 +294,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients. Their persistent buffers stay; nothing is written."""
         self._agreed = None
+        if self._early is not None:
+            self._early.forget()
         self._reducer.forget()
         for unit in self._trainable:
             unit.clear_gradient()
@@ -250,7 +303,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def first_nonfinite(self) -> str | None:
         """Name of the first parameter of which this rank's share has a non-finite gradient."""
         for unit in self._trainable:
-            for piece in unit.layout.pieces(unit.group.rank):
+            unit.settle_gradient()
+            for piece in unit.layout.pieces(unit.group.rank) if unit.has_grad else ():
                 stop = piece.offset + piece.stop - piece.start
                 if not bool(torch.isfinite(unit.grad[piece.offset : stop]).all()):
                     return piece.slot.name
@@ -304,6 +358,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def set_full_gradient(self, which: str | nn.Parameter, value: torch.Tensor) -> None:
         """Overwrite the averaged gradient of one parameter. Collective."""
+        if self._early is not None:
+            raise ShardError(
+                "set_full_gradient: with update_in_backward a gradient is used up when backward "
+                "ends; shard without it"
+            )
         self._agreed = None
         state.set_full_value(self, which, "gradient", value)
 
@@ -324,6 +383,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def publish(self) -> None:
         """Make parameters that were edited or loaded visible to the model. Collective."""
         for unit in self.units:
+            unit.refresh()
             pending = unit.publish()
             if pending is not None:
                 pending.wait()
@@ -339,7 +399,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def prepare_load(self) -> None:
         """Allocate the optimizer state that loading a checkpoint fills in place."""
-        allocate_state(self._inner)
+        for unit in self._trainable:
+            for piece in unit.optimizer_pieces:
+                group = self._inner.param_groups[piece.group_index]
+                unit.take_from_disk(piece)
+                self._inner.state.pop(piece.weights, None)
+                with unit.present(piece, edits=False):
+                    allocate_state_of(self._inner, group, piece.weights)
+                unit.put_on_disk(piece, self._inner)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Adopt a `state_dict()` whose tensors DCP filled in place, and publish. Collective."""
@@ -354,6 +421,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def memory(self) -> dict[str, int]:
         """Bytes that this rank holds between steps, by kind; "padding" is part of the others."""
         return state.memory(self)
+
+    def settle(self) -> None:
+        """Wait until what was written to disk is there; it goes on beside the program otherwise.
+
+        Raises the error of a write that failed.
+        """
+        self._homes.settle()
+
+    def swap_bytes(self) -> tuple[int, int]:
+        """Bytes that this rank has read from and written to disk so far."""
+        return self._homes.swap_bytes()
 
     def close(self) -> None:
         """Undo the sharding: the model is whole again, with no hook of ours. Collective."""
@@ -371,6 +449,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 param.__dict__.pop(OWNER, None)
         self._reducer.close()
         self._watch.close()
+        self._homes.close()
 
 
 def _axes_of(plan: list[UnitSpec]) -> list[tuple[str, ...]]:
@@ -390,17 +469,24 @@ class _Agreement:
         self.norm, self.used = norm, used
 
 
-def _agree(units: list[Unit], *, with_norm: bool) -> _Agreement:
-    """Exchange the ranks' squared gradient norms and the parameters that each of them used."""
+def _agree(
+    units: list[Unit], *, with_norm: bool, squares: Mapping[int, torch.Tensor] | None = None
+) -> _Agreement:
+    """Exchange the ranks' squared gradient norms and the parameters that each of them used.
+
+    squares: by unit, norms that are known already; None: of the gradients that are here.
+    """
     norm_squared = torch.zeros((), dtype=torch.float64)
     used: dict[int, list[bool]] = {}
     for group in {id(unit.group): unit.group for unit in units}.values():
         members = [unit for unit in units if unit.group is group]
-        local = torch.zeros(1, dtype=torch.float64, device=members[0].grad.device)
-        if with_norm:
-            for unit in members:
-                if unit.has_grad:
-                    local += vector_norm(unit.grad).double().square_()
+        local = torch.zeros(1, dtype=torch.float64, device=members[0].full.device)
+        for unit in members if with_norm else ():
+            if squares is not None:
+                local += squares.get(unit.index, 0.0)
+            elif unit.has_grad:
+                unit.settle_gradient()
+                local += vector_norm(unit.grad).double().square_().to(local.device)
         flags = torch.tensor([flag for unit in members for flag in unit.used], dtype=torch.float64)
         mine = torch.cat([local, flags.to(local.device)])
         everybody = torch.empty(group.size * mine.numel(), dtype=mine.dtype, device=mine.device)
@@ -428,3 +514,19 @@ def owners_of(params: Iterable[nn.Parameter]) -> dict[int, tuple[ZeroOptimizer, 
     for _, units in found.values():
         units.sort(key=lambda unit: unit.index)
     return found
+
+
+def _trained_numel(spec: UnitSpec) -> int:
+    """Elements of a unit that an optimizer updates; all of them or none."""
+    return sum(each.param.numel() for each in spec.params) if spec.trainable else 0
+
+
+class _Nobody:
+    """Keeps a sharded parameter while the optimizer is being built."""
+
+    def touch(self, params: list[nn.Parameter], operation: str) -> None:
+        """See `sharded_param.Keeper`."""
+        raise ShardError(f"{operation} needs a parameter of a model that is being sharded")
+
+
+_NOBODY = _Nobody()

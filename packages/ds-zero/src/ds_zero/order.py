@@ -84,6 +84,10 @@ class GatherOrder:
         self._walk_to(self._cursor + 1)
         return unit
 
+    def upcoming(self, count: int) -> list[int]:
+        """The next units of the plan that are not issued, `count` at most."""
+        return self._plan.units[self._cursor : self._cursor + count] if self.active else []
+
     def end(self) -> None:
         """Finish the pass: serve the ranks that still need something, then revise the plan."""
         self._finish_plan()

@@ -35,6 +35,8 @@ def from_config(
         precision=precision,
         transport=transport,
         prefetch=1 if section.stage3_prefetch_bucket_size else 0,
+        offload=section.offload(),
+        update_in_backward=section.update_in_backward,
     )
 
 

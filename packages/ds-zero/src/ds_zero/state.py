@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,19 +42,33 @@ def _piece_of(unit: Unit, position: int) -> Piece | None:
 
 
 def _optimizer_piece(unit: Unit, piece: Piece) -> OptimizerPiece:
-    for candidate in unit.optimizer_pieces:
-        if candidate.start <= piece.offset < candidate.stop:
-            return candidate
-    raise ShardError(f"{piece.slot.name!r} is frozen: it has no optimizer state")
+    if not unit.trainable:
+        raise ShardError(f"{piece.slot.name!r} is frozen: it has no optimizer state")
+    return unit.piece_at(piece.offset)
+
+
+@contextmanager
+def _held(
+    optimizer: ZeroOptimizer, unit: Unit, piece: Piece | None, kind: str, *, edits: bool
+) -> Iterator[torch.Tensor]:
+    """`_local` of what may live elsewhere; `edits` made inside the block are kept."""
+    if piece is None or kind == "gradient":
+        unit.settle_gradient()
+        yield _local(optimizer, unit, piece, kind)
+        return
+    mine = unit.piece_at(piece.offset) if unit.trainable else None
+    with unit.present(mine, edits=edits):
+        yield _local(optimizer, unit, piece, kind)
 
 
 def _local(optimizer: ZeroOptimizer, unit: Unit, piece: Piece | None, kind: str) -> torch.Tensor:
     """This rank's elements of a parameter, gradient or state: a 1-D view, maybe empty."""
     if piece is None:
-        return unit.weights[:0]
+        return unit.full.new_empty(0, dtype=unit.weights_dtype)
     start, stop = piece.offset, piece.offset + piece.stop - piece.start
     if kind == "parameter":
-        return unit.weights[start:stop]
+        owner = unit.piece_at(start) if unit.trainable else None
+        return unit.weights_of(owner, start, stop)
     if kind == "gradient":
         return unit.grad[start:stop]
     mine = _optimizer_piece(unit, piece)
@@ -64,7 +80,7 @@ def _local(optimizer: ZeroOptimizer, unit: Unit, piece: Piece | None, kind: str)
     keys = {k for values in each for k, v in values.items() if _is_wide(v)}
     if kind in keys and not held:
         # No step has used the parameter yet.
-        return torch.zeros_like(unit.weights[start:stop])
+        return torch.zeros_like(mine.weights.detach()[start - mine.start : stop - mine.start])
     raise ShardError(
         f"optimizer state {kind!r}: {type(optimizer._inner).__name__} has "
         f"{', '.join(sorted(keys)) or 'no state before its first step'}"
@@ -78,7 +94,8 @@ def _is_wide(value: Any) -> bool:
 def local_value(optimizer: ZeroOptimizer, which: str | nn.Parameter, kind: str) -> torch.Tensor:
     """See `ZeroOptimizer.local_value`."""
     unit, position = _find(optimizer, which)
-    return _local(optimizer, unit, _piece_of(unit, position), kind)
+    with _held(optimizer, unit, _piece_of(unit, position), kind, edits=False) as value:
+        return value if unit.is_resident else value.clone()
 
 
 def full_value(optimizer: ZeroOptimizer, which: str | nn.Parameter, kind: str) -> torch.Tensor:
@@ -86,8 +103,8 @@ def full_value(optimizer: ZeroOptimizer, which: str | nn.Parameter, kind: str) -
     unit, position = _find(optimizer, which)
     slot = unit.layout.slots[position]
     piece = _piece_of(unit, position)
-    mine = _local_or_error(optimizer, unit, piece, kind)
-    dtype = unit.grad_dtype if kind == "gradient" else unit.weights.dtype
+    mine = _copied_or_error(optimizer, unit, piece, kind)
+    dtype = unit.grad_dtype if kind == "gradient" else unit.weights_dtype
     own = torch.zeros(unit.layout.shard_numel, dtype=dtype, device=unit.shard.device)
     if piece is not None:
         own[piece.offset : piece.offset + mine.numel()].copy_(mine)
@@ -96,13 +113,14 @@ def full_value(optimizer: ZeroOptimizer, which: str | nn.Parameter, kind: str) -
     return whole[slot.offset : slot.end].view(slot.shape).clone()
 
 
-def _local_or_error(
+def _copied_or_error(
     optimizer: ZeroOptimizer, unit: Unit, piece: Piece | None, kind: str
 ) -> torch.Tensor:
-    """As `_local`, but an error is raised on every rank, also where there is no part to miss."""
-    mine, complaint = unit.weights[:0], None
+    """As `local_value`, but errors are raised on all ranks, also where there is no part to miss."""
+    mine, complaint = unit.full.new_empty(0), None
     try:
-        mine = _local(optimizer, unit, piece, kind)
+        with _held(optimizer, unit, piece, kind, edits=False) as value:
+            mine = value if unit.is_resident else value.clone()
     except ShardError as error:
         complaint = str(error)
     if kind not in ("parameter", "gradient"):
@@ -136,15 +154,17 @@ def set_full_value(
         )
     piece = _piece_of(unit, position)
     if kind == "gradient" and unit.trainable and not unit.has_grad:
+        unit.settle_gradient()
         unit.grad.zero_()  # it may hold that of an earlier step
     if piece is not None:
         part = value.reshape(-1)[piece.start : piece.stop]
-        with torch.no_grad():
+        with torch.no_grad(), _held(optimizer, unit, piece, kind, edits=True) as mine:
             if kind in ("parameter", "gradient"):
-                _local(optimizer, unit, piece, kind).copy_(part)
+                mine.copy_(part)
             else:
                 _set_state(optimizer, unit, piece, kind, part)
     if kind == "parameter":
+        unit.refresh()
         pending = unit.publish()
         if pending is not None:
             pending.wait()
@@ -178,16 +198,43 @@ def full_state_dict(optimizer: ZeroOptimizer) -> dict[str, torch.Tensor]:
     return found
 
 
-def _shard(local: torch.Tensor, piece: Piece) -> Any:
+def _stated(optimizer: ZeroOptimizer, unit: Unit, piece: Piece, kind: str) -> Any:
+    """What a checkpoint holds of a parameter or state: `FlatShard`; a lazy one if it is away."""
     from ds_core.checkpoint import FlatShard
 
-    return FlatShard(local, piece.slot.shape, piece.start)
+    shape, start = piece.slot.shape, piece.start
+    if unit.is_resident:
+        return FlatShard(_local(optimizer, unit, piece, kind), shape, start)
+    home = unit.shard_home if kind == "parameter" and unit.master is None else None
+    own = slice(piece.offset, piece.offset + _numel(piece))
+
+    def read() -> torch.Tensor:
+        if home is not None:
+            return home.read(own.start, own.stop)
+        with _held(optimizer, unit, piece, kind, edits=False) as value:
+            return value.clone()
+
+    @torch.no_grad()
+    def write(values: torch.Tensor) -> None:
+        if home is not None:
+            home.write(own.start, values)
+            return
+        with _held(optimizer, unit, piece, kind, edits=True) as value:
+            if kind == "parameter":
+                value.copy_(values)
+            else:
+                _set_state(optimizer, unit, piece, kind, values)
+
+    dtype = unit.weights_dtype
+    if kind != "parameter":
+        dtype = _local(optimizer, unit, piece, kind).dtype
+    return FlatShard.lazy(_numel(piece), dtype, shape, start, read=read, write=write)
 
 
 def model_state(optimizer: ZeroOptimizer) -> dict[str, Any]:
     """See `ZeroOptimizer.model_state`."""
     return {
-        piece.slot.name: _shard(_local(optimizer, unit, piece, "parameter"), piece)
+        piece.slot.name: _stated(optimizer, unit, piece, "parameter")
         for unit in optimizer.units
         for piece in unit.layout.pieces(unit.group.rank)
     }
@@ -200,11 +247,10 @@ def optimizer_state(optimizer: ZeroOptimizer) -> dict[str, Any]:
         held = {id(p): state_of(optimizer._inner, p.weights) for p in unit.optimizer_pieces}
         for piece in unit.layout.pieces(unit.group.rank) if unit.trainable else ():
             mine = _optimizer_piece(unit, piece)
-            own = slice(piece.offset - mine.start, piece.offset - mine.start + _numel(piece))
             for key, value in held[id(mine)].items():
                 entries = tensors.setdefault(key, {})
                 if isinstance(value, torch.Tensor) and value.shape == mine.weights.shape:
-                    entries[piece.slot.name] = _shard(value[own], piece)
+                    entries[piece.slot.name] = _stated(optimizer, unit, piece, key)
                 else:
                     # One value for all parameters of the piece, such as the step count. Each
                     # gets its own, since those in a checkpoint may differ.
@@ -233,7 +279,8 @@ def adopt_loaded(optimizer: ZeroOptimizer, loaded: dict[str, dict[str, Any]]) ->
             split_by_parameter(optimizer._inner, unit)
         for piece in unit.optimizer_pieces:
             if isinstance(optimizer._inner, PortableState):
-                _adopt_packed(optimizer._inner, unit, piece, loaded)
+                with unit.present(piece, edits=True):
+                    _adopt_packed(optimizer._inner, unit, piece, loaded)
                 continue
             held = optimizer.state.get(piece.weights, {})
             for key in list(held):
@@ -252,8 +299,8 @@ def _adopt_packed(
         start = part.offset - piece.start
         for key, own in values.items():
             value = loaded.get(key, {}).get(part.slot.name)
-            if value is None:
-                continue
+            if value is None or (_is_wide(own) and value.is_lazy):
+                continue  # a lazy one was written as it was read
             if _is_wide(own):
                 own[start : start + _numel(part)].copy_(value.local.reshape(-1))
             else:

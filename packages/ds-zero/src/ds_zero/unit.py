@@ -10,13 +10,18 @@ Per unit of `numel` elements over N ranks (bytes per element: p of the parameter
 | `grad`    | this rank's 1/N of the averaged gradient        | in twin  | g numel/N| g numel/N  |
 | `master`  | this rank's 1/N of the fp32 copy, if any         | 4 numel/N| 4 numel/N| 4 numel/N  |
 
+With one rank `grad` lies in the twin at every stage. Offloaded states (ds_zero.offload) live on
+the host: `master` and `grad` too, where that is not the device; or on disk: `master` then has
+memory piece by piece, in a step. An offloaded `shard` has memory only while its unit is whole.
+
 Source: Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter
 Models", section 5; the flat layout is ours (docs/design.md, section 5).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +32,11 @@ from ds_core.flat import FlatLayout, Piece
 from ds_core.flat_gradient import FlatGradient
 from ds_core.precision import Precision
 from ds_core.seams import Transport
+from ds_zero.errors import ShardError
+from ds_zero.offload.choice import Offload, Tier
+from ds_zero.offload.crossing import Crossing, host_empty
+from ds_zero.offload.homes import Homes
+from ds_zero.offload.shard_home import HostShard, ShardHome, memory_of
 from ds_zero.plan import UnitSpec
 from ds_zero.sharded_param import Keeper, hide, show
 
@@ -74,6 +84,10 @@ class Unit:
         broadcast: whether rank 0's initial values overwrite the others'.
         transport: how parameters and gradients travel.
         reduce_group: the same ranks, on whose lane gradients travel; default: `group` itself.
+        homes: where what is offloaded goes; None: nothing is.
+        states: where this unit's optimizer states live.
+        consumed: whether its gradient is used up as soon as it is complete, and has no memory
+            between backwards.
 
     Collective over `group`.
     """
@@ -90,7 +104,13 @@ class Unit:
         broadcast: bool,
         transport: Transport,
         reduce_group: comm.Group | None = None,
+        homes: Homes | None = None,
+        states: Tier = "device",
+        consumed: bool = False,
     ) -> None:
+        self._homes = homes or Homes(Offload(), spec.params[0].param.device, 0)
+        self.states: Tier = states if spec.trainable else "device"
+        self._consumed = consumed
         self.index, self.name, self.group = index, spec.name, group
         self._reduce_group = reduce_group or group
         self._wire = transport
@@ -98,14 +118,23 @@ class Unit:
         self.specs = spec.params
         self.params = [s.param for s in spec.params]
         # With one rank there is nothing to gather: stage 3 keeps the parameters where they are.
-        self.stage = stage if group.size > 1 else min(stage, 2)
+        self.stage = stage if group.size > 1 or self._homes.shards_leave() else min(stage, 2)
         floating = spec.dtype.is_floating_point
         self.dtype = (precision.compute if floating else None) or spec.dtype
         self.layout = unit_layout(spec, self.dtype, group.size)
-        self._fill(values, precision, broadcast)
         self.grad_dtype = precision.grad or self.dtype
-        # Stage 1 keeps full-size gradients anyway: this rank's part of the average is among them.
-        self._grad_in_twin = self.stage == 1 and self.trainable and self.grad_dtype == self.dtype
+        own = self.layout.shard_numel
+        self.crossing: Crossing | None = self._homes.crossing(self.states, own, self.grad_dtype)
+        self.shard_home: ShardHome | None = None
+        self._fill(values, precision, broadcast)
+        # Stage 1 keeps full-size gradients anyway, and one rank's part is all: the average is
+        # among them.
+        self._grad_in_twin = (
+            (stage == 1 or group.size == 1)
+            and self.trainable
+            and self.grad_dtype == self.dtype
+            and self.crossing is None
+        )
         self.grad = torch.empty(0)
         self.optimizer_pieces: list[OptimizerPiece] = []
         if self.trainable:
@@ -113,6 +142,8 @@ class Unit:
             self.optimizer_pieces = self._cut_for_optimizer()
         #: Whether `grad` holds something that the next reduction must be added to.
         self.has_grad = False
+        #: Called when the average of its gradients is complete.
+        self.on_reduced: Callable[[Unit], None] = _nothing
 
     # ------------------------------------------------------------------ parameters
 
@@ -132,22 +163,152 @@ class Unit:
             comm.broadcast(staging, self.group, caller=f"{self.name} (initial values)")
         own = self._own(staging)
         self.master = own.clone() if wide != self.dtype else None
+        if self.crossing is not None:
+            self.master = host_empty(own.numel(), wide, pin=self._homes.offload.pin_memory)
+            self.master.copy_(own)
         self.full = staging.to(self.dtype)
         self.shard = own.to(self.dtype, copy=True) if self.stage == 3 else self._own(self.full)
+        self._find_homes()
         self._views = [
             self.full[slot.offset : slot.end].view(slot.shape) for slot in self.layout.slots
         ]
         for param, view in zip(self.params, self._views, strict=True):
             show(param, view)
 
+    def _find_homes(self) -> None:
+        """Let the shard live elsewhere, if that is asked for, until the unit is whole."""
+        #: Where the step of an optimizer on the host leaves what goes to the shard.
+        self._outgoing: torch.Tensor | None = None
+        if self.stage == 3:
+            self.shard_home = self._homes.shard_home(self.shard)
+        if self.crossing is None or self.master is None:
+            return
+        if isinstance(self.shard_home, HostShard):
+            self._outgoing = self.shard_home.host
+        elif self.master.dtype != self.dtype or self.states == "nvme":
+            pin = self._homes.offload.pin_memory
+            self._outgoing = host_empty(self.shard.numel(), self.dtype, pin=pin)
+            self._outgoing.copy_(self.shard)
+
     def _own(self, flat: torch.Tensor) -> torch.Tensor:
         size = self.layout.shard_numel
         return flat[self.group.rank * size : (self.group.rank + 1) * size]
 
+    @contextmanager
+    def updating(self, *, whole: bool) -> Iterator[torch.Tensor | None]:
+        """Around an update of the weights: afterwards the shard has them, wherever it lives.
+
+        Yields where to leave the rounded weights, `[shard_numel]` on the optimizer's device; None
+        if the optimizer updates the shard itself. Unless all of it is to be written (`whole`), it
+        has its present values.
+        """
+        comes = self.shard_home is not None and self.crossing is None
+        if comes:
+            self._bring_shard(fill=self.master is None or not whole)
+        if self.master is None:
+            yield None
+        else:
+            yield self.shard if self.crossing is None else self._outgoing
+        if self.crossing is not None:
+            source = self.master if self._outgoing is None else self._outgoing
+            assert source is not None
+            if self.shard_home is None:
+                self.crossing.send_weights(self.shard, source)
+            else:
+                self.shard_home.store(source)
+        elif self.shard_home is not None:
+            self.shard_home.store(self.shard)
+            self._leave_shard()
+
     @property
-    def weights(self) -> torch.Tensor:
-        """What the optimizer updates: the fp32 master shard, or the shard itself."""
-        return self.shard if self.master is None else self.master
+    def _shard_is_here(self) -> bool:
+        return self.shard.untyped_storage().size() > 0
+
+    def _bring_shard(self, *, fill: bool) -> None:
+        """Give a shard that lives elsewhere its memory, and its values."""
+        self.shard.untyped_storage().resize_(self.shard.nbytes)
+        if fill:
+            assert self.shard_home is not None
+            self.shard_home.fetch_into(self.shard)
+
+    def _leave_shard(self) -> None:
+        """Take the memory of a shard that lives elsewhere, unless a gather may still read it."""
+        if self.shard_home is not None and not self.is_full:
+            self.shard.untyped_storage().resize_(0)
+
+    def shard_memory(self) -> AbstractContextManager[None]:
+        """The shard has memory inside the block, so that views of it can be made."""
+        return nullcontext() if self._shard_is_here else memory_of(self.shard)
+
+    @contextmanager
+    def present(self, piece: OptimizerPiece | None, *, edits: bool) -> Iterator[None]:
+        """Weights and states of an optimizer piece are in memory inside the block; `edits` stay.
+
+        None: those of frozen parameters.
+        """
+        swap = self._homes.swap
+        with ExitStack() as stack:
+            if piece is not None and swap is not None:
+                stack.enter_context(swap.present(piece.weights, edits=edits))
+            if self.master is None and self.shard_home is not None and not self._shard_is_here:
+                self._bring_shard(fill=True)
+                stack.callback(self._leave_shard)
+                if edits:
+                    stack.callback(self.shard_home.store, self.shard)
+            yield
+
+    def put_on_disk(self, piece: OptimizerPiece, optimizer: torch.optim.Optimizer) -> None:
+        """Give a piece's states, which are in memory, to the disk, if that is where they live."""
+        swap = self._homes.swap
+        if self.states != "nvme" or swap is None:
+            return
+        has_master = self.master is not None
+
+        def tensors() -> dict[str, torch.Tensor]:
+            state = optimizer.state[piece.weights].items()
+            found = {key: value for key, value in state if _is_wide(value)}
+            return {"weights": piece.weights, **found} if has_master else found
+
+        swap.adopt(piece.weights, tensors)
+
+    def take_from_disk(self, piece: OptimizerPiece) -> None:
+        """Give a piece's states memory of their own, to be laid out anew."""
+        swap = self._homes.swap
+        if swap is not None and piece.weights in swap:
+            swap.bring(piece.weights)
+            swap.forget(piece.weights)
+
+    def drop_master(self) -> None:
+        """The pieces have taken the master weights over: the flat copy has no memory any more."""
+        if self.states == "nvme" and self.master is not None:
+            self.master.untyped_storage().resize_(0)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Give the shard the rounded values of master weights that were edited or loaded."""
+        if self.master is None:
+            return
+        with self.updating(whole=True) as rounded:
+            for piece in self.optimizer_pieces if rounded is not None else ():
+                assert rounded is not None
+                with self.present(piece, edits=False):
+                    rounded[piece.start : piece.stop].copy_(piece.weights)
+
+    def weights_of(self, piece: OptimizerPiece | None, start: int, stop: int) -> torch.Tensor:
+        """The most precise weights of a range of the shard, within one piece; a view."""
+        if piece is None or self.master is None:
+            return self.shard[start:stop]
+        return piece.weights.detach()[start - piece.start : stop - piece.start]
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether weights and states have memory of their own at all times."""
+        return self.states != "nvme" and (self.shard_home is None or self.master is not None)
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """Of the most precise weights."""
+        return self.dtype if self.master is None else self.master.dtype
 
     @property
     def is_full(self) -> bool:
@@ -158,7 +319,14 @@ class Unit:
         """Allocate the full parameters and start filling them. Collective over the group."""
         if not self.is_full:
             self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
+        if self.shard_home is not None:
+            self._bring_shard(fill=True)
         return self._wire.all_gather(self.full, self.shard, self.group, caller=self.name)
+
+    def fetch_ahead(self) -> None:
+        """The unit is gathered soon: begin to fetch its shard, if it lives elsewhere."""
+        if self.shard_home is not None:
+            self.shard_home.ahead()
 
     def show(self) -> None:
         """Give the parameters their gathered values."""
@@ -170,35 +338,44 @@ class Unit:
         for param in self.params:
             hide(param, keeper)
         self.full.untyped_storage().resize_(0)
+        self._leave_shard()
 
-    def publish(self, *, cast: bool = True) -> comm.Pending | None:
-        """Make updated weights visible: cast the master shard; at stages 1 and 2, start gathering.
+    def publish(self) -> comm.Pending | None:
+        """Make an updated shard visible: where the full parameters are present, start a gather.
 
-        `cast` is false if the optimizer wrote the low-precision shard itself. Collective over the
-        group where the full parameters are present.
+        Collective over the group in that case.
         """
-        if self.master is not None and cast:
-            self.shard.copy_(self.master)
         if self.stage < 3 or self.is_full:
             return self.start_gather()
         return None
 
+    @torch.no_grad()
     def adopt_full(self) -> None:
         """Take this rank's share over from the full parameters, which were edited."""
         own = self._own(self.full)
-        self.weights.copy_(own)
-        if self.stage == 3:
-            self.shard.copy_(own)
+        if self.master is not None:
+            for piece in self.optimizer_pieces:
+                with self.present(piece, edits=True):
+                    piece.weights.copy_(own[piece.start : piece.stop])
+        with self.updating(whole=True) as rounded:
+            (self.shard if rounded is None else rounded).copy_(own)
 
     # ------------------------------------------------------------------ gradients
 
     def _allocate_gradients(self) -> None:
-        device = self.full.device
-        self.twin = FlatGradient(self.layout, self.dtype, device, transient=not self._grad_in_twin)
-        if self._grad_in_twin:
-            self.grad = self._own(self.twin.flat)
+        device, in_twin = self.full.device, self._grad_in_twin
+        transient = self._consumed or not in_twin
+        self.twin = FlatGradient(self.layout, self.dtype, device, transient=transient)
+        own = self.layout.shard_numel
+        if in_twin:
+            with memory_of(self.twin.flat) if transient else nullcontext():
+                self.grad = self._own(self.twin.flat)
+        elif self.crossing is not None:
+            self.grad = self.crossing.gradient.zero_()
         else:
-            self.grad = torch.zeros(self.layout.shard_numel, dtype=self.grad_dtype, device=device)
+            self.grad = torch.zeros(own, dtype=self.grad_dtype, device=device)
+            if self._consumed:
+                self.grad.untyped_storage().resize_(0)
 
     @property
     def used(self) -> list[bool]:
@@ -234,40 +411,87 @@ class Unit:
         """
         if self.has_grad and self._grad_in_twin:
             self._reopen()
+        self._reduced = self.grad
+        if self.crossing is not None:
+            own, device = self.layout.shard_numel, self.full.device
+            self._reduced = torch.empty(own, dtype=self.grad_dtype, device=device)
+        elif self._consumed and not self._grad_in_twin and not self.has_grad:
+            self.grad.untyped_storage().resize_(self.grad.nbytes)
         return self._wire.reduce_scatter(
-            self.grad,
+            self._reduced,
             self.twin.complete(),
             self._reduce_group,
-            accumulate=self.has_grad,
+            accumulate=self.has_grad and self.crossing is None,
             caller=self.name,
         )
 
     def finish_reduce(self) -> None:
-        """The reduction is complete: the twin is no longer needed (stage 1 keeps its memory)."""
+        """The reduction is complete: what of the gradient is not here any more loses its memory."""
+        if self.crossing is not None:
+            self.crossing.send_gradient(self._reduced, accumulate=self.has_grad)
+        self._reduced = self.grad
         self.has_grad = True
-        self.twin.release()
+        if not self._grad_in_twin or not self._consumed:
+            self.twin.release()
+        self.on_reduced(self)
+
+    def settle_gradient(self) -> None:
+        """Wait until `grad` is where the optimizer reads it."""
+        if self.crossing is not None:
+            self.crossing.settle()
+
+    def consume_gradient(self) -> None:
+        """The gradient is used up: without an owner between backwards, it loses its memory."""
+        self.has_grad = False
+        if not self._consumed:
+            return
+        if self._grad_in_twin:
+            self.twin.release()
+        elif self.crossing is None:
+            self.grad.untyped_storage().resize_(0)
 
     def clear_gradient(self) -> None:
         """Forget all gradients; buffers stay where they are persistent."""
-        self.has_grad = False
+        self.consume_gradient()
         self.twin.forget()
 
     # ------------------------------------------------------------------ optimizer
 
     def _cut_for_optimizer(self) -> list[OptimizerPiece]:
-        """One optimizer parameter per group whose slots reach into this rank's shard."""
-        ranges: dict[int, tuple[int, int]] = {}
+        """One optimizer parameter per group whose slots reach into this rank's shard.
+
+        On disk more of them, so that one is read while another is updated.
+        """
+        limit = self._homes.offload.piece_numel if self.states == "nvme" else None
+        ranges: list[tuple[int, int, int]] = []
+        open_range: dict[int, int] = {}  # by group, which range takes its next part
         groups = {s.name: s.group_index for s in self.specs}
-        for piece in self.layout.pieces(self.group.rank):
-            group = groups[piece.slot.name]
+        for part in self.layout.pieces(self.group.rank):
+            group = groups[part.slot.name]
             assert group is not None
-            start, stop = piece.offset, piece.offset + piece.stop - piece.start
-            first, _ = ranges.get(group, (start, stop))
-            ranges[group] = (first, stop)
+            start, stop = part.offset, part.offset + part.stop - part.start
+            index = open_range.get(group)
+            if index is None or (limit is not None and stop - ranges[index][1] > limit):
+                if index is not None:
+                    # Up to the next, so that a kernel meets the elements before the gap as it
+                    # would without a cut: its results do not depend on where states live.
+                    ranges[index] = (group, ranges[index][1], start)
+                open_range[group] = len(ranges)
+                ranges.append((group, start, stop))
+            else:
+                ranges[index] = (group, ranges[index][1], stop)
+        source = self.shard if self.master is None else self.master
         return [
-            OptimizerPiece(group, nn.Parameter(self.weights[start:stop]), start, stop)
-            for group, (start, stop) in ranges.items()
+            OptimizerPiece(group, nn.Parameter(source[start:stop]), start, stop)
+            for group, start, stop in ranges
         ]
+
+    def piece_at(self, offset: int) -> OptimizerPiece:
+        """The optimizer piece that has the element at `offset` of the shard."""
+        for piece in self.optimizer_pieces:
+            if piece.start <= offset < piece.stop:
+                return piece
+        raise ShardError(f"{self.name}: element {offset} of its shard is not trained")
 
     def parts_of(self, piece: OptimizerPiece) -> list[Piece]:
         """The parts of parameters that an optimizer piece consists of."""
@@ -278,7 +502,7 @@ class Unit:
         """Bytes of this rank's buffers that outlive a step, by kind (optimizer state excluded)."""
         numel, own = self.layout.numel, self.layout.shard_numel
         kinds = {"parameters": (own if self.stage == 3 else numel) * self.dtype.itemsize}
-        if self.trainable:
+        if self.trainable and not (self._consumed and self.crossing is None):
             kinds["gradients"] = (numel if self._grad_in_twin else own) * self.grad_dtype.itemsize
         if self.master is not None:
             kinds["master"] = own * self.master.element_size()
@@ -291,8 +515,16 @@ class Unit:
             used += piece.stop - piece.start
         full = self.layout.padding
         total = (own - used if self.stage == 3 else full) * self.dtype.itemsize
-        if self.trainable:
+        if self.trainable and not (self._consumed and self.crossing is None):
             total += (full if self._grad_in_twin else own - used) * self.grad_dtype.itemsize
         if self.master is not None:
             total += (own - used) * self.master.element_size()
         return total
+
+
+def _is_wide(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+def _nothing(unit: Unit) -> None:
+    """Nobody waits for its gradients."""

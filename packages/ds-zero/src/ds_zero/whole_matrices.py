@@ -24,7 +24,7 @@ from ds_core import comm
 from ds_core.flat import Piece, Slot
 from ds_core.whole_matrices import WholeMatrices
 from ds_zero.inner_step import split_by_parameter
-from ds_zero.unit import OptimizerPiece, Unit
+from ds_zero.unit import Unit
 
 
 @dataclass(frozen=True)
@@ -119,14 +119,16 @@ class MatrixStep:
             part, unit = self._part(matrix), matrix.unit
             if part is None:
                 dtype = self._optimizer.direction_dtype
-                found.append(unit.weights.new_empty(0, dtype=dtype))
+                found.append(unit.full.new_empty(0, dtype=dtype))
                 continue
-            piece = _piece_of(unit, part)
+            piece = unit.piece_at(part.offset)
             group = self._inner.param_groups[piece.group_index]
             if id(piece) not in pieces:
                 grad = unit.grad[piece.start : piece.stop]
-                weights = piece.weights
-                pieces[id(piece)] = self._optimizer.direction(group, weights, grad, grad_scale)
+                with unit.present(piece, edits=True):
+                    made = self._optimizer.direction(group, piece.weights, grad, grad_scale)
+                # Matrices are put together and updated where the model computes.
+                pieces[id(piece)] = made.to(unit.full.device)
             start = part.offset - piece.start
             found.append(pieces[id(piece)][start : start + part.stop - part.start])
         return found
@@ -136,10 +138,14 @@ class MatrixStep:
         assert part is not None
         group = self._inner.param_groups[matrix.group_index]
         own = slice(part.offset, part.offset + part.stop - part.start)
-        weights = unit.weights[own]
-        self._optimizer.apply_update(group, weights, update, matrix.slot.shape)
-        if unit.master is not None:
-            unit.shard[own].copy_(weights)
+        piece = unit.piece_at(part.offset)
+        with unit.updating(whole=False) as rounded, unit.present(piece, edits=True):
+            weights = unit.weights_of(piece, own.start, own.stop)
+            self._optimizer.apply_update(
+                group, weights, update.to(weights.device), matrix.slot.shape
+            )
+            if rounded is not None:
+                rounded[own].copy_(weights)
 
     def _part(self, matrix: _Matrix) -> Piece | None:
         for piece in matrix.unit.layout.pieces(self._group.rank):
@@ -197,13 +203,6 @@ def _parts(unit: Unit, slot: Slot) -> tuple[tuple[int, int], ...]:
         start = min(max(low, 0), slot.numel)
         found.append((start, max(start, min(high, slot.numel))))
     return tuple(found)
-
-
-def _piece_of(unit: Unit, part: Piece) -> OptimizerPiece:
-    for piece in unit.optimizer_pieces:
-        if piece.start <= part.offset < piece.stop:
-            return piece
-    raise AssertionError("every trained parameter belongs to a piece")
 
 
 def matrix_steps(optimizer: torch.optim.Optimizer, units: list[Unit]) -> list[MatrixStep]:

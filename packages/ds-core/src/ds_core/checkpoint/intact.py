@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 
 import torch.distributed as dist
 
 from ds_core.checkpoint import tags
 from ds_core.checkpoint.audit import verify
 from ds_core.checkpoint.ranks import Ranks
+from ds_core.checkpoint.remote import Place, as_place
 from ds_core.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -28,11 +28,11 @@ def newest_intact(
     Raises:
         CheckpointError: on every rank: there is none; lists what is wrong with each.
     """
-    ranks, folder = Ranks(group), Path(directory)
+    ranks, folder = Ranks(group), as_place(directory)
     return ranks.first(f"looking for an intact checkpoint in {folder}", lambda: _newest(folder))
 
 
-def _newest(directory: Path) -> str:
+def _newest(directory: Place) -> str:
     problems = []
     for tag in reversed(tags.tags(directory)):
         try:

@@ -117,7 +117,7 @@ class Config(Section):
         description="Makes no difference: any optimizer that treats elements alike is sharded.",
     )
     zero_force_ds_cpu_optimizer: bool = Field(
-        default=True, description="Makes no difference while nothing is offloaded to the CPU."
+        default=True, description="Makes no difference: any optimizer steps on the CPU."
     )
 
     seed: int | None = Field(

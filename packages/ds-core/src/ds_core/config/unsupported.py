@@ -49,7 +49,7 @@ UNSUPPORTED: Mapping[str, Unsupported] = MappingProxyType(
         "max_grad_norm": Unsupported("renamed; use gradient_clipping"),
         "vocabulary_size": Unsupported("removed; it only printed a hint on alignment"),
         "cpu_offload": Unsupported(
-            f"{_LATER}; offload will be zero_optimization.offload_optimizer of ds-zero",
+            "use zero_optimization.offload_optimizer of ds-zero",
             off=(False,),
         ),
         # Parallelism

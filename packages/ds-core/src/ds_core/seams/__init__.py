@@ -8,6 +8,9 @@
 | `Op`        | what computes it                                    | the reference  | ds-ops      |
 | `Observer`  | who watches or adjusts at the step's events         | progress, JSON lines | any   |
 
+Beside them, `TensorFiles` moves tensors to and from disk (here: threads; ds-ops: around the page
+cache).
+
 Each is a Protocol; a package registers its own under the entry-point group `ds_core.<seam>`.
 `ds_core.testing.contracts` has a test base class for each.
 """
@@ -16,6 +19,7 @@ from ds_core.seams.observer import Event, EventKind, InputAdjuster, Observer
 from ds_core.seams.op import Implementation, Op, OpTools
 from ds_core.seams.runner import Runner, Sequential
 from ds_core.seams.sharding import Sharding, ShardingFactory
+from ds_core.seams.tensor_files import TensorFile, TensorFiles, TensorFilesFactory, Transfer
 from ds_core.seams.transport import Dense, Transport
 
 __all__ = [
@@ -31,5 +35,9 @@ __all__ = [
     "Sequential",
     "Sharding",
     "ShardingFactory",
+    "TensorFile",
+    "TensorFiles",
+    "TensorFilesFactory",
+    "Transfer",
     "Transport",
 ]

@@ -24,6 +24,8 @@ class Sharding(Protocol):
 
     accumulate_locally: bool
     reduces_each_backward: bool
+    #: Whether backward itself takes the step, so that gradients cannot be scaled or left out.
+    updates_in_backward: bool
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -75,7 +77,8 @@ class Sharding(Protocol):
 class ShardingFactory(Protocol):
     """What an entry point of the group `ds_core.sharding` is.
 
-    The entry's name is the config section that it serves; `section` is that section's model.
+    The entry's name is the config section that it serves; `section` is that section's model. One
+    whose `steps_on_host` is true lets the optimizer step on the CPU, and is given one that can.
     """
 
     def __call__(

@@ -1,0 +1,113 @@
+"""`Offload`: what leaves the device, and where to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from ds_zero.errors import ShardError
+
+#: Where a kind of state lives while nobody uses it.
+Tier = Literal["device", "cpu", "nvme"]
+
+
+@dataclass(frozen=True)
+class Offload:
+    """Where the parts of a shard live while nobody uses them.
+
+        ds_zero.shard(model, optimizer, 3, offload=ds_zero.Offload(optimizer="cpu"))
+
+    Attributes:
+        optimizer: home of master weights and moments. On "cpu" and "nvme" the step runs on the
+            CPU, and gradients go to the host as they are averaged.
+        parameters: home of parameter shards; other than "device" only at stage 3.
+        folder: on the disk that "nvme" means. Files in it are gone when the process ends, however
+            it ends.
+        parameters_folder: the same for parameters; default: `folder`.
+        ratio: share of the optimizer's elements that leave the device, in whole units; the rest
+            is updated there. "auto": found by measuring both sides (Twin-Flow).
+        pin_memory: whether host memory is page-locked, for copies beside the program.
+        piece_numel: elements of one read or write of states on disk; a larger parameter is one.
+        buffers: such pieces in memory at a time: one read, one updated, one written.
+        parameter_buffers: shards of parameters on their way between memory and disk at a time.
+        max_numel_in_cpu: with parameters on "nvme": so many elements stay in host memory.
+    """
+
+    optimizer: Tier = "device"
+    parameters: Tier = "device"
+    folder: str | None = None
+    parameters_folder: str | None = None
+    ratio: float | Literal["auto"] = 1.0
+    pin_memory: bool = True
+    piece_numel: int = 1 << 24
+    buffers: int = 3
+    parameter_buffers: int = 3
+    max_numel_in_cpu: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("optimizer", "parameters"):
+            if getattr(self, name) not in get_args(Tier):
+                raise ShardError(
+                    f"offload: {name}: got {getattr(self, name)!r}, expected one of "
+                    f"{', '.join(map(repr, get_args(Tier)))}"
+                )
+        homeless = self.optimizer == "nvme" and not self.folder
+        if homeless or (self.parameters == "nvme" and not self.folder_of_parameters):
+            raise ShardError(
+                'offload: "nvme" needs a folder on that disk: Offload(folder="/mnt/nvme"), in a '
+                "config nvme_path"
+            )
+        if self.ratio != "auto" and not 0.0 <= self.ratio <= 1.0:
+            raise ShardError(f'offload: ratio: got {self.ratio!r}, expected 0 to 1, or "auto"')
+        if self.ratio != 1.0 and self.optimizer == "device":
+            raise ShardError(
+                f"offload: ratio: got {self.ratio!r}, but nothing of the optimizer leaves the "
+                f'device; set optimizer="cpu"'
+            )
+        for name, least in (
+            ("piece_numel", 1),
+            ("buffers", 2),
+            ("parameter_buffers", 1),
+            ("max_numel_in_cpu", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ShardError(
+                    f"offload: {name}: got {getattr(self, name)}, expected at least {least}"
+                )
+
+    @property
+    def folder_of_parameters(self) -> str | None:
+        """Where parameters on "nvme" are."""
+        return self.parameters_folder or self.folder
+
+    def check_stage(self, stage: int) -> None:
+        """Raise ShardError for a stage at which the parameters cannot leave the device."""
+        if self.parameters != "device" and stage != 3:
+            raise ShardError(
+                f"offload: parameters: got {self.parameters!r} at stage {stage}, where every rank "
+                f"computes with all of them; use stage 3, or offload the optimizer only"
+            )
+
+    def states_of(self, sizes: Sequence[int]) -> list[Tier]:
+        """Where the states of each unit live, of so many elements each.
+
+        The last units leave first: their gradients are the first that a backward has, so the CPU
+        starts early. As many leave as come nearest to `ratio` of all elements.
+        """
+        if self.optimizer == "device":
+            return ["device"] * len(sizes)
+        ratio = 1.0 if self.ratio == "auto" else self.ratio
+        wanted, total, found = ratio * sum(sizes), 0, list[Tier]()
+        for size in reversed(sizes):
+            leaves = abs(total + size - wanted) <= abs(total - wanted)
+            total += size if leaves else 0
+            found.append(self.optimizer if leaves else "device")
+        return found[::-1]
+
+
+def is_host(device: torch.device) -> bool:
+    """Whether what lives on the device is in host memory already."""
+    return device.type == "cpu"

@@ -1,0 +1,267 @@
+"""Optimizer states on disk: brought to memory piece by piece for a step, and written back.
+
+The states of an optimizer piece (its master weights, if it has its own, and its moments) are one
+record: one range of a file, one read, one write. While a record is on disk its tensors keep shape
+and dtype, but have no memory; while it is in memory they are views of one buffer. A step goes
+
+    read piece i + 1  |  update piece i  |  write piece i - 1
+
+over a bounded number of buffers, and moves 2 x 12 bytes per parameter for Adam with fp32 master.
+
+Source: Rajbhandari et al. 2021, "ZeRO-Infinity", sections 5.1 and 6.3.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from ds_core.seams import TensorFile, Transfer
+from ds_zero.offload.buffers import BufferPool
+
+#: Records and fields begin at multiples of this, which direct transfers ask for.
+_ALIGN = 4096
+
+
+@dataclass(frozen=True)
+class _Field:
+    """One tensor of a record: its key, its format, and its bytes in the record."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass
+class _Record:
+    """The states of one piece, on disk or in memory."""
+
+    tensors: Callable[[], dict[str, torch.Tensor]]
+    fields: tuple[_Field, ...] = ()
+    offset: int = 0
+    size: int = 0
+    buffer: torch.Tensor | None = None
+    transfer: Transfer | None = None
+    writes: bool = False
+    is_here: bool = False
+    pool: BufferPool | None = field(default=None, repr=False)
+
+    def is_writing(self) -> bool:
+        """Whether its buffer comes free without anybody's doing."""
+        return self.writes and self.transfer is not None
+
+    def is_written(self) -> bool:
+        """Whether that is the case by now."""
+        return self.transfer is None or self.transfer.done()
+
+    def vacate(self) -> None:
+        """Wait for what is under way and give the buffer back."""
+        transfer, self.transfer, self.writes = self.transfer, None, False
+        buffer, self.buffer = self.buffer, None
+        try:
+            if transfer is not None:
+                transfer.wait()
+        finally:
+            if buffer is not None:
+                assert self.pool is not None
+                self.pool.give(buffer)
+
+
+class Swap:
+    """The optimizer states of one rank that are on disk.
+
+    Args:
+        file: holds them; nobody else writes it.
+        pool: memory that they pass through.
+
+    Attributes:
+        bytes_read, bytes_written: so far, of records.
+    """
+
+    def __init__(self, file: TensorFile, pool: BufferPool) -> None:
+        self._file, self._pool = file, pool
+        self._records: dict[torch.Tensor, _Record] = {}
+        self._upcoming: deque[torch.Tensor] = deque()
+        self._end = 0
+        self.bytes_read = self.bytes_written = 0
+
+    def __contains__(self, weights: torch.Tensor) -> bool:
+        return weights in self._records
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors on disk."""
+        return sum(f.nbytes for record in self._records.values() for f in record.fields)
+
+    def bytes_of(self, weights: torch.Tensor) -> dict[str, int]:
+        """Bytes on disk of one piece, by the key of its tensors."""
+        return {f.key: f.nbytes for f in self._records[weights].fields}
+
+    # ------------------------------------------------------------------ coming and going
+
+    def adopt(self, weights: torch.Tensor, tensors: Callable[[], dict[str, torch.Tensor]]) -> None:
+        """Take over the states of a piece, and begin to write them.
+
+        Args:
+            weights: the optimizer's parameter.
+            tensors: gives what of it is to be on disk, by key; asked anew whenever it goes.
+        """
+        record = self._records[weights] = _Record(tensors, pool=self._pool)
+        record.is_here = True
+        self.put_back(weights)
+
+    def forget(self, weights: torch.Tensor) -> None:
+        """Let go of a piece that is in memory; it keeps its tensors, in memory of their own."""
+        record = self._records.pop(weights)
+        assert record.is_here
+        for tensor in record.tensors().values():
+            tensor.data = tensor.detach().clone()
+        record.vacate()
+
+    def expect(self, order: Iterable[torch.Tensor]) -> None:
+        """These pieces will be brought, in this order: begin to read the first."""
+        self._upcoming = deque(order)
+        self._read_ahead()
+
+    def bring(self, weights: torch.Tensor) -> None:
+        """Make the states of a piece present, and begin to read those that come next."""
+        record = self._records[weights]
+        if record.is_here:
+            return
+        if record.is_writing():
+            record.vacate()
+        if record.transfer is None:
+            buffer = self._pool.take(record.size, owner=record)
+            assert buffer is not None
+            self._begin_read(record, buffer)
+        assert record.transfer is not None
+        transfer, record.transfer = record.transfer, None
+        transfer.wait()
+        self._show(record)
+        while self._upcoming and self._records[self._upcoming[0]].is_here:
+            self._upcoming.popleft()
+        self._read_ahead()
+
+    def put_back(self, weights: torch.Tensor) -> None:
+        """Begin to write the states of a piece; it has no memory from now on."""
+        record = self._records[weights]
+        tensors = record.tensors()
+        fields = _laid_out(tensors)
+        if fields != record.fields:
+            self._move(record, fields)
+        if record.buffer is None:
+            record.buffer = self._pool.take(record.size, owner=record)
+        assert record.buffer is not None
+        for each in record.fields:
+            tensor, place = tensors[each.key], _view(record.buffer, each)
+            if tensor.data_ptr() != place.data_ptr():
+                place.copy_(tensor)
+            _hide(tensor)
+        record.is_here = False
+        record.writes = True
+        record.transfer = self._file.write(record.buffer[: record.size], record.offset)
+        self.bytes_written += sum(each.nbytes for each in record.fields)
+
+    def leave(self, weights: torch.Tensor) -> None:
+        """The states of a piece were only read: they lose their memory, and nothing is written."""
+        record = self._records[weights]
+        for tensor in record.tensors().values():
+            _hide(tensor)
+        record.is_here = False
+        record.vacate()
+
+    @contextmanager
+    def present(self, weights: torch.Tensor, *, edits: bool) -> Iterator[None]:
+        """The states of a piece are in memory inside the block; `edits` to them are kept."""
+        record = self._records.get(weights)
+        if record is None or record.is_here:
+            yield
+            return
+        self.bring(weights)
+        try:
+            yield
+        finally:
+            if edits:
+                self.put_back(weights)
+            else:
+                self.leave(weights)
+
+    def settle(self) -> None:
+        """Wait for what is being written, and free the buffers. Raises the error of a write."""
+        for record in self._records.values():
+            if record.is_writing():
+                record.vacate()
+
+    def close(self) -> None:
+        """Wait for everything, and close the file."""
+        self.settle()
+        self._pool.clear()
+        self._file.close()
+
+    # ------------------------------------------------------------------ records
+
+    def _read_ahead(self) -> None:
+        """Begin to read what comes next, as far as there are buffers."""
+        for weights in self._upcoming:
+            record = self._records[weights]
+            if record.is_here or (record.transfer is not None and not record.writes):
+                continue
+            if record.is_writing():
+                return
+            buffer = self._pool.take(record.size, owner=record, wait=False)
+            if buffer is None:
+                return
+            self._begin_read(record, buffer)
+
+    def _begin_read(self, record: _Record, buffer: torch.Tensor) -> None:
+        record.buffer = buffer
+        record.transfer = self._file.read(buffer[: record.size], record.offset)
+        self.bytes_read += sum(each.nbytes for each in record.fields)
+
+    def _show(self, record: _Record) -> None:
+        assert record.buffer is not None
+        tensors = record.tensors()
+        for each in record.fields:
+            tensors[each.key].data = _view(record.buffer, each)
+        record.is_here = True
+
+    def _move(self, record: _Record, fields: tuple[_Field, ...]) -> None:
+        """Give a record a new layout, in a new place of the file; its tensors keep their values."""
+        for tensor in record.tensors().values():
+            if record.buffer is not None:
+                tensor.data = tensor.detach().clone()  # it may lie in the buffer
+        record.vacate()
+        size = max((each.start + each.nbytes for each in fields), default=0)
+        fits = size <= record.size
+        record.fields, record.size = fields, -(-size // _ALIGN) * _ALIGN
+        if not fits:
+            record.offset = self._end
+            self._end += record.size
+            self._file.preallocate(self._end)
+
+
+def _laid_out(tensors: dict[str, torch.Tensor]) -> tuple[_Field, ...]:
+    fields, start = [], 0
+    for key, tensor in tensors.items():
+        numel = tensor.numel()
+        nbytes = numel * tensor.element_size()
+        fields.append(_Field(key, tensor.dtype, tuple(tensor.shape), start, nbytes))
+        start += -(-nbytes // 64) * 64
+    return tuple(fields)
+
+
+def _view(buffer: torch.Tensor, of: _Field) -> torch.Tensor:
+    return buffer[of.start : of.start + of.nbytes].view(of.dtype).view(of.shape)
+
+
+def _hide(tensor: torch.Tensor) -> None:
+    """Leave a tensor its shape alone; what computes with it gets NaN, or zeros of integers."""
+    value = float("nan") if tensor.is_floating_point() else 0
+    poison = torch.full((), value, dtype=tensor.dtype, device=tensor.device)
+    tensor.data = poison.expand(tensor.shape)
