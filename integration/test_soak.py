@@ -74,16 +74,31 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return curve(folder)
 
 
+@pytest.fixture(scope="module")
+def base(soak: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, float]]:
+    """A folder with the run that is harmed, and the losses of one that is not."""
+    folder = tmp_path_factory.mktemp("soak")
+    soak.start_server()
+    return folder, soak.reference(folder)
+
+
 @pytest.mark.slow
-def test_a_sample_of_faults_is_survived(soak: Any, tmp_path: Path) -> None:
-    trials = [replace(trial, timeout_s=4.0) for trial in soak.plan(12, seed=11)]
+@pytest.mark.parametrize("number", range(12))
+def test_a_fault_of_the_soak_is_survived(
+    soak: Any, base: tuple[Path, dict[int, float]], number: int
+) -> None:
+    folder, expected = base
+    trial = replace(soak.plan(12, seed=11)[number], timeout_s=4.0)
 
-    outcomes = soak.soak(trials, tmp_path, goes_on_every=5)
+    outcome = soak.run_trial(trial, folder, expected, goes_on=number % 6 == 0)
 
-    assert {outcome.trial.fault.kind for outcome in outcomes} == set(soak.KINDS)
-    problems = {str(o.trial): o.problems for o in outcomes if o.problems}
-    assert not problems, soak.report(outcomes, seed=11).text()
-    assert sum(len(outcome.attempts) > 1 for outcome in outcomes) == 3
+    assert not outcome.problems, outcome
+    assert (len(outcome.attempts) > 1) == (number % 6 == 0)
+
+
+def test_a_sample_has_every_kind_of_fault(soak: Any) -> None:
+    assert {trial.fault.kind for trial in soak.plan(12, seed=11)} == set(soak.KINDS)
+    assert soak.plan(12, seed=11) == soak.plan(200, seed=11)[:12]
 
 
 @pytest.mark.slow
