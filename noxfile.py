@@ -177,6 +177,17 @@ def tests(session: nox.Session) -> None:
     _pytest(session, [])
 
 
+@nox.session(python=False)
+def soak(session: nox.Session) -> None:
+    """200 faults at random points of real runs: each must be named and survived. An hour or two.
+
+    Options go after `--`, such as `-- --faults 20 --seed 3`.
+    """
+    scripts = _shared(session)
+    _build_kernels(session, scripts)
+    _run(session, scripts / "python", "benchmarks/soak.py", *session.posargs)
+
+
 def _tests_of(folder: str) -> Callable[[nox.Session], None]:
     def run(session: nox.Session) -> None:
         _pytest(session, [folder])

@@ -9,6 +9,7 @@ depends on it. README.md has the options and the figures that were measured.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -63,8 +64,12 @@ def train(options: argparse.Namespace) -> None:
         model = _model(settings, tokens.vocab_size, recomputes=options.recompute)
     log.say(f"model: {settings.size}, {_num_parameters(model) / 1e6:.2f} M parameters")
     engine = ds_core.initialize(model, config, training_data=training, observers=(log,))
-    if options.resume is not None:
-        engine.load_checkpoint(folder / "checkpoints", options.resume or None)
+    checkpoints = folder / "checkpoints"
+    if options.restarted and (checkpoints / "latest").exists():
+        # Whatever ended the run may have harmed its last checkpoint.
+        engine.load_checkpoint(checkpoints, ds_core.checkpoint.newest_intact(checkpoints))
+    elif options.resume is not None and not options.restarted:
+        engine.load_checkpoint(checkpoints, options.resume or None)
 
     def measure() -> HeldOut:
         found = evaluate(engine, heldout, tokens.bytes_of, max_windows=options.eval_windows)
@@ -79,7 +84,7 @@ def train(options: argparse.Namespace) -> None:
         if is_last or engine.global_step % options.eval_every == 0:
             last = measure()
         if is_last or engine.global_step % options.save_every == 0:
-            engine.save_checkpoint(folder / "checkpoints")
+            engine.save_checkpoint(checkpoints)
 
     seconds, steps = time.perf_counter() - started, engine.global_step - start_step
     log.say(f"held-out text: {first} -> {last}, in {steps} steps and {seconds:.0f} s")
@@ -268,6 +273,9 @@ def _megabytes(value: str) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
+    options.restarted = _is_restarted(options)
+    if options.restarted:
+        options.resume = ""
     try:
         if options.sample is not None:
             continue_prompt(options)
@@ -280,6 +288,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         comm.shutdown()
     return 0
+
+
+def _is_restarted(options: argparse.Namespace) -> bool:
+    """Whether `ds run --max-restarts` has started the run in --out again, which then goes on."""
+    num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    is_started = options.out is not None and (Path(options.out) / run_folder.SETTINGS).exists()
+    return num_restarts > 0 and is_started and options.resume is None and options.sample is None
 
 
 def _is_mine_to_say(error: ds_core.DsError) -> bool:

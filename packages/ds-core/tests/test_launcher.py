@@ -14,6 +14,7 @@ import pytest
 
 from ds_core.errors import LaunchError
 from ds_core.launcher import JobFailure, LaunchPlan, LaunchSpec, launch, make_plan
+from ds_core.launcher.plan import without_process
 
 Script = Callable[[str], str]
 
@@ -194,6 +195,73 @@ def test_restart_runs_all_processes_again(
 
     assert capfd.readouterr().out == "attempt 0\nattempt 1\n"
     assert (tmp_path / "logs/restart1/rank1.stdout.log").read_text() == "attempt 1\n"
+
+
+def test_each_attempt_has_an_empty_store(script: Script, tmp_path: Path) -> None:
+    path = script("""
+        import torch.distributed as dist
+        attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+        dist.init_process_group("gloo")
+        store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+        dist.barrier()
+        found = store.check([f"left-{other}" for other in range(2)])
+        print(os.environ["TORCHELASTIC_MAX_RESTARTS"], found, flush=True)
+        store.set(f"left-{rank}", "by a dead rank")
+        dist.barrier()
+        os.kill(os.getpid(), 9) if attempt < 2 and rank == attempt else dist.barrier()
+    """)
+
+    launch(LaunchSpec(script=path, nproc=2, max_restarts=2, log_dir=str(tmp_path / "logs")))
+
+    logs = [tmp_path / "logs" / folder for folder in ("", "restart1", "restart2")]
+    assert [(log / "rank0.stdout.log").read_text() for log in logs] == ["2 False\n"] * 3
+
+
+def test_job_goes_on_without_the_process_that_failed(
+    script: Script, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = script("""
+        world, attempt = os.environ["WORLD_SIZE"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+        print("attempt", attempt, "of", world, flush=True)
+        time.sleep(0.2 if os.environ["RANK"] == "1" else 30)
+        sys.exit(3)
+    """)
+
+    with pytest.raises(JobFailure, match="rank 1 failed first: exit code 3"):
+        launch(LaunchSpec(script=path, nproc=4, min_nproc=3, max_restarts=2))
+
+    out, err = capfd.readouterr()
+    assert out == "attempt 0 of 4\nattempt 1 of 3\nattempt 2 of 3\n"
+    assert "rank 1 failed first: exit code 3" in err
+    assert "ds run: attempt 2 of at most 3 begins with 3 processes" in err
+
+
+def test_device_of_the_failed_process_is_left_out(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    spec = LaunchSpec(
+        script=script("pass"), devices=(2, 5, 7), min_nproc=1, max_restarts=9, nproc=3
+    )
+
+    specs = [spec := without_process(spec, make_plan(spec), 1) for _ in range(3)]
+
+    assert [(each.nproc, each.devices) for each in specs] == [(2, (2, 7)), (1, (2,)), (1, (2,))]
+
+
+def test_stopped_process_does_not_hold_up_the_end(script: Script) -> None:
+    path = script("""
+        if os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(1)
+        sys.exit(3)
+    """)
+    began = time.monotonic()
+
+    with pytest.raises(JobFailure, match="rank 1 failed first: exit code 3"):
+        launch(LaunchSpec(script=path, nproc=2))
+
+    assert time.monotonic() - began < 25  # the agent alone would wait for 30 seconds
 
 
 def test_two_nodes_form_one_world(script: Script, tmp_path: Path) -> None:
@@ -450,6 +518,14 @@ def test_one_process_keeps_all_threads(script: Script, monkeypatch: pytest.Monke
         ),
         pytest.param({"node_rank": 1}, "there is one node; give --nnodes", id="node-rank-alone"),
         pytest.param({"max_restarts": -1}, "--max-restarts: got -1", id="max-restarts"),
+        pytest.param({"min_nproc": 2}, "--min-nproc: got 2, expected 1 to", id="min-nproc-high"),
+        pytest.param({"min_nproc": 0}, "--min-nproc: got 0, expected 1 to", id="min-nproc-0"),
+        pytest.param({"min_nproc": 1}, "started again without --max-restarts", id="min-nproc-once"),
+        pytest.param(
+            {"nnodes": 2, "rdzv_endpoint": "head:1", "min_nproc": 1, "max_restarts": 1},
+            "--min-nproc: is for a job on one node",
+            id="min-nproc-of-nodes",
+        ),
         pytest.param({"timeout_s": 0.0}, "--timeout-s: got 0.0", id="timeout"),
         pytest.param({"timeout_s": float("inf")}, "--timeout-s: got inf", id="timeout-infinite"),
         pytest.param({"timeout_s": float("nan")}, "--timeout-s: got nan", id="timeout-nan"),

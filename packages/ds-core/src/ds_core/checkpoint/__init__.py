@@ -28,6 +28,7 @@ from ds_core.checkpoint.dcp_export import export_dcp
 from ds_core.checkpoint.export import Exported, consolidate, export_safetensors
 from ds_core.checkpoint.importing import ImportReport, import_checkpoint
 from ds_core.checkpoint.inspection import Inspection, TensorFacts, inspect
+from ds_core.checkpoint.intact import newest_intact
 from ds_core.checkpoint.lazy import LazyStateDict, full_state_dict
 from ds_core.checkpoint.sharded import FlatShard
 from ds_core.checkpoint.storage import SafetensorsReader, SafetensorsWriter
@@ -41,6 +42,7 @@ __all__ = [
     "load",
     "latest",
     "find",
+    "newest_intact",
     "read_state",
     "inspect",
     "Inspection",

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from ds_core.comm.failure import who_failed
 from ds_core.errors import CheckpointError
 
 T = TypeVar("T")
@@ -118,11 +119,11 @@ class Ranks:
         return mine[0]
 
     def lost(self, what: str, error: Exception) -> CheckpointError:
-        """The error for a step in which this rank lost contact with the others."""
-        return CheckpointError(
-            f"{what} failed on rank {self.rank}, which lost contact with another rank; that one "
-            f"has probably died, its log says why: {describe(error)}"
-        )
+        """The error for a step in which this rank lost contact with another; names that one."""
+        if not self.distributed:
+            return CheckpointError(f"{what}: {describe(error)}")
+        who = who_failed(self.group, "a checkpoint's exchange", error)
+        return CheckpointError(f"{what} failed on rank {self.rank}: {who}")
 
     def failure(self, what: str, failures: Mapping[int, str]) -> CheckpointError:
         """The error for a step that failed on some ranks, given the cause on each."""

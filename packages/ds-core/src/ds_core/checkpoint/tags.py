@@ -17,6 +17,7 @@ there; it becomes a checkpoint, or replaces one, when its index is written, in o
 from __future__ import annotations
 
 import logging
+import re
 import uuid
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 LATEST_NAME = "latest"
 _TEMPORARY = ".tmp-"
 _ASIDE = ".old-"
+_DATA_FILE = re.compile(r"rank_\d{5,}(-[0-9a-f]{8})?\.safetensors")
 _DELETED = ".del-"
 _MARKS = (_TEMPORARY, _ASIDE, _DELETED)
 
@@ -139,8 +141,7 @@ def begin(directory: Place, tag: str) -> Draft:
     if not isinstance(directory, Path):
         target.mkdir(parents=True, exist_ok=True)
         return Draft(target, f"-{unique}")
-    is_foreign = target.exists() and not _is_complete(target)
-    if is_foreign and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and not _is_complete(target) and not _is_remainder(target):
         raise CheckpointError(
             f"{target} exists and is not a checkpoint of this format, so it is not replaced; "
             "use another tag or directory, or remove it"
@@ -231,6 +232,11 @@ def _known(directory: Place) -> str:
 
 def _is_complete(path: Place) -> bool:
     return (path / INDEX_NAME).is_file()
+
+
+def _is_remainder(path: Place) -> bool:
+    """Whether a folder holds nothing, or what is left of a checkpoint that has lost its index."""
+    return path.is_dir() and all(_DATA_FILE.fullmatch(entry.name) for entry in path.iterdir())
 
 
 def _inside(folder: Place) -> list[Place]:

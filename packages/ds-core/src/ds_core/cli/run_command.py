@@ -133,6 +133,15 @@ def run(
             help="How often to start all processes again after a failure.", rich_help_panel=_WATCH
         ),
     ] = 0,
+    min_nproc: Annotated[
+        int | None,
+        typer.Option(
+            help="Start again without the process that failed first, and its device, as long as so "
+            "many are left; without this option, always with as many. For one node: nodes leave a "
+            "job of --nnodes MIN:MAX.",
+            rich_help_panel=_WATCH,
+        ),
+    ] = None,
     log_dir: Annotated[
         str | None,
         typer.Option(
@@ -303,6 +312,7 @@ def run(
         env_file=env_file,
         reads_env_file=not no_env_file,
         max_restarts=max_restarts,
+        min_nproc=min_nproc,
         log_dir=log_dir,
         show=_show(show),
         timeout_s=timeout_s,
@@ -326,6 +336,10 @@ def run(
                     )
             _run_here(spec, dry_run, is_quiet, as_node, tied_to_stdin)
             return
+        if min_nproc is not None:
+            raise LaunchError(
+                "--min-nproc: is for one node; on several hosts give --nnodes MIN:MAX"
+            )
         from ds_core.launcher.cluster import ClusterSpec
 
         cluster = ClusterSpec(

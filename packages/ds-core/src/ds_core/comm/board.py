@@ -103,5 +103,28 @@ def await_notes(ranks: Collection[int], wait_s: float) -> dict[int, Note]:
         time.sleep(0.05)
 
 
+def tell_whereabouts(rank: int, text: str) -> None:
+    """Have the others know what holds up global rank `rank`, should they miss it; "" takes it back.
+
+    Nobody ends because of it: a rank that is late may still come.
+    """
+    ask(lambda store: store.set(_where_key(rank), text))
+
+
+def whereabouts(ranks: Collection[int]) -> dict[int, str]:
+    """What holds up these global ranks, of those that have said so."""
+
+    def read(store: Any) -> dict[int, str]:
+        present = [rank for rank in ranks if store.check([_where_key(rank)])]
+        told = {rank: store.get(_where_key(rank)).decode() for rank in present}
+        return {rank: text for rank, text in told.items() if text}
+
+    return ask(read)
+
+
 def _key(rank: int) -> str:
     return f"ds_core/alive/{rank}"
+
+
+def _where_key(rank: int) -> str:
+    return f"ds_core/where/{rank}"

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ds_core.comm import board
 from ds_core.comm.board import Note
 from ds_core.comm.group import Group
+from ds_core.comm.ledger import Ledger
 from ds_core.errors import CommError
 
 #: How long the ranks that saw a collective fail wait for the others to say that they live.
@@ -77,6 +78,17 @@ def collective_failed(
     return _error(call, group, f"{who} ({cause})")
 
 
+def who_failed(pg: dist.ProcessGroup | None, doing: str, error: Exception) -> str:
+    """Who is missing, in words, when an exchange of torch itself fails: one of a checkpoint.
+
+    pg: the group of the exchange; None: all ranks. `doing` is equal on all of them.
+    """
+    ranks = dist.get_process_group_ranks(pg)
+    group = Group(doing, ranks, pg or dist.group.WORLD, Ledger())
+    cause = _plain(str(error)) or type(error).__name__
+    return f"{_roll_call(group, Note(group.lane_name, 0, doing, cause), ranks)} ({cause})"
+
+
 def sequence_differs(
     call: Call, position: int, group: Group, calls: Mapping[int, str]
 ) -> CommError:
@@ -114,18 +126,31 @@ def _roll_call(group: Group, mine: Note, ranks: Sequence[int]) -> str:
         board.leave_note(dist.get_rank(), mine)
         _hang_up(group)
         notes = board.await_notes(others, ROLL_CALL_S)
+        silent = [rank for rank in others if rank not in notes]
+        known = board.whereabouts(silent)
     except Exception:
         # The store is gone or hangs, and with it the process that holds it.
         holder = [0] if dist.get_rank() != 0 else others
-        return f"rank {_listed(holder)} stopped answering, and so did the rendezvous store"
-    silent = [rank for rank in others if rank not in notes]
-    if silent:
         return (
-            f"rank {_listed(silent)} stopped answering: it has ended, is stopped, or never came "
-            f"to this call"
+            f"rank {_listed(holder)} stopped answering, and so did the rendezvous store; if it "
+            f"ended with an error of its own, that says why"
         )
+    if silent:
+        return _missing(silent, known)
     notes[dist.get_rank()] = mine
     return _compared(mine, notes)
+
+
+def _missing(silent: list[int], known: Mapping[int, str]) -> str:
+    """Who did not answer the roll call, and what is known of it."""
+    told = [f"rank {rank} stopped answering: {text}" for rank, text in sorted(known.items())]
+    rest = [rank for rank in silent if rank not in known]
+    if rest:
+        told.append(
+            f"rank {_listed(rest)} stopped answering: it has ended, is stopped, or never came to "
+            f"this call"
+        )
+    return "; ".join(told)
 
 
 def _compared(mine: Note, notes: Mapping[int, Note]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ds_core.data.loader_watch import LoaderWatch
 from ds_core.data.plan import BatchPlan, PlannedBatch, PlanState, ShuffledPlan
 from ds_core.errors import DsError
 
@@ -66,12 +67,16 @@ class PlannedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         planned = self._batches.begin(self.plan.epoch(self._state))
-        for batch in self._loader:
-            decided = planned.popleft()
-            self._state, self.step_samples = decided.after, decided.step_samples
-            if self.post_process is not None:
-                batch = self.post_process(batch, self.difficulties)
-            yield batch
+        with LoaderWatch(type(self._loader.dataset).__name__) as watch:
+            watch.begin()
+            for batch in self._loader:
+                decided = planned.popleft()
+                self._state, self.step_samples = decided.after, decided.step_samples
+                if self.post_process is not None:
+                    batch = self.post_process(batch, self.difficulties)
+                watch.end()
+                yield batch
+                watch.begin()
 
     def forever(self) -> Iterator[Any]:
         """Batches of this epoch and of all that follow, up to `num_epochs`."""

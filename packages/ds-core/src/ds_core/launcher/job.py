@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -25,14 +26,16 @@ from ds_core.launcher.failure import NodeFailure, node_failure
 from ds_core.launcher.follower import Follower
 from ds_core.launcher.leash import Leash, hang_up
 from ds_core.launcher.memory_evidence import MemoryCounters, read_counters
-from ds_core.launcher.plan import LaunchPlan, LaunchSpec, make_plan, num_cores
-from ds_core.launcher.reaper import MARK_VARIABLE, end_marked, guarded
+from ds_core.launcher.plan import LaunchPlan, LaunchSpec, make_plan, num_cores, without_process
+from ds_core.launcher.reaper import MARK_VARIABLE, end_marked, guarded, wake_stopped_children
 
 if TYPE_CHECKING:
     from ds_core.launcher.rank_logs import RankLogs
 
 #: How long processes may take to end after they were asked to, before they are killed.
 SHUTDOWN_S = 10
+#: How often to look for processes that were asked to end while they are stopped.
+STOPPED_POLL_S = 0.5
 _AGENT_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -69,9 +72,9 @@ def launch(spec: LaunchSpec, *, quiet: bool = True, is_tied_to_stdin: bool = Fal
         )
     mark = uuid.uuid4().hex
     is_kept = not is_temporary
-    with guarded(mark), _environ(plan, mark), _silence(quiet):
+    with guarded(mark), _silence(quiet), _stopped_can_end():
         try:
-            _run(plan, logs)
+            _run_attempts(spec, plan, logs, mark)
         except BaseException as error:
             is_kept = is_kept or not isinstance(error, LaunchError)
             with _signals_ignored():
@@ -82,7 +85,41 @@ def launch(spec: LaunchSpec, *, quiet: bool = True, is_tied_to_stdin: bool = Fal
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run(plan: LaunchPlan, logs: RankLogs) -> None:
+def _run_attempts(spec: LaunchSpec, plan: LaunchPlan, logs: RankLogs, mark: str) -> None:
+    """Run a job, and again after a failure as often as may be.
+
+    Nodes that restart together need their agents for it. On one node each attempt has an agent of
+    its own: it may have fewer processes, and finds an empty rendezvous store, where torch's agent
+    would hand on that of the attempt before, with the addresses of the dead in it.
+    """
+    if plan.max_nodes > 1:
+        with _environ(plan, mark):
+            _run(plan, logs, plan.timeout_s)
+        return
+    ends_at = None if plan.timeout_s is None else time.monotonic() + plan.timeout_s
+    logs.max_restarts = plan.max_restarts
+    while True:
+        left_s = None if ends_at is None else max(ends_at - time.monotonic(), 0.001)
+        try:
+            with _environ(plan, mark):
+                _run(plan, logs, left_s)
+            return
+        except JobFailure as failure:
+            failed = failure.node_failure
+            if failed is None or logs.earlier_attempts == plan.max_restarts:
+                raise
+            end_marked(mark)  # whatever a rank has started
+            spec = without_process(spec, plan, failed.local_rank)
+            plan = make_plan(spec)
+            logs.begin_next_attempt()
+            processes = "1 process" if plan.nproc == 1 else f"{plan.nproc} processes"
+            _say(
+                f"{failure}\nds run: attempt {logs.earlier_attempts + 1} of at most "
+                f"{plan.max_restarts + 1} begins with {processes}"
+            )
+
+
+def _run(plan: LaunchPlan, logs: RankLogs, left_s: float | None) -> None:
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -94,7 +131,7 @@ def _run(plan: LaunchPlan, logs: RankLogs) -> None:
     failures: dict[int, Any] = {}
     ended_by: JobFailure | None = None
     try:
-        with _time_limit(plan.timeout_s):
+        with _time_limit(left_s):
             _run_agent(plan, logs)
     except ChildFailedError as error:
         failures = error.failures
@@ -162,7 +199,7 @@ def _run_agent(plan: LaunchPlan, logs: RankLogs) -> None:
         "rdzv_endpoint": meeting.endpoint,
         "rdzv_configs": dict(meeting.conf)
         | ({} if meeting.node_rank is None else {"rank": meeting.node_rank}),
-        "max_restarts": plan.max_restarts,
+        "max_restarts": plan.max_restarts if plan.max_nodes > 1 else 0,  # else they are ours
         "monitor_interval": 0.1,
         "local_addr": meeting.local_addr,
         "shutdown_timeout": SHUTDOWN_S,
@@ -200,6 +237,10 @@ def _environ(plan: LaunchPlan, mark: str) -> Iterator[None]:
     os.environ.update({name: setting.value for name, setting in plan.settings.items()})
     # A job within a job carries both marks: what ends the outer one ends it, too.
     os.environ[MARK_VARIABLE] = ",".join(filter(None, [before.get(MARK_VARIABLE), mark]))
+    if plan.max_nodes > 1 and (plan.max_restarts or plan.min_nodes < plan.max_nodes):
+        # Else the agents hand the rendezvous store of one attempt on to the next, whose ranks find
+        # the addresses of dead ones in it.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
         yield
     finally:
@@ -238,6 +279,27 @@ def _silence(quiet: bool) -> Iterator[None]:
                 gc.collect()
     finally:
         logging.disable(before)
+
+
+@contextlib.contextmanager
+def _stopped_can_end() -> Iterator[None]:
+    """Have the agent's processes that are stopped (SIGSTOP) end when it asks them to.
+
+    Such a process does not see SIGTERM, and the agent would wait for it for half a minute.
+    """
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(STOPPED_POLL_S):
+            wake_stopped_children()
+
+    thread = threading.Thread(target=watch, name="ds-run-stopped", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 class _TimeLimitReached(Exception):  # noqa: N818 - a signal between two functions

@@ -10,7 +10,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +50,8 @@ class LaunchSpec:
             or home folder, if there is one.
         reads_env_file: whether to read an env file at all.
         max_restarts: how often to start all processes again after a failure.
+        min_nproc: after a failure start one process fewer, without the one that failed first and
+            its device, as long as so many are left. None: always as many.
         log_dir: folder for the output of every rank. None: a temporary one, kept on failure.
         show: whose output appears here: the first process of this "node", of the "job", or that
             of "all" processes of this node, each line with its rank.
@@ -72,6 +74,7 @@ class LaunchSpec:
     env_file: str | None = None
     reads_env_file: bool = True
     max_restarts: int = 0
+    min_nproc: int | None = None
     log_dir: str | None = None
     show: Show = "node"
     timeout_s: float | None = None
@@ -100,6 +103,7 @@ class LaunchPlan:
         settings: what is set in the environment of every process beyond what it inherits, by
             name, with where each comes from. OMP_NUM_THREADS is among them if it is shared out.
         cores: what each local rank is bound to; empty without binding.
+        min_nproc: with how few processes a job on this node may go on after failures.
     """
 
     command: tuple[str, ...]
@@ -110,6 +114,7 @@ class LaunchPlan:
     settings: Mapping[str, Setting]
     cores: tuple[binding.RankCores, ...]
     max_restarts: int
+    min_nproc: int | None
     log_dir: str | None
     show: Show
     timeout_s: float | None
@@ -124,6 +129,11 @@ class LaunchPlan:
     def describe(self) -> str:
         """The command and the environment of each process of this node, one line per process."""
         lines = [f"# {self.torchrun_command()}"]
+        if self.min_nproc is not None:
+            lines.append(
+                f"# after a failure: without the process that failed, and then the next, down to "
+                f"{self.min_nproc} (torchrun would keep {self.nproc})"
+            )
         for local_rank, share in enumerate(self.cores):
             lines.append(
                 f"# local rank {local_rank}: cores {binding.format_cores(share.processors)}, "
@@ -187,6 +197,7 @@ def make_plan(spec: LaunchSpec) -> LaunchPlan:
     settings = job_settings(spec, environment)
     nproc = _num_processes(spec, settings)
     min_nodes, max_nodes = num_nodes(spec.nnodes)
+    _check_min_nproc(spec, nproc, max_nodes)
     keeps_threads = "OMP_NUM_THREADS" in environment or "OMP_NUM_THREADS" in settings
     command = _command(spec)
     cores: tuple[binding.RankCores, ...] = ()
@@ -205,10 +216,49 @@ def make_plan(spec: LaunchSpec) -> LaunchPlan:
         settings=settings,
         cores=cores,
         max_restarts=spec.max_restarts,
+        min_nproc=spec.min_nproc,
         log_dir=spec.log_dir,
         show=spec.show,
         timeout_s=spec.timeout_s,
     )
+
+
+def without_process(spec: LaunchSpec, plan: LaunchPlan, local_rank: int) -> LaunchSpec:
+    """What to start after an attempt in which a process failed first: all the others.
+
+    The device of that process is left out where each had one that `ds run` knows of: those of
+    `--devices`, or all that are visible. As many as before if `min_nproc` allows no fewer.
+    """
+    if plan.min_nproc is None or plan.nproc <= plan.min_nproc:
+        return replace(spec, nproc=plan.nproc)
+    in_use = spec.devices
+    is_chosen_elsewhere = devices.visible_variable() in {**_env.whole(), **plan.settings}
+    if in_use is None and not is_chosen_elsewhere and devices.num_devices() >= plan.nproc:
+        in_use = tuple(range(plan.nproc))
+    if in_use is not None and len(in_use) == plan.nproc:
+        in_use = in_use[:local_rank] + in_use[local_rank + 1 :]
+    return replace(
+        spec,
+        nproc=plan.nproc - 1,
+        devices=in_use,
+        min_nproc=plan.min_nproc,
+    )
+
+
+def _check_min_nproc(spec: LaunchSpec, nproc: int, max_nodes: int) -> None:
+    if spec.min_nproc is None:
+        return
+    if max_nodes > 1:
+        raise LaunchError(
+            "--min-nproc: is for a job on one node; one on several goes on with fewer of them: "
+            "give --nnodes MIN:MAX"
+        )
+    if not 1 <= spec.min_nproc <= nproc:
+        raise LaunchError(
+            f"--min-nproc: got {spec.min_nproc}, expected 1 to the number of processes, {nproc}"
+        )
+    if spec.max_restarts == 0:
+        raise LaunchError("--min-nproc: nothing is started again without --max-restarts N")
 
 
 def check_limits(spec: LaunchSpec) -> None:

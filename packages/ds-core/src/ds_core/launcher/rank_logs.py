@@ -22,6 +22,10 @@ class RankLogs(LogsSpecs):
     def __init__(self, folder: Path) -> None:
         super().__init__(log_dir=str(folder))
         self._folder = folder
+        #: Attempts of agents before the present one, which counts from 0 again.
+        self.earlier_attempts = 0
+        #: What processes are told of the attempts that may follow; None: as the agent counts them.
+        self.max_restarts: int | None = None
         self.stdout: dict[int, Path] = {}
         self.stderr: dict[int, Path] = {}
         self.error_file: dict[int, Path] = {}
@@ -37,10 +41,19 @@ class RankLogs(LogsSpecs):
             return True
         return local_rank == 0 and (show == "node" or self.rank.get(0) == 0)
 
+    def begin_next_attempt(self) -> None:
+        """Forget the files of an attempt that has ended; the next may have fewer processes."""
+        self.earlier_attempts += 1
+        for paths in (self.stdout, self.stderr, self.error_file, self.rank):
+            paths.clear()
+
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         """The files of one attempt; called by the agent before it starts processes."""
         for local_rank, env in envs.items():
-            attempt = int(env.get("TORCHELASTIC_RESTART_COUNT", "0"))
+            attempt = self.earlier_attempts + int(env.get("TORCHELASTIC_RESTART_COUNT", "0"))
+            env["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
+            if self.max_restarts is not None:
+                env["TORCHELASTIC_MAX_RESTARTS"] = str(self.max_restarts)
             folder = self._folder / f"restart{attempt}" if attempt else self._folder
             folder.mkdir(parents=True, exist_ok=True)
             self.rank[local_rank] = int(env["RANK"])

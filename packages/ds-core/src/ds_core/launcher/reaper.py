@@ -64,6 +64,30 @@ def end_marked(mark: str, *, grace_s: float = GRACE_S) -> int:
     return len(first)
 
 
+def wake_stopped_children() -> list[int]:
+    """Have this process's children that are stopped take the SIGTERM that they were sent.
+
+    Returns them; none where the system has no /proc. It is the first thing that they do.
+    """
+    term = 1 << (signal.SIGTERM - 1)
+    found = []
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += [int(pid) for pid in path.read_text().split()]
+    stopped = []
+    for pid in found:
+        try:
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        except OSError:  # ended meanwhile
+            continue
+        facts = dict(line.split(":", 1) for line in lines if ":" in line)
+        pending = int(facts.get("SigPnd", "0"), 16) | int(facts.get("ShdPnd", "0"), 16)
+        if facts.get("State", "").strip().startswith("T") and pending & term:
+            stopped.append(pid)
+    _signal_all(stopped, signal.SIGCONT)
+    return stopped
+
+
 @contextlib.contextmanager
 def guarded(mark: str) -> Iterator[None]:
     """Have the marked processes ended if this process is killed within the block.

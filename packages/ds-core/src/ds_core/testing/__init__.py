@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ds_core.testing.fake import fake_world
 from ds_core.testing.faults import (
+    Fault,
+    FaultInjector,
     die,
     die_on_call,
     file_size_limit,
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Died",
+    "Fault",
+    "FaultInjector",
     "Hung",
     "ObserverContract",
     "OpContract",

@@ -1,7 +1,4 @@
-"""Faults that tests inject for real: killed processes, full disks, damaged files, stale memory.
-
-All of them act on the process that calls them; in a rank of `run_ranks`, on that rank alone.
-"""
+"""Single faults, committed by the process that calls them; in a rank, by that rank alone."""
 
 from __future__ import annotations
 
