@@ -18,6 +18,7 @@ from ds_core import comm
 from ds_core.gradients import vector_norm
 from ds_zero.errors import ShardError
 from ds_zero.inner_step import InnerStep
+from ds_zero.offload.homes import Homes
 from ds_zero.unit import Unit
 from ds_zero.whole_matrices import MatrixStep
 
@@ -32,13 +33,18 @@ class EarlyUpdates:
         optimizer: the user's, whose groups hold flat shards.
         units: the trained ones.
         matrices: of an optimizer that updates whole matrices; refused.
+        homes: where the units' states live.
 
     Attributes:
         norm_squares: by unit, the squared norm of this rank's part of its gradient, fp64.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, units: list[Unit], matrices: list[MatrixStep]
+        self,
+        optimizer: torch.optim.Optimizer,
+        units: list[Unit],
+        matrices: list[MatrixStep],
+        homes: Homes,
     ) -> None:
         if matrices:
             raise ShardError(
@@ -46,7 +52,9 @@ class EarlyUpdates:
                 f"units and ranks, after backward; leave it out, or use an elementwise optimizer"
             )
         self._step = InnerStep(optimizer, 1.0)
-        self._units = units
+        self._homes = homes
+        # In which order the last backward completed the units: the next one's states are read ahead.
+        self._order: list[Unit] = []
         self.norm_squares: dict[int, torch.Tensor] = {}
         self._pending: list[comm.Pending] = []
         for unit in units:
@@ -60,6 +68,10 @@ class EarlyUpdates:
                 f"each backward with step(), run micro-batches before the last under "
                 f"no_sync(), or shard without update_in_backward"
             )
+        if not self.norm_squares:
+            order, self._order = self._order, []
+            self._homes.expect(p.weights for each in order for p in each.optimizer_pieces)
+        self._order.append(unit)
         unit.settle_gradient()
         square = vector_norm(unit.grad).double().square_()
         self.norm_squares[unit.index] = square

@@ -62,7 +62,7 @@ class InnerStep:
         Parameters that are updated as whole matrices are left out. Afterwards the low-precision
         shard has the new values too.
         """
-        pieces = self._due(unit, used)
+        pieces = self.due(unit, used)
         everything = sum(piece.stop - piece.start for piece in unit.optimizer_pieces)
         whole = sum(piece.stop - piece.start for piece in pieces) == everything
         if not pieces:
@@ -77,8 +77,8 @@ class InnerStep:
                         stack.enter_context(unit.present(piece, edits=True))
                     self._step(unit, turn, rounded)
 
-    def _due(self, unit: Unit, used: list[bool]) -> list[OptimizerPiece]:
-        """The pieces that a step updates."""
+    def due(self, unit: Unit, used: list[bool]) -> list[OptimizerPiece]:
+        """The pieces that `run` updates."""
         pieces = unit.optimizer_pieces
         if not all(used):
             split_by_parameter(self._optimizer, unit)

@@ -116,7 +116,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         #: What a backward has updated already, of an optimizer that updates in backward.
         self._early: EarlyUpdates | None = None
         if update_in_backward:
-            self._early = EarlyUpdates(self._inner, self._trainable, self._matrices)
+            self._early = EarlyUpdates(self._inner, self._trainable, self._matrices, self._homes)
             self.reduces_each_backward = False
 
     def _put_on_disk(self, unit: Unit) -> dict[torch.Tensor, dict[str, Any]]:
@@ -282,7 +282,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for matrices in self._matrices:
             matrices.run(used, grad_scale)
         step = inner_step.InnerStep(self._inner, grad_scale)
-        self._homes.expect(p.weights for unit in self._trainable for p in unit.optimizer_pieces)
+        self._homes.expect(
+            piece.weights for unit in self._trainable for piece in step.due(unit, used[unit.index])
+        )
         pending = []
         for unit in self._trainable:
             step.run(unit, used[unit.index])
