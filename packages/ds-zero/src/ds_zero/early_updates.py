@@ -53,7 +53,7 @@ class EarlyUpdates:
             )
         self._step = InnerStep(optimizer, 1.0)
         self._homes = homes
-        # In which order the last backward completed the units: the next one's states are read ahead.
+        # In which order the last backward completed the units; the next one reads ahead by it.
         self._order: list[Unit] = []
         self.norm_squares: dict[int, torch.Tensor] = {}
         self._pending: list[comm.Pending] = []
