@@ -22,6 +22,7 @@ from ds_zero.checks import OWNER
 from ds_zero.early_updates import EarlyUpdates
 from ds_zero.errors import ShardError
 from ds_zero.gather import GatherRuntime
+from ds_zero.holdings import Place
 from ds_zero.offload import Offload
 from ds_zero.offload.homes import Homes
 from ds_zero.plan import Selector, UnitSpec, plan_units
@@ -419,8 +420,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return state.model_state(self)
 
     def memory(self) -> dict[str, int]:
-        """Bytes that this rank holds between steps, by kind; "padding" is part of the others."""
+        """Bytes of memory that this rank holds between steps, by kind; without what is on disk.
+
+        "padding" is part of the others; "buffers" is what offloaded state passes through.
+        """
         return state.memory(self)
+
+    def memory_by_tier(self) -> dict[Place, dict[str, int]]:
+        """The same by "device", "host" and "disk"; a model on the CPU has no device."""
+        return state.memory_by_tier(self)
 
     def close(self) -> None:
         """Undo the sharding: the model is whole again, with no hook of ours. Collective."""

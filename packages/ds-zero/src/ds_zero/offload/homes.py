@@ -12,6 +12,7 @@ import torch
 from ds_core.seams import TensorFile, TensorFiles
 from ds_core.tensor_files import open_tensor_files
 from ds_zero.errors import ShardError
+from ds_zero.holdings import Place
 from ds_zero.offload.buffers import BufferPool
 from ds_zero.offload.choice import Offload, Tier, is_host
 from ds_zero.offload.crossing import Crossing, SideStream
@@ -48,6 +49,17 @@ class Homes:
     def leaves_device(self) -> bool:
         """Whether "cpu" is another memory than the device's."""
         return not is_host(self._device)
+
+    @property
+    def near(self) -> Place:
+        """Where the device's tensors are."""
+        return "device" if self.leaves_device else "host"
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the buffers that transfers to and from disk share."""
+        pools = (None if self.swap is None else self.swap.pool, self._shard_pool)
+        return sum(pool.nbytes for pool in pools if pool is not None)
 
     @property
     def side(self) -> SideStream:
