@@ -17,17 +17,20 @@ from ds_core.gradients import GradientReducer, vector_norm
 from ds_core.optimizer_state import allocate_state_of, load_groups
 from ds_core.precision import Precision
 from ds_core.seams import Transport
-from ds_zero import checks, inner_step, state
+from ds_zero import checks, inner_step, preflight, state
 from ds_zero.checks import OWNER
 from ds_zero.early_updates import EarlyUpdates
 from ds_zero.errors import ShardError
 from ds_zero.gather import GatherRuntime
 from ds_zero.holdings import Place
+from ds_zero.memory_plan import MemoryPlan
 from ds_zero.offload import Offload
+from ds_zero.offload.choice import is_host
 from ds_zero.offload.homes import Homes
 from ds_zero.plan import Selector, UnitSpec, plan_units
 from ds_zero.sharded_param import show_class
 from ds_zero.unit import Unit
+from ds_zero.unit_plan import Setup
 from ds_zero.whole_matrices import matrix_steps
 
 
@@ -58,6 +61,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         transport: Transport,
         offload: Offload,
         update_in_backward: bool,
+        check_memory: bool,
     ) -> None:
         specs = checks.parameters_of(model, optimizer, mesh.group("dp"))
         self._inner = optimizer
@@ -66,6 +70,23 @@ class ZeroOptimizer(torch.optim.Optimizer):
         plan = plan_units(model, specs, units=units, leaves=leaves, min_unit_numel=min_unit_numel)
         lanes = {axes: _reduce_lane(mesh.group(*axes), stage) for axes in _axes_of(plan)}
         device = specs[0].param.device
+        #: What this rank was found to need, if that was checked.
+        self.memory_plan: MemoryPlan | None = None
+        if check_memory:
+            setup = Setup(
+                stage,
+                lambda spec: _member(mesh.group(*spec.placement.grad_axes)),
+                precision,
+                preflight.state_bytes_of(optimizer, device),
+                offload,
+                update_in_backward,
+                prefetch=prefetch,
+                is_host=is_host(device),
+            )
+            clips, group = max_grad_norm is not None, mesh.group("dp")
+            self.memory_plan = preflight.check_memory(
+                plan, setup, group, device=device, clips=clips
+            )
         self._homes = Homes(offload, device, dist.get_rank())
         self.updates_in_backward = update_in_backward
         tiers = offload.states_of([_trained_numel(spec) for spec in plan])
@@ -511,6 +532,11 @@ def owners_of(params: Iterable[nn.Parameter]) -> dict[int, tuple[ZeroOptimizer, 
     for _, units in found.values():
         units.sort(key=lambda unit: unit.index)
     return found
+
+
+def _member(group: comm.Group) -> tuple[int, int]:
+    """Size of a group, and which of its ranks this is."""
+    return group.size, group.rank
 
 
 def _trained_numel(spec: UnitSpec) -> int:

@@ -24,7 +24,7 @@ from ds_core.seams import TensorFile, Transfer
 from ds_zero.offload.buffers import BufferPool
 
 #: Records and fields begin at multiples of this, which direct transfers ask for.
-_ALIGN = 4096
+ALIGN_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ class Swap:
         record.vacate()
         size = max((each.start + each.nbytes for each in fields), default=0)
         fits = size <= record.size
-        record.fields, record.size = fields, -(-size // _ALIGN) * _ALIGN
+        record.fields, record.size = fields, -(-size // ALIGN_BYTES) * ALIGN_BYTES
         if not fits:
             record.offset = self._end
             self._end += record.size
