@@ -48,7 +48,7 @@ def held(places) -> dict:
 RUNS = {
     "plain": ("untied", adamw, None, {}, {}),
     "bf16": ("untied", adamw, BF16, {}, {}),
-    "groups": ("groups", adamw, BF16, {}, {}),
+    "groups": ("groups", adamw, None, {}, {}),
     "frozen": ("frozen", momentum, None, {}, {}),
     "adagrad": ("odd-sizes", adagrad, None, {}, {}),
     "early": ("untied", adamw, BF16, {}, {"update_in_backward": True}),
@@ -73,7 +73,7 @@ AT_STAGE_3 = {
         {"parameters": "nvme", "max_numel_in_cpu": 700},
         {},
     ),
-    "all-on-disk": ("groups", adamw, BF16, {"parameters": "nvme", "optimizer": "nvme"}, {}),
+    "all-on-disk": ("untied", adamw, BF16, {"parameters": "nvme", "optimizer": "nvme"}, {}),
 }
 
 
@@ -147,7 +147,7 @@ def as_if_on_a_device(stage: int, offloads: list[dict], folder: str) -> list:
                     min_unit_numel=0,
                     device="cuda",
                     room=PLENTY,
-                    accumulation=2 if stage > 1 else 1,
+                    accumulation=2,
                     **kwargs,
                 )
                 model, optimizer = sharded(case, stage, **kwargs)
@@ -246,8 +246,8 @@ def test_ranks_of_one_host_share_its_memory_and_its_disk():
     [
         ({"stage": 1}, {"host": 12}, "It would fit with update_in_backward."),
         ({"stage": 1, "max_grad_norm": 1.0}, {"host": 12}, "It would fit with stage 2."),
-        ({"stage": 2, "max_grad_norm": 1.0}, {"host": 8.5}, "It would fit with stage 3."),
-        ({"stage": 3, "max_grad_norm": 1.0}, {"host": 5}, 'the optimizer on "nvme"'),
+        ({"stage": 2, "max_grad_norm": 1.0}, {"host": 9}, "It would fit with stage 3."),
+        ({"stage": 3, "max_grad_norm": 1.0}, {"host": 5.5}, 'the optimizer on "nvme"'),
         ({"stage": 3, "update_in_backward": True}, {"host": 1}, 'parameters on "nvme"'),
         ({"stage": 3, "device": "cuda", "max_grad_norm": 1.0}, {"device": 3}, 'optimizer on "cpu"'),
         ({"stage": 3}, {"host": 0.0001}, "No change known here makes it fit"),
@@ -375,8 +375,8 @@ def test_the_nearest_folder_that_exists_tells_how_full_a_disk_is(tmp_path):
 
 def test_a_file_larger_than_the_limit_is_refused(tmp_path):
     offload = Offload(optimizer="nvme", folder=str(tmp_path))
-    plan = ds_zero.memory_plan(Stack(), 1, offload=offload, room=Room(file=1000))
-    assert "this process may write files of 1000 B (ulimit -f)" in plan.table()
+    plan = ds_zero.memory_plan(Stack(), 1, offload=offload, room=Room(file=900))
+    assert "this process may write files of 900 B (ulimit -f)" in plan.table()
     assert not plan.fits
 
 

@@ -58,8 +58,8 @@ def least_change(
             told = [option.told for option in chosen if option.told]
             return f"It would fit with {' and '.join(told)}."
     return (
-        "No change known here makes it fit: the largest unit alone may be too large; divide it "
-        "(units=), take a smaller model, or give this process more memory."
+        "No change known here makes it fit: divide the largest unit (units=), take a smaller "
+        "model, or give it more room."
     )
 
 
@@ -71,7 +71,7 @@ def _axes(setup: Setup, specs: Sequence[UnitSpec], clips: bool) -> Iterator[list
     yield [same] if clips or setup.update_in_backward else [same, early]
     higher = range(setup.stage + 1, 4) if ranks > 1 or not setup.is_host else ()
     offloadable = setup.stage < 3 and not higher
-    stages = [_stage(stage, 1 if stage == 2 else 3) for stage in higher]
+    stages = [_stage(stage, 2 if stage == 2 else 3) for stage in higher]
     # With one rank stage 3 is of use only for shards that leave.
     yield [same, *stages, *([_stage(3, 3)] if offloadable else [])]
     tiers: list[tuple[Tier, int]] = [("nvme", 12)]

@@ -125,14 +125,12 @@ def planned(
     offload = units[0].setup.offload
     shards = [rounded_up(u.own * u.dtype.itemsize) for u in units if u.shard == "disk"]
     records = [size for unit in units for size in unit.records()]
-    host = sum(unit.passing() for unit in units)
-    host += _pool(offload.buffers, records) + _pool(offload.parameter_buffers, shards)
     files = [(offload.folder, sum(records)), (offload.folder_of_parameters, sum(shards))]
     owned = [sum(map(held_bytes, _params(unit))) if is_present else 0 for unit in units]
     return MemoryPlan(
         title=title,
         held=by_place(each for unit in units for each in unit.holdings()),
-        buffers={"host": host},
+        buffers={"host": buffer_bytes(units)},
         transient={near: _transient(units, activations or 0)},
         laying_out={near: _laying_out(units, owned)},
         present={near: sum(owned)},
@@ -141,6 +139,15 @@ def planned(
         room=room or Room(),
         local_ranks=local_ranks,
     )
+
+
+def buffer_bytes(units: Sequence[UnitPlan]) -> int:
+    """The most of host memory that offloaded state passes through, and that stays allocated."""
+    offload = units[0].setup.offload
+    shards = [rounded_up(u.own * u.dtype.itemsize) for u in units if u.shard == "disk"]
+    records = [size for unit in units for size in unit.records()]
+    pools = _pool(offload.buffers, records) + _pool(offload.parameter_buffers, shards)
+    return pools + sum(unit.passing() for unit in units)
 
 
 def _params(unit: UnitPlan) -> Iterable[nn.Parameter]:

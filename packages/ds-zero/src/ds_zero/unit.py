@@ -342,6 +342,11 @@ class Unit:
 
     def start_gather(self) -> comm.Pending:
         """Allocate the full parameters and start filling them. Collective over the group."""
+        if self.shard_home is None and self.shard.numel() > 0 and not self._shard_is_here:
+            raise ShardError(
+                f"{self.name}: its parameters are parked by offload_states(); call "
+                f"reload_states() first, on all ranks"
+            )
         if not self.is_full:
             self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
         if self.shard_home is not None:

@@ -111,6 +111,16 @@ class Homes:
         self._disk_shards.append(home)
         return home
 
+    def open_parking(self, folder: str | None) -> TensorFile:
+        """A file for state that is parked; by default beside the other files."""
+        chosen = folder or self.offload.folder or self.offload.folder_of_parameters
+        if chosen is None:
+            raise ShardError(
+                'offload_states: device="nvme" needs a folder on that disk: pass folder=, or shard '
+                "with Offload(folder=...), in a config nvme_path"
+            )
+        return self._open("parked", chosen)
+
     def _open(self, what: str, where: str | None) -> TensorFile:
         """A file that nobody else can find, and that is gone when the process ends."""
         folder = Path(where or "")
