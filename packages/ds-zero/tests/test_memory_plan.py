@@ -50,7 +50,7 @@ RUNS = {
     "bf16": ("untied", adamw, BF16, {}, {}),
     "groups": ("groups", adamw, None, {}, {}),
     "frozen": ("frozen", momentum, None, {}, {}),
-    "adagrad": ("odd-sizes", adagrad, None, {}, {}),
+    "adagrad": ("stack", adagrad, None, {}, {}),
     "early": ("untied", adamw, BF16, {}, {"update_in_backward": True}),
     "early-fp32": ("tied", adamw, None, {}, {"update_in_backward": True}),
     "states-on-disk": ("untied", adamw, BF16, {"optimizer": "nvme", "piece_numel": 300}, {}),

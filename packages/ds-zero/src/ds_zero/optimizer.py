@@ -92,6 +92,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 plan, setup, group, device=device, clips=clips
             )
         self._homes = Homes(offload, device, dist.get_rank())
+        if self.memory_plan is not None:
+            self._homes.tell_speed(self.memory_plan.files, self.memory_plan.room)
         self.updates_in_backward = update_in_backward
         tiers = offload.states_of([_trained_numel(spec) for spec in plan])
         self.units: list[Unit] = []

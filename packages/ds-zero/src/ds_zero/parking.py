@@ -45,7 +45,7 @@ class _Place:
     def bytes(self) -> torch.Tensor:
         """All bytes of the storage, `[nbytes]`."""
         empty = torch.empty(0, dtype=torch.uint8, device=self.storage.device)
-        return empty.set_(self.storage)  # type: ignore[call-overload, no-any-return]
+        return empty.set_(self.storage)
 
 
 class Parking:

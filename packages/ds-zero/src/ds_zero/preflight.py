@@ -221,9 +221,10 @@ def _probed(
     optimizer: torch.optim.Optimizer, group: int, dtype: torch.dtype, device: torch.device
 ) -> float:
     """Bytes of state per element."""
-    for param in optimizer.param_groups[group]["params"][:1] if optimizer.state else ():
+    shaped = [param for param in optimizer.param_groups[group]["params"] if param.dim() > 0]
+    if optimizer.state and shaped:
         # It allocates before its first step, as Adagrad does.
-        held = optimizer.state.get(param, {}).values()
+        held = optimizer.state.get(shaped[0], {}).values()
         return dtype.itemsize * sum(isinstance(v, torch.Tensor) and v.dim() > 0 for v in held)
     twin = object.__new__(type(optimizer))
     # Without what a schedule put in its place, and without hooks: nobody shall see the step.
