@@ -1,4 +1,4 @@
-"""A disk that fails in the middle: an error with path and offset on every rank, never corruption."""
+"""A disk that fails in the middle: an error that names the file on every rank, never corruption."""
 
 from __future__ import annotations
 
@@ -114,9 +114,7 @@ def write_beyond_the_limit(engine: str, folder: str) -> str:
         optimizer._homes.swap.settle()
         # A limit under the size of the file: it is read, and cannot be written any more.
         with limited_files(4096), pytest.raises(OSError, match=r"\.swap") as caught:
-            for step in (1, 2):
-                sharded_steps(model, optimizer, case, step)
-            optimizer._homes.swap.settle()
+            sharded_steps(model, optimizer, case, 3)
         return str(caught.value)
     finally:
         patch.undo()
@@ -152,11 +150,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if mounted.returncode:
         pytest.skip("this process may not mount a tmpfs")
     yield place
-    subprocess.run(["umount", str(place)], check=True)
+    subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def test_a_disk_too_small_for_all_ranks_is_refused_before_training(small_disk):
-    for text in run_ranks(2, shard_on, str(small_disk), 70):
+    for text in run_ranks(2, shard_on, str(small_disk), 90):
         assert f"the disk of '{small_disk}'" in text
         assert "give another folder" in text
         assert "= needed" in text

@@ -40,11 +40,9 @@ def park_between_steps(stage: int, folder: str) -> None:
         model, optimizer = sharded(case, stage, offload=Offload(folder=folder), **kwargs)
         found = sharded_steps(model, optimizer, case, 2)
         before = live_bytes()
+        held = sum_of(optimizer)
         optimizer.offload_states(device="nvme")
-        if early:
-            assert live_bytes() < 0.1 * before
-        else:
-            assert live_bytes() < before - 0.9 * sum_of(optimizer)
+        assert before - live_bytes() == held
         optimizer.reload_states()
         assert live_bytes() == before
         found += sharded_steps(model, optimizer, case, 1, first=2)
@@ -76,7 +74,7 @@ def park_gradients(stage: int, folder: str) -> None:
             case.loss(model, case.inputs(dist.get_rank(), micro), 0, 0).backward()
             if parks:
                 optimizer.offload_states(["lp_grads"], "nvme", folder=folder)
-                with pytest.raises(ds_zero.ShardError, match="grad_norm: .*lp_grads.* are parked"):
+                with pytest.raises(ds_zero.ShardError, match=r"grad_norm: .*lp_grads.* are parked"):
                     optimizer.grad_norm()
                 optimizer.reload_states()
         norm = optimizer.grad_norm()
@@ -180,7 +178,7 @@ def park_without_room(folder: str) -> None:
     model, optimizer = sharded(case, 2)
     sharded_steps(model, optimizer, case, 1)
     place = "/dev/null/none" if dist.get_rank() == 1 else folder
-    with pytest.raises(ds_zero.ShardError, match="nothing was moved, on any rank: .*/dev/null"):
+    with pytest.raises(ds_zero.ShardError, match=r"nothing was moved, on any rank: .*/dev/null"):
         optimizer.offload_states(device="nvme", folder=place)
     sharded_steps(model, optimizer, case, 1, first=1)
 
@@ -225,7 +223,7 @@ def engine_parks(stage: int, folder: str) -> None:
 
     step()
     if stage == 0:
-        with pytest.raises(ds_core.DsError, match="parks nothing; set zero_optimization.stage"):
+        with pytest.raises(ds_core.DsError, match="parks nothing"):
             engine.offload_states()
         engine.close()
         return
