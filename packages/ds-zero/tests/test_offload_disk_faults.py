@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,17 +141,19 @@ def only_one_fails(engine: str, folder: str) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    place = tmp_path / "small"
-    place.mkdir()
+def small_disk() -> Iterator[Path]:
+    """A file system of 1 MiB, not among pytest's own folders, which it could not clean up."""
+    place = Path(tempfile.mkdtemp(prefix="small_disk_"))
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True
     )
     if mounted.returncode:
+        place.rmdir()
         pytest.skip("this process may not mount a tmpfs")
     yield place
+    # Lazily: a rank that has failed may still have its file open.
     subprocess.run(["umount", "-l", str(place)], check=True)
+    place.rmdir()
 
 
 def test_a_disk_too_small_for_all_ranks_is_refused_before_training(small_disk):
