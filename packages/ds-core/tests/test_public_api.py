@@ -41,7 +41,8 @@ NAMES = {
     ],
     "ds_core.seams": [
         "Dense", "Event", "EventKind", "Implementation", "InputAdjuster", "Observer", "Op",
-        "OpTools", "Runner", "Sequential", "Sharding", "ShardingFactory", "Transport",
+        "OpTools", "ParkableSharding", "Runner", "Sequential", "Sharding", "ShardingFactory",
+        "Transport",
     ],
     "ds_core.observers": [
         "Comet", "CsvFiles", "JsonLines", "MemoryByPhase", "Metrics", "NvtxRanges", "Progress",
@@ -62,7 +63,8 @@ NAMES = {
         "shared_pool", "truncate",
     ],
     "ds_core.testing.contracts": [
-        "ObserverContract", "OpContract", "RunnerContract", "ShardingContract", "TransportContract",
+        "ObserverContract", "OpContract", "RunnerContract", "ShardingContract",
+        "TensorFilesContract", "TransportContract",
     ],
 }  # fmt: skip
 

@@ -10,8 +10,8 @@ import torch
 from ds_core import plugins, tensor_files
 from ds_core.errors import TensorFileError
 from ds_core.tensor_files import ThreadedFiles, open_tensor_files
+from ds_core.testing import file_size_limit
 from ds_core.testing.contracts import TensorFilesContract
-from ds_core.testing.contracts.tensor_files import limited_files
 
 
 class TestThreadedFiles(TensorFilesContract):
@@ -42,7 +42,7 @@ def test_errors_name_path_offset_and_what_was_missing(tmp_path):
     with pytest.raises(TensorFileError, match="ends at byte 100, where 30 more") as caught:
         file.read(torch.zeros(80, dtype=torch.uint8), 50).wait()
     assert (caught.value.errno, caught.value.filename) == (errno.ENODATA, path)
-    with limited_files(2000), pytest.raises(TensorFileError, match=r"pwritev of .* at 2000"):
+    with file_size_limit(2000), pytest.raises(TensorFileError, match=r"pwritev of .* at 2000"):
         file.write(torch.ones(5000, dtype=torch.uint8)).wait()
     file.close()
     files.close()

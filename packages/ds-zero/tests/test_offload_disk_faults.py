@@ -18,8 +18,7 @@ from zero_models import CASES, Stack
 import ds_zero
 from ds_core import plugins, tensor_files
 from ds_core.errors import DsError
-from ds_core.testing import run_ranks
-from ds_core.testing.contracts.tensor_files import limited_files
+from ds_core.testing import file_size_limit, run_ranks
 from ds_zero.offload import Offload, disk_speed, homes
 
 ENGINES = ["threads", "installed"] if plugins.registered("tensor_files") else ["threads"]
@@ -114,7 +113,7 @@ def write_beyond_the_limit(engine: str, folder: str) -> str:
         sharded_steps(model, optimizer, case, 1)
         optimizer._homes.swap.settle()
         # A limit under the size of the file: it is read, and cannot be written any more.
-        with limited_files(4096), pytest.raises(OSError, match=r"\.swap") as caught:
+        with file_size_limit(4096), pytest.raises(OSError, match=r"\.swap") as caught:
             sharded_steps(model, optimizer, case, 3)
         return str(caught.value)
     finally:

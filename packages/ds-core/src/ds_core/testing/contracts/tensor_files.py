@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 
 from ds_core.errors import DsError
 from ds_core.seams import TensorFiles
+from ds_core.testing.faults import file_size_limit
 
 Factory = Callable[[], TensorFiles]
 
@@ -134,7 +133,7 @@ class TensorFilesContract:
 
     def test_a_full_disk_is_an_error(self, files: TensorFiles, place: str) -> None:
         file = files.open(place)
-        with limited_files(60_001):
+        with file_size_limit(60_001):
             with pytest.raises(OSError, match=os.path.basename(place)) as caught:
                 file.write(torch.ones(100_000, dtype=torch.uint8)).wait()
             assert isinstance(caught.value, DsError)
@@ -165,17 +164,6 @@ class TensorFilesContract:
         file.write(data)
         file.close()
         assert Path(place).read_bytes() == bytes(data.numpy())
-
-
-@contextmanager
-def limited_files(nbytes: int) -> Iterator[None]:
-    """No file of this process can grow beyond `nbytes` inside the block."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def _pattern(size: int, salt: int = 0) -> torch.Tensor:
