@@ -42,7 +42,7 @@ NAMES = {
     "ds_core.seams": [
         "Dense", "Event", "EventKind", "Implementation", "InputAdjuster", "Observer", "Op",
         "OpTools", "ParkableSharding", "Runner", "Sequential", "Sharding", "ShardingFactory",
-        "Transport",
+        "TensorFile", "TensorFiles", "TensorFilesFactory", "Transfer", "Transport",
     ],
     "ds_core.observers": [
         "Comet", "CsvFiles", "JsonLines", "MemoryByPhase", "Metrics", "NvtxRanges", "Progress",
