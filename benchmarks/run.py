@@ -32,7 +32,9 @@ BENCHMARKS = {
     "data_efficiency": "FLOPs that curricula and dropping need for a baseline's loss, on real text",
     "host_overhead": "what a step costs where the model costs nothing",
     "observers": "what observers add to a step",
+    "checkpoint": "what training waits for a checkpoint, and how fast it is written",
     "import_time": "what importing a package adds to `import torch`",
+    "offload": "the largest model under a memory cap, states on disk, the rate of the disk",
     "autotuning": "`ds tune` against an exhaustive search of the same grid",
 }
 

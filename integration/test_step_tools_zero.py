@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import nn
 
 import ds_core
-from ds_core.activation_checkpointing import checkpoint
+from ds_core import comm
+from ds_core.activation_checkpointing import checkpoint, host_offload
 from ds_core.curvature.observer import EigenvalueObserver
 from ds_core.curvature.section import EigenvalueSection
 from ds_core.profiling.observer import FlopsObserver
@@ -48,7 +49,7 @@ class Net(nn.Module):
         return nn.functional.cross_entropy(self.head(x).float(), tokens)
 
 
-def train(stage, observers=(), calls=False, **changes):
+def train(stage, observers=(), calls=False, mesh=None, **changes):
     torch.manual_seed(0)
     engine = ds_core.initialize(
         Net(calls),
@@ -60,8 +61,9 @@ def train(stage, observers=(), calls=False, **changes):
             **changes,
         },
         observers=observers,
+        mesh=mesh,
     )
-    rank = dist.get_rank()
+    rank = dist.get_rank() if mesh is None else mesh.group("dp").rank
     torch.manual_seed(rank)
     losses = []
     for number in range(4):
@@ -77,28 +79,49 @@ def train(stage, observers=(), calls=False, **changes):
 def checkpointed(stage, autocast):
     changes = {"torch_autocast": {"enabled": True}} if autocast else {}
     section = {"blocks": "repeated"}
-    return (
-        train(stage, **changes),
-        train(stage, activation_checkpointing=section, **changes),
-        train(stage, calls=True, **changes),
-        train(stage, calls=True, activation_checkpointing=section, **changes),
-    )
+    offloaded = {**section, "cpu_checkpointing": True}
+    before, host_offload.needs_copies = host_offload.needs_copies, lambda device: True
+    try:
+        return (
+            train(stage, **changes),
+            train(stage, activation_checkpointing=section, **changes),
+            train(stage, calls=True, **changes),
+            train(stage, calls=True, activation_checkpointing=section, **changes),
+            train(stage, calls=True, activation_checkpointing=offloaded, **changes),
+        )
+    finally:
+        host_offload.needs_copies = before
 
 
 @pytest.mark.parametrize(
     ("stage", "autocast"),
     [
         pytest.param(0, False, id="stage-0"),
+        pytest.param(1, False, id="stage-1"),
         pytest.param(2, False, id="stage-2"),
         pytest.param(3, False, id="stage-3"),
         pytest.param(3, True, id="stage-3-autocast"),
     ],
 )
 def test_checkpointing_changes_no_loss_at_any_stage(stage, autocast):
-    for plain, by_config, by_call, nested in run_ranks(2, checkpointed, stage, autocast):
-        assert by_config == plain
-        assert by_call == plain
-        assert nested == plain
+    for plain, *others in run_ranks(2, checkpointed, stage, autocast):
+        for by in zip(("config", "call", "both", "offload"), others, strict=True):
+            assert by[1] == plain, by[0]
+
+
+def partitioned(stage):
+    mesh = comm.Mesh(dp=2, tp=2)
+    section = {"blocks": "repeated", "partition_activations": True}
+    plain = train(stage, mesh=mesh)
+    same = train(stage, mesh=mesh, activation_checkpointing=section) == plain
+    gathers = [row for row in mesh.ledger.rows() if row.caller == "activations"]
+    return same, [(row.group, row.num_calls) for row in gathers]
+
+
+def test_inputs_are_partitioned_over_tp_beside_sharding_over_dp():
+    for same, gathers in run_ranks(4, partitioned, 3):
+        assert same
+        assert gathers == [("tp", 4 * 3)]  # micro-batches, blocks
 
 
 def profiled(stage):

@@ -260,7 +260,7 @@ def test_tensor_parallel_ranks_share_one_state_and_not_the_other():
 
 
 def test_recomputation_draws_from_named_states_as_before():
-    def run(policy):
+    def run(again):
         torch.manual_seed(0)
         states = RngStates("cpu")
         states.add("apart", 9)
@@ -271,7 +271,7 @@ def test_recomputation_draws_from_named_states_as_before():
 
         x = torch.ones(50, requires_grad=True)
         # A later piece draws on, before the first one is recomputed.
-        call = Policy(rng_states=states) if policy else (lambda fn, x: fn(x))
+        call = checkpoint if again else (lambda fn, x: fn(x))
         call(piece, call(piece, x)).sum().backward()
         return x.grad, states.state_dict()["apart"]
 
@@ -338,9 +338,15 @@ def test_the_section_changes_blocks_and_not_the_results(section, changed, caplog
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        pytest.param({"partition_activations": True}, "ds-pipe will bring", id="partition"),
+        pytest.param({"partition_activations": True}, "no blocks are chosen", id="partition"),
         pytest.param(
             {"contiguous_memory_optimization": True}, "expandable_segments", id="contiguous"
+        ),
+        pytest.param({"blocks": "own"}, "nothing is to be done", id="own"),
+        pytest.param(
+            {"blocks": "own", "cpu_checkpointing": True, "number_checkpoints": 2},
+            "number_checkpoints: cannot be given",
+            id="own-number",
         ),
         pytest.param({"profile": True}, "flops_profiler", id="profile"),
         pytest.param({"cpu_checkpointing": True}, "no blocks are chosen", id="no-blocks"),

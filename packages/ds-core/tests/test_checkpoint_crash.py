@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from ds_core.checkpoint import files, latest, load, save, verify
+from ds_core.checkpoint import AsyncSaver, files, latest, load, save, verify
 from ds_core.errors import CheckpointError
 from ds_core.testing import Raised, run_ranks
 
@@ -71,12 +71,18 @@ def crash_after(budget: int, monkeypatch, action) -> bool:
     return disk.used > budget
 
 
+def save_from_a_thread(directory, tag, content):
+    with AsyncSaver() as saver:
+        saver.save(directory, tag, content).wait()
+
+
+@pytest.mark.parametrize("saving", [save, save_from_a_thread], ids=["sync", "async"])
 @pytest.mark.parametrize("tag", ["a", "b"], ids=["same-tag", "new-tag"])
-def test_crash_at_any_operation_leaves_a_whole_checkpoint(tmp_path, monkeypatch, tag):
+def test_crash_at_any_operation_leaves_a_whole_checkpoint(tmp_path, monkeypatch, tag, saving):
     for budget in range(200):
         directory = tmp_path / str(budget)
         save(directory, "a", state(1.0))
-        was_cut = crash_after(budget, monkeypatch, lambda d=directory: save(d, tag, state(2.0)))
+        was_cut = crash_after(budget, monkeypatch, lambda d=directory: saving(d, tag, state(2.0)))
         loaded = load(directory, state=state(0.0))
         assert loaded["fill"] in ((1.0, 2.0) if was_cut else (2.0,))
         assert torch.equal(loaded["w"], state(loaded["fill"])["w"])

@@ -11,7 +11,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ds_core.checkpoint import Box, FlatShard, find, latest, load, read_state, save, verify
+from ds_core.checkpoint import (
+    Box,
+    FlatShard,
+    SafetensorsReader,
+    find,
+    latest,
+    load,
+    read_state,
+    save,
+    verify,
+)
 from ds_core.checkpoint.index import Index
 from ds_core.errors import CheckpointError
 
@@ -345,3 +355,12 @@ def test_importing_ds_core_does_not_import_checkpointing():
     code = "import ds_core, sys; print('torch.distributed.checkpoint' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_checkpoint_that_is_still_being_written_is_named(tmp_path):
+    save(tmp_path, "a", {"w": torch.ones(2)})
+    (tmp_path / "b.tmp-12345678").mkdir()
+    with pytest.raises(CheckpointError, match=r"'b' is not complete: it is still being written"):
+        load(tmp_path, "b", state={"w": torch.ones(2)})
+    with pytest.raises(CheckpointError, match="or is still going on, has none"):
+        SafetensorsReader(tmp_path / "b.tmp-12345678").read_metadata()

@@ -18,6 +18,10 @@ NAMES = {
         "DsError", "Engine", "LossScale", "Precision", "__version__", "accelerator", "checkpoint",
         "comm", "config", "data", "efficiency", "initialize", "observers", "ops", "seams",
     ],
+    "ds_core.activation_checkpointing": [
+        "CheckpointedBlocks", "HostOffload", "Policy", "RngStates", "StoredInputs", "checkpoint",
+        "checkpoint_blocks", "model_parallel_seed", "store_inputs",
+    ],
     "ds_core.data": [
         "CurriculumPlan", "DifficultyMetric", "FixedDiscrete", "FixedLinear", "FixedRoot",
         "MegatronTokens", "MetricIndex", "PlannedLoader", "RepeatingLoader", "ResumableLoader",

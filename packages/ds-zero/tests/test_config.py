@@ -8,6 +8,7 @@ import pytest
 
 from ds_core import config
 from ds_core.errors import ConfigError
+from ds_zero import Offload
 from ds_zero.config import ZeroSection
 
 
@@ -92,14 +93,10 @@ def test_leaf_modules_may_be_one_string():
         ("mics_shard_size", 4),
         ("mics_hierarchical_params_gather", True),
         ("zenflow", {"topk_ratio": 0.1}),
-        ("offload_optimizer", {"device": "cpu"}),
         ("offload_optimizer", {"super_offload": True}),
-        ("offload_param", {"device": "nvme", "nvme_path": "/tmp"}),
         ("load_from_fp32_weights", False),
         ("ignore_unused_parameters", False),
         ("save_muon_momentum_buffer_in_memory", True),
-        ("cpu_offload", True),
-        ("cpu_offload_param", True),
     ],
 )
 def test_what_is_not_there_yet_is_refused_by_name(key, value):
@@ -114,6 +111,8 @@ def test_what_is_not_there_yet_is_refused_by_name(key, value):
     [
         ("stage3_gather_fp16_weights_on_model_save", "stage3_gather_16bit_weights_on_model_save"),
         ("cpu_offload_use_pin_memory", "offload_optimizer.pin_memory"),
+        ("cpu_offload", '"offload_optimizer": {"device": "cpu"}'),
+        ("cpu_offload_param", '"offload_param": {"device": "cpu"}'),
         ("allgather_size", "allgather_bucket_size"),
         ("grad_hooks", "never a key of its code"),
         ("legacy_stage1", "gone"),
@@ -134,3 +133,41 @@ def test_bare_switch_of_2020_is_refused():
 
 def test_every_key_says_what_it_does():
     assert [name for name, field in ZeroSection.model_fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "set stage to 1 or higher"),
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, "set stage to 3"),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, 'add "nvme_path"'),
+        ({"stage": 1, "offload_optimizer": {"device": "disk"}}, "none, cpu"),
+        ({"stage": 1, "offload_optimizer": {"device": "cpu", "ratio": 2}}, "ratio"),
+    ],
+)
+def test_offload_that_makes_no_sense(section, message):
+    assert message in refusal(section)
+
+
+def test_what_a_section_says_of_offload():
+    section = load(
+        {
+            "stage": 3,
+            "sub_group_size": 1000,
+            "offload_optimizer": {"device": "nvme", "nvme_path": "a", "buffer_count": 6},
+            "offload_param": {"device": "nvme", "nvme_path": "b", "max_in_cpu": 7},
+        }
+    )
+
+    assert section.offload() == Offload(
+        optimizer="nvme",
+        parameters="nvme",
+        folder="a",
+        parameters_folder="b",
+        piece_numel=1000,
+        buffers=6,
+        parameter_buffers=5,
+        max_numel_in_cpu=7,
+    )
+    assert section.steps_on_host
+    assert not load({"stage": 3}).steps_on_host

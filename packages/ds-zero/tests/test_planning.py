@@ -1,4 +1,4 @@
-"""`ds plan` with offload: what is beside the device, what it is bounded by, and what is proposed."""
+"""`ds plan` with offload: what is beside the device, what bounds it, and what is proposed."""
 
 from __future__ import annotations
 

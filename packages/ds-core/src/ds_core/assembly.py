@@ -121,7 +121,7 @@ def initialize(
         dataloader=loader,
         device=device_kind.device(),
         decisions=decided,
-        tag_validation=config.checkpoint.tag_validation,
+        saving=config.checkpoint.policy(),
     )
     if config.compile.enabled:
         engine.compile(backend=config.compile.backend, **config.compile.kwargs)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from ds_core.activation_checkpointing.blocks import compiled_inside
 from ds_core.blocks import repeated_stacks
 from ds_core.errors import DsError
 
@@ -36,10 +37,12 @@ class CompiledBlocks:
     ) -> None:
         blocks = [block for stack in repeated_stacks(model) for block in stack]
         chosen = (blocks or [model]) if modules is None else list(modules)
+
+        def compile_one(forward: Callable[..., Any]) -> Callable[..., Any]:
+            return torch.compile(forward, backend=backend, **options)
+
         try:
-            compiled = [
-                torch.compile(module.forward, backend=backend, **options) for module in chosen
-            ]
+            compiled = [compiled_inside(module.forward, compile_one) for module in chosen]
         except Exception as error:  # dynamo's errors have no common base but Exception
             raise DsError(f"compile: torch.compile refuses its arguments: {error}") from error
         # A block that is checkpointed, say, has a forward beside its class's.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +22,8 @@ from torch import nn
 
 from ds_core import comm
 from ds_core.accumulation import Accumulation, Held
-from ds_core.agreement import TagValidation
 from ds_core.backward import differentiable_tensors, map_differentiable
-from ds_core.engine_files import EngineFiles
+from ds_core.engine_files import EngineFiles, SavePolicy
 from ds_core.errors import CommError, DsError, NonFiniteError
 from ds_core.precision import LossScaler, Precision
 from ds_core.seams import (
@@ -76,7 +75,7 @@ class Engine(EngineFiles):
         dataloader: Any = None,
         device: torch.device | None = None,
         decisions: Mapping[str, Any] | None = None,
-        tag_validation: TagValidation = "Warn",
+        saving: SavePolicy | None = None,
     ) -> None:
         super().__init__()
         self.module = module
@@ -93,7 +92,7 @@ class Engine(EngineFiles):
         self._run_module = precision.applied_to(module.__call__, self.device.type)
         self._losses: list[torch.Tensor] = []
         self._scaled_by_loss = False
-        self._tag_validation: TagValidation = tag_validation
+        self._saving, self._saver = saving or SavePolicy(), None
         self._compiled: CompiledBlocks | None = None
         self._batches: Iterator[Any] | None = None
         self._runner = runner or Sequential()
@@ -191,6 +190,8 @@ class Engine(EngineFiles):
 
     def _prepare_backward(self) -> None:
         """Gradients that are not sharded are averaged once per step, at its last micro-batch."""
+        if self.sharding.updates_in_backward:
+            self._before_update()
         early = not self._micro.is_boundary and not self.sharding.reduces_each_backward
         self.sharding.accumulate_locally = self._micro.held or early
 
@@ -306,6 +307,7 @@ class Engine(EngineFiles):
             clip = 1.0
             if self.max_grad_norm > 0:
                 clip = min(1.0, self.max_grad_norm / (norm + 1e-6))
+            self._before_update()
             self.sharding.update(clip / self.scaler.scale)
         self.sharding.zero_grad()
         scale = self.scaler.scale
@@ -470,16 +472,21 @@ class Engine(EngineFiles):
         self._emit(EventKind.LOG, **scalars)
 
     def close(self) -> None:
-        """Give the model back whole and without hooks, and let the observers finish."""
+        """Give the model back whole and without hooks, and let the observers finish.
+
+        Waits for a checkpoint that is being written; raises CheckpointError, after all else is
+        done, if it failed.
+        """
         if self._compiled is not None:
             self._compiled.close()
             self._compiled = None
-        try:
-            self._emit(EventKind.CLOSE)
-        finally:  # a file that one rank cannot write must not keep the others waiting
-            self._observers.clear()
-            self._adjusters.clear()
-            self.sharding.close()
+        # A file that one rank cannot write must not keep the others waiting.
+        with ExitStack() as steps:
+            steps.callback(self.sharding.close)
+            steps.callback(self._adjusters.clear)
+            steps.callback(self._observers.clear)
+            steps.callback(self._emit, EventKind.CLOSE)
+            steps.callback(self._close_saver)
 
     def _emit(self, kind: EventKind, /, **values: Any) -> None:
         if not self._observers:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,7 +17,27 @@ from ds_core.buffers import persistent_buffers
 from ds_core.seams import EventKind, Sharding
 
 if TYPE_CHECKING:
+    from ds_core.checkpoint import AsyncSaver, PendingSave
     from ds_core.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SavePolicy:
+    """How an engine saves checkpoints; the section `checkpoint` of its configuration.
+
+    Attributes:
+        tag_validation: what happens where ranks name one differently.
+        asynchronous: whether training goes on while they are written.
+        keep_last: how many stay; None: all.
+        shows_figures: whether rank 0 logs size and time of each asynchronous one.
+    """
+
+    tag_validation: TagValidation = "Warn"
+    asynchronous: bool = False
+    keep_last: int | None = None
+    shows_figures: bool = False
 
 
 class EngineFiles(nn.Module):
@@ -25,7 +47,9 @@ class EngineFiles(nn.Module):
     sharding: Sharding
     mesh: comm.Mesh
     global_step: int
-    _tag_validation: TagValidation
+    _saving: SavePolicy
+    _saver: AsyncSaver | None
+    _pending: PendingSave | None = None
 
     if TYPE_CHECKING:
 
@@ -72,33 +96,78 @@ class EngineFiles(nn.Module):
         *,
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
+        asynchronous: bool | None = None,
+        keep_last: int | None = None,
     ) -> str:
         """Save everything needed to go on, at any stage and world size; returns the path.
 
         Args:
-            directory: shared by all ranks.
+            directory: shared by all ranks; a URL such as "s3://bucket/run" with the extra
+                `ds-core[fsspec]`.
             tag: name of this checkpoint; default: "step" and the step's number. Where ranks pass
                 different ones, that of rank 0 counts, unless `checkpoint.tag_validation` forbids.
             client_state: the caller's own JSON-able values; `load_checkpoint` returns them.
             save_latest: whether `latest` names this checkpoint from now on.
             exclude_frozen_parameters: leave out what is not trained, as for an adapter; loading
                 keeps the model's own values of it.
+            asynchronous: return once the state is copied to host memory, and write it while
+                training goes on. The checkpoint is there when it is complete; the next save,
+                `load_checkpoint`, `wait_for_checkpoint` and `close` wait for it, and raise what
+                went wrong. Default: `checkpoint.asynchronous` of the configuration.
+            keep_last: delete all complete checkpoints in the directory but so many of the newest,
+                the one that `latest` names, and any that is in use. Default: `checkpoint.keep_last`
+                of the configuration, and that none is deleted.
 
         Atomic: until it is complete, the previous checkpoint stays the one that loads. Collective.
         """
-        from ds_core.engine_state import save
+        from ds_core import checkpoint
+        from ds_core.engine_state import state_to_save
 
+        self.wait_for_checkpoint()
         tag = tag or f"step{self.global_step}"
-        path = save(
-            cast("Engine", self),
-            directory,
-            agree_on_tag(tag, self._tag_validation, self.mesh.group(*self.mesh.axes)),
-            client_state,
-            keep_latest_pointer=save_latest,
-            exclude_frozen=exclude_frozen_parameters,
+        tag = agree_on_tag(tag, self._saving.tag_validation, self.mesh.group(*self.mesh.axes))
+        options: dict[str, Any] = {
+            "keep_latest_pointer": save_latest,
+            "keep_last": self._saving.keep_last if keep_last is None else keep_last,
+        }
+        state = state_to_save(
+            cast("Engine", self), client_state, exclude_frozen=exclude_frozen_parameters
         )
+        if self._saving.asynchronous if asynchronous is None else asynchronous:
+            if self._saver is None:
+                self._saver = checkpoint.AsyncSaver()
+            self._pending = self._saver.save(directory, tag, state, **options)
+            self._emit(EventKind.CHECKPOINT, path=str(self._pending.path), action="being written")
+            return str(self._pending.path)
+        path = str(checkpoint.save(directory, tag, state, **options))
         self._emit(EventKind.CHECKPOINT, path=path, action="saved")
         return path
+
+    def wait_for_checkpoint(self) -> str | None:
+        """The path of the checkpoint that was being written, once it is complete; None if none was.
+
+        Raises CheckpointError, on every rank, if it failed. Collective.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        path = str(pending.wait())
+        if self._saving.shows_figures and self.mesh.group(*self.mesh.axes).rank == 0:
+            _log_figures(pending)
+        self._emit(EventKind.CHECKPOINT, path=path, action="saved")
+        return path
+
+    def _before_update(self) -> None:
+        """What is about to change must not be read any more by a save in flight."""
+        if self._saver is not None:
+            self._saver.wait_for_reads()
+
+    def _close_saver(self) -> None:
+        try:
+            self.wait_for_checkpoint()
+        finally:
+            if self._saver is not None:
+                self._saver.close()
 
     def load_checkpoint(
         self,
@@ -109,6 +178,7 @@ class EngineFiles(nn.Module):
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
+        verify: bool = False,
     ) -> dict[str, Any]:
         """Load a checkpoint of any stage and world size; returns its `client_state`.
 
@@ -120,12 +190,15 @@ class EngineFiles(nn.Module):
             load_optimizer_states: if False, the optimizer keeps its own state and settings.
             load_lr_scheduler_states: if False, the schedule keeps its place.
             load_module_only: load the weights and nothing else, as from a pretrained model.
+            verify: compare the whole checkpoint with its checksums before anything is changed;
+                without it, each rank verifies what it reads, as it reads it.
 
         Raises CheckpointError if it is missing, damaged, or of another model; the engine must not
         be used then. Collective.
         """
         from ds_core.engine_state import load
 
+        self.wait_for_checkpoint()
         path, client_state = load(
             cast("Engine", self),
             directory,
@@ -134,6 +207,7 @@ class EngineFiles(nn.Module):
             optimizer=load_optimizer_states,
             lr_scheduler=load_lr_scheduler_states,
             only_model=load_module_only,
+            verify=verify,
         )
         self._emit(EventKind.CHECKPOINT, path=path, action="loaded")
         return client_state
@@ -168,3 +242,13 @@ class EngineFiles(nn.Module):
             cast("Engine", self), directory, dtype=dtype, max_shard_bytes=max_shard_bytes,
             exclude_frozen=exclude_frozen_parameters, overwrite=overwrite,
         )  # fmt: skip
+
+
+def _log_figures(pending: PendingSave) -> None:
+    told = pending.figures
+    rate = told.copied_bytes / max(told.write_s, 1e-9) / 1e6
+    logger.info(
+        "checkpoint %s: rank 0 copied %.1f MB in %.3f s (training waited %.3f s in all) and wrote "
+        "them in %.3f s, %.0f MB/s",
+        pending.path, told.copied_bytes / 1e6, told.copy_s, told.blocked_s, told.write_s, rate,
+    )  # fmt: skip

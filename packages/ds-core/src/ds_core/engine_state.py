@@ -7,7 +7,6 @@ import logging
 import os
 import random
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from ds_core.buffers import persistent_buffers
 from ds_core.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from ds_core.checkpoint.remote import Place
     from ds_core.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -25,29 +25,15 @@ logger = logging.getLogger(__name__)
 _State = dict[str, dict[str, Any]]
 
 
-def save(
-    engine: Engine,
-    directory: str | os.PathLike[str],
-    tag: str | None,
-    client_state: Mapping[str, Any] | None,
-    *,
-    keep_latest_pointer: bool,
-    exclude_frozen: bool,
-) -> str:
-    """See `Engine.save_checkpoint`."""
-    from ds_core import checkpoint
-
+def state_to_save(
+    engine: Engine, client_state: Mapping[str, Any] | None, *, exclude_frozen: bool
+) -> dict[str, Any]:
+    """What `Engine.save_checkpoint` writes."""
     state = {**_state(engine), "client": dict(client_state or {})}
     if exclude_frozen:
         frozen = set(state["about"]["frozen"])
         state["model"] = {name: v for name, v in state["model"].items() if name not in frozen}
-    path = checkpoint.save(
-        directory,
-        tag or f"step{engine.global_step}",
-        state,
-        keep_latest_pointer=keep_latest_pointer,
-    )
-    return str(path)
+    return state
 
 
 def load(
@@ -59,6 +45,7 @@ def load(
     optimizer: bool,
     lr_scheduler: bool,
     only_model: bool,
+    verify: bool,
 ) -> tuple[str, dict[str, Any]]:
     """See `Engine.load_checkpoint`."""
     from ds_core import checkpoint
@@ -80,7 +67,7 @@ def load(
     parts = None if with_optimizer else {"model", "client"}
     if not only_model and not with_optimizer:
         parts = {"model", "client", "engine", "lr_scheduler", "rng", "data"}
-    loaded = checkpoint.load(path, state=state, parts=parts, strict=strict)
+    loaded = checkpoint.load(path, state=state, parts=parts, strict=strict, verify=verify)
     # Loading its own state makes a sharding publish what was written into it.
     groups = in_own_order(loaded["groups"], state["groups"])
     published = {"state": loaded["optimizer"], "groups": groups}
@@ -116,10 +103,10 @@ def load_model(engine: Engine, values: Mapping[str, Any], *, strict: bool) -> No
             continue
         value = values[name]
         if isinstance(target, FlatShard):
-            start, local, box = target.start, target.local, target.within
-            edges = zip(box.offsets, box.lengths, strict=True)
+            edges = zip(target.within.offsets, target.within.lengths, strict=True)
             block = value[tuple(slice(offset, offset + length) for offset, length in edges)]
-            local.copy_(block.reshape(-1)[start : start + local.numel()])
+            with target.opened(fill=True) as local:
+                local.copy_(block.reshape(-1)[target.start :][: target.held_numel])
         else:
             target.copy_(value)
     # Loading its own state makes a sharding publish what was written into it.
@@ -157,7 +144,7 @@ def _about(engine: Engine) -> dict[str, Any]:
     }
 
 
-def known_to(checkpoint: Path, optimizer_state: _State) -> _State:
+def known_to(checkpoint: Place, optimizer_state: _State) -> _State:
     """The part of `optimizer_state` that a checkpoint can fill.
 
     A parameter that had not been stepped when it was saved (the checkpoint was taken before the
@@ -195,7 +182,7 @@ def in_own_order(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list
     return [by_names[names] for names in wanted] if by_names.keys() == set(wanted) else saved
 
 
-def without_excluded(checkpoint: Path, model_state: dict[str, Any]) -> dict[str, Any]:
+def without_excluded(checkpoint: Place, model_state: dict[str, Any]) -> dict[str, Any]:
     """`model_state` without the frozen parameters that a checkpoint left out on purpose."""
     from ds_core.checkpoint import read_state
     from ds_core.checkpoint.index import Index

@@ -160,7 +160,8 @@ def split_by_parameter(optimizer: torch.optim.Optimizer, unit: Unit) -> None:
         for part in unit.parts_of(whole):
             start, stop = part.offset, part.offset + part.stop - part.start
             own = slice(start - whole.start, stop - whole.start)
-            weights = nn.Parameter(whole.weights.detach()[own])
+            with unit.shard_memory():
+                weights = nn.Parameter(whole.weights.detach()[own])
             if state:
                 parts = {key: _part(value, shape, own) for key, value in state.items()}
                 if isinstance(optimizer, PortableState):

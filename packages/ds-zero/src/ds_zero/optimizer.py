@@ -524,8 +524,18 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._gather.settle()
         for unit in self._trainable:
             unit.settle_gradient()
-        if self._homes.swap is not None:
-            self._homes.swap.settle()
+        self._homes.settle()
+
+    def settle(self) -> None:
+        """Wait until what was written to disk is there; it goes on beside the program otherwise.
+
+        Raises the error of a write that failed.
+        """
+        self._homes.settle()
+
+    def swap_bytes(self) -> tuple[int, int]:
+        """Bytes that this rank has read from and written to disk so far."""
+        return self._homes.swap_bytes()
 
     def close(self) -> None:
         """Undo the sharding: the model is whole again, with no hook of ours. Collective."""

@@ -58,7 +58,7 @@ def _held(
         yield _local(optimizer, unit, piece, kind)
         return
     mine = unit.piece_at(piece.offset) if unit.trainable else None
-    with unit.present(mine, edits=edits):
+    with unit.present(mine, edits=edits, weights=kind == "parameter"):
         yield _local(optimizer, unit, piece, kind)
 
 
@@ -199,16 +199,43 @@ def full_state_dict(optimizer: ZeroOptimizer) -> dict[str, torch.Tensor]:
     return found
 
 
-def _shard(local: torch.Tensor, piece: Piece) -> Any:
+def _stated(optimizer: ZeroOptimizer, unit: Unit, piece: Piece, kind: str) -> Any:
+    """What a checkpoint holds of a parameter or state: `FlatShard`; a lazy one if it is away."""
     from ds_core.checkpoint import FlatShard
 
-    return FlatShard(local, piece.slot.shape, piece.start)
+    shape, start = piece.slot.shape, piece.start
+    if unit.is_resident:
+        return FlatShard(_local(optimizer, unit, piece, kind), shape, start)
+    home = unit.shard_home if kind == "parameter" and unit.master is None else None
+    own = slice(piece.offset, piece.offset + _numel(piece))
+
+    def read() -> torch.Tensor:
+        if home is not None:
+            return home.read(own.start, own.stop)
+        with _held(optimizer, unit, piece, kind, edits=False) as value:
+            return value.clone()
+
+    @torch.no_grad()
+    def write(values: torch.Tensor) -> None:
+        if home is not None:
+            home.write(own.start, values)
+            return
+        with _held(optimizer, unit, piece, kind, edits=True) as value:
+            if kind == "parameter":
+                value.copy_(values)
+            else:
+                _set_state(optimizer, unit, piece, kind, values)
+
+    dtype = unit.weights_dtype
+    if kind != "parameter":
+        dtype = _local(optimizer, unit, piece, kind).dtype
+    return FlatShard.lazy(_numel(piece), dtype, shape, start, read=read, write=write)
 
 
 def model_state(optimizer: ZeroOptimizer) -> dict[str, Any]:
     """See `ZeroOptimizer.model_state`."""
     return {
-        piece.slot.name: _shard(_local(optimizer, unit, piece, "parameter"), piece)
+        piece.slot.name: _stated(optimizer, unit, piece, "parameter")
         for unit in optimizer.units
         for piece in unit.layout.pieces(unit.group.rank)
     }
@@ -221,11 +248,10 @@ def optimizer_state(optimizer: ZeroOptimizer) -> dict[str, Any]:
         held = {id(p): state_of(optimizer._inner, p.weights) for p in unit.optimizer_pieces}
         for piece in unit.layout.pieces(unit.group.rank) if unit.trainable else ():
             mine = _optimizer_piece(unit, piece)
-            own = slice(piece.offset - mine.start, piece.offset - mine.start + _numel(piece))
             for key, value in held[id(mine)].items():
                 entries = tensors.setdefault(key, {})
                 if isinstance(value, torch.Tensor) and value.shape == mine.weights.shape:
-                    entries[piece.slot.name] = _shard(value[own], piece)
+                    entries[piece.slot.name] = _stated(optimizer, unit, piece, key)
                 else:
                     # One value for all parameters of the piece, such as the step count. Each
                     # gets its own, since those in a checkpoint may differ.
@@ -254,7 +280,8 @@ def adopt_loaded(optimizer: ZeroOptimizer, loaded: dict[str, dict[str, Any]]) ->
             split_by_parameter(optimizer._inner, unit)
         for piece in unit.optimizer_pieces:
             if isinstance(optimizer._inner, PortableState):
-                _adopt_packed(optimizer._inner, unit, piece, loaded)
+                with unit.present(piece, edits=True):
+                    _adopt_packed(optimizer._inner, unit, piece, loaded)
                 continue
             held = optimizer.state.get(piece.weights, {})
             for key in list(held):
@@ -273,8 +300,8 @@ def _adopt_packed(
         start = part.offset - piece.start
         for key, own in values.items():
             value = loaded.get(key, {}).get(part.slot.name)
-            if value is None:
-                continue
+            if value is None or (_is_wide(own) and value.is_lazy):
+                continue  # a lazy one was written as it was read
             if _is_wide(own):
                 own[start : start + _numel(part)].copy_(value.local.reshape(-1))
             else:

@@ -21,7 +21,7 @@ Models", section 5; the flat layout is ours (docs/design.md, section 5).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -265,19 +265,28 @@ class Unit:
         if self.shard_home is not None and not self.is_full:
             self.shard.untyped_storage().resize_(0)
 
-    @contextmanager
-    def present(self, piece: OptimizerPiece | None, *, edits: bool) -> Iterator[None]:
-        """Weights and states of an optimizer piece are in memory inside the block; `edits` stay.
+    def shard_memory(self) -> AbstractContextManager[None]:
+        """The shard has memory inside the block, so that views of it can be made."""
+        return nullcontext() if self._shard_is_here else memory_of(self.shard)
 
-        None: those of frozen parameters.
+    @contextmanager
+    def present(
+        self, piece: OptimizerPiece | None, *, edits: bool, weights: bool = True
+    ) -> Iterator[None]:
+        """States and `weights` of an optimizer piece are in memory inside the block; `edits` stay.
+
+        None: those of frozen parameters. Without `weights`, a shard that gathers read meanwhile is
+        left alone, so that a checkpoint may be written beside training.
         """
         swap = self._homes.swap
         with ExitStack() as stack:
             if piece is not None and swap is not None:
                 stack.enter_context(swap.present(piece.weights, edits=edits))
-            if self.master is None and self.shard_home is not None and not self._shard_is_here:
+            away = self.shard_home is not None and not self._shard_is_here
+            if weights and self.master is None and away:
                 self._bring_shard(fill=True)
                 stack.callback(self._leave_shard)
+                assert self.shard_home is not None
                 if edits:
                     stack.callback(self.shard_home.store, self.shard)
             yield

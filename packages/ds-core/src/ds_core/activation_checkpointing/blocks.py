@@ -76,6 +76,20 @@ def checkpoint_blocks(
     return CheckpointedBlocks(chosen)
 
 
+def compiled_inside(
+    forward: Callable[..., Any], compiled: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Callable[..., Any]:
+    """`compiled(forward)`; of a block whose checkpoint moves inputs, what is inside is compiled.
+
+    Moving them is nothing that a compiler can trace: around it, the block would run as it is.
+    """
+    if isinstance(forward, functools.partial) and forward.func is _forward:
+        block, inner, policy = forward.args
+        if policy.storage is not None:
+            return functools.partial(_forward, block, compiled(inner), policy)
+    return compiled(forward)
+
+
 def _forward(
     block: nn.Module, forward: Callable[..., Any], policy: Policy, *args: Any, **kwargs: Any
 ) -> Any:

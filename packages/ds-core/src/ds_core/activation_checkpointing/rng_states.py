@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from ds_core import accelerator
+from ds_core import accelerator, comm
+from ds_core.activation_checkpointing.region import present
 from ds_core.errors import DsError
 
 #: The state that ranks of one tensor-parallel group do not share.
@@ -18,7 +19,8 @@ class RngStates:
     """States of one device's random generator, each used inside `fork(name)` only.
 
     Ranks that share a tensor draw the same dropout for it from the default state; for what each
-    holds a part of, they draw apart from a named one.
+    holds a part of, they draw apart from a named one. Inside `checkpoint` and in blocks that
+    `checkpoint_blocks` has changed, both are drawn alike when they are computed again.
 
     Args:
         device: whose default generator is used; default: the current accelerator, or the CPU.
@@ -68,12 +70,15 @@ class RngStates:
         if name not in self._states:
             known = ", ".join(self._states) or "none"
             raise DsError(f"RngStates.fork: no state is called {name!r}; there is {known}; add it")
-        before = self._get()
-        self._set(self._states[name])
+        region = present()
+        before, own = self._get(), self._states[name]
+        self._set(own if region is None else region.draw_from((self, name), own))
         try:
             yield
         finally:
-            self._states[name] = self._get()
+            after = self._get()
+            if region is None or not region.keep((self, name), after):
+                self._states[name] = after
             self._set(before)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -100,3 +105,28 @@ class RngStates:
             torch.set_rng_state(state)
         else:
             torch.get_device_module(self.device).set_rng_state(state, self.device)
+
+
+def model_parallel_seed(
+    seed: int, group: comm.Group, device: torch.device | str | None = None
+) -> RngStates:
+    """Seed this process for a model that is split over `group`, and return the named states.
+
+    What is drawn by default is then the same on all ranks of the group, and inside `fork()` of the
+    states different on each. Data-parallel ranks that shall draw apart give another seed.
+
+    Args:
+        seed: the same on all ranks of the group.
+        group: such as `mesh.group("tp")`.
+        device: see `RngStates`.
+
+    Raises DsError, on all ranks, if their seeds differ. Collective.
+    """
+    seeds = comm.all_gather_object(seed, group, caller="model_parallel_seed")
+    if len(set(seeds)) > 1:
+        told = ", ".join(f"rank {r}: {s}" for r, s in zip(group.ranks, seeds, strict=True))
+        raise DsError(
+            f"model_parallel_seed: seed: ranks of the group {group.name!r} differ ({told}), so "
+            f"they would drop different elements of what they share; give the same on all of them"
+        )
+    return RngStates.for_tensor_parallel(seed, group.rank, device)

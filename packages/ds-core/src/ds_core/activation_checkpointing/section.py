@@ -16,11 +16,12 @@ class ActivationCheckpointingSection(Section):
     A model that calls `checkpoint` in its own forward needs none of this.
     """
 
-    blocks: Literal["repeated"] | tuple[str, ...] | None = Field(
+    blocks: Literal["repeated", "own"] | tuple[str, ...] | None = Field(
         default=None,
         description='"repeated": the blocks of the model\'s repeated stacks; or patterns of '
-        'qualified names, such as ["encoder.layers.*"]; null: none, unless number_checkpoints is '
-        "given.",
+        'qualified names, such as ["encoder.layers.*"]; "own": the layers that a model of '
+        "transformers checkpoints itself, whose inputs are then stored as the other keys say; "
+        "null: none, unless number_checkpoints is given.",
     )
     number_checkpoints: int | None = Field(
         default=None,
@@ -29,28 +30,23 @@ class ActivationCheckpointingSection(Section):
     )
     cpu_checkpointing: bool = Field(
         default=False,
-        description="Whether the inputs of the blocks wait in host memory. The copies do not "
-        "overlap with compute.",
+        description="Whether the inputs of the blocks wait in pinned host memory, copied while "
+        "blocks are computed, and brought back one block ahead; on a CPU they are there already.",
     )
     synchronize_checkpoint_boundary: bool = Field(
         default=False, description="Whether the device is waited for before and after each block."
     )
-    partition_activations: Annotated[
-        bool,
-        Only(
-            False,
-            because="it splits inputs of blocks over tensor-parallel ranks, which ds-pipe will "
-            "bring; use cpu_checkpointing to hold less on the device",
-        ),
-    ] = Field(default=False, description="Only false: every rank keeps its own inputs of blocks.")
-    contiguous_memory_optimization: Annotated[
-        bool,
-        Only(
-            False,
-            because="torch's allocator does this for all memory: set "
-            "PYTORCH_ALLOC_CONF=expandable_segments:True",
-        ),
-    ] = Field(default=False, description="Only false: the allocator avoids fragments.")
+    partition_activations: bool = Field(
+        default=False,
+        description="Whether each rank of the mesh's tp axis keeps 1/N of the inputs of the "
+        "blocks, which must be the same on all of them; gathered before a block is computed again. "
+        "With one rank along tp it makes no difference, and a warning says so.",
+    )
+    contiguous_memory_optimization: bool = Field(
+        default=False,
+        description="Whether the parts that partition_activations keeps on the device lie in "
+        "buffers that are used from step to step, so that they do not scatter its free memory.",
+    )
     profile: Annotated[
         bool,
         Only(
@@ -66,11 +62,35 @@ class ActivationCheckpointingSection(Section):
 
     @model_validator(mode="after")
     def _has_blocks(self) -> Self:
-        for key in ("cpu_checkpointing", "synchronize_checkpoint_boundary"):
+        keys = ("cpu_checkpointing", "partition_activations", "synchronize_checkpoint_boundary")
+        for key in keys:
             if getattr(self, key) and not self.asks:
                 raise refusal(
-                    f'{key}: got true, but no blocks are chosen: add "blocks": "repeated" (what a '
-                    f"model checkpoints in its own forward is set there, with "
+                    f'{key}: got true, but no blocks are chosen: add "blocks": "repeated", or '
+                    f'"own" for a model of transformers that checkpoints by itself (what a model '
+                    f"checkpoints in its own forward is set there, with "
                     f"ds_core.activation_checkpointing.Policy)"
                 )
+        if self.contiguous_memory_optimization and not self.partition_activations:
+            raise refusal(
+                "contiguous_memory_optimization: got true, but without partition_activations the "
+                "inputs of blocks lie where the model made them: add that, or set "
+                "PYTORCH_ALLOC_CONF=expandable_segments:True for all memory"
+            )
+        if self.blocks == "own":
+            self._check_own()
         return self
+
+    def _check_own(self) -> None:
+        if not self.cpu_checkpointing and not self.partition_activations:
+            raise refusal(
+                'blocks: got "own", but nothing is to be done with their inputs: add '
+                "cpu_checkpointing or partition_activations, or remove it"
+            )
+        for key in ("number_checkpoints", "synchronize_checkpoint_boundary"):
+            if getattr(self, key):
+                raise refusal(
+                    f'{key}: cannot be given with "blocks": "own": the model itself chooses and '
+                    f'computes its layers; remove one of them, or use "repeated" and switch the '
+                    f"model's own checkpointing off"
+                )

@@ -10,6 +10,9 @@ tensor in the nested state, joined by dots: `model.blocks.0.attn.qkv.weight`,
 `optimizer.exp_avg.blocks.0.attn.qkv.weight`. Values that are not tensors are JSON in the index.
 Nothing that comes from disk is unpickled.
 
+`AsyncSaver` does what `save` does from a thread, while training goes on. Directories may be URLs of
+fsspec (`s3://bucket/run`), with the extra `ds-core[fsspec]`.
+
 `full_state_dict` reads whole weights one at a time, `export_safetensors` and `export_dcp` write
 what Hugging Face's libraries and torch's FSDP2 load, and `import_checkpoint` reads DeepSpeed's
 checkpoints, torch's and Hugging Face's.
@@ -18,6 +21,7 @@ checkpoints, torch's and Hugging Face's.
 `torch.distributed.checkpoint.save` and `load` with any state dict, such as FSDP2's.
 """
 
+from ds_core.checkpoint.asynchronous import AsyncSaver, PendingSave, SaveFigures
 from ds_core.checkpoint.audit import Verified, verify
 from ds_core.checkpoint.boxes import Box, Piece, cut_range
 from ds_core.checkpoint.dcp_export import export_dcp
@@ -31,6 +35,9 @@ from ds_core.checkpoint.store import find, latest, load, read_state, save
 
 __all__ = [
     "save",
+    "AsyncSaver",
+    "PendingSave",
+    "SaveFigures",
     "load",
     "latest",
     "find",

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import OrderedDict
 from collections.abc import Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
@@ -14,8 +12,9 @@ import torch
 
 from ds_core.checkpoint.boxes import Box, cut_reads
 from ds_core.checkpoint.data_file import BLOCK_BYTES, PIECE_BYTES, block_checksums
-from ds_core.checkpoint.files import read_exactly
+from ds_core.checkpoint.files import open_to_read, read_exactly, reason, size_of
 from ds_core.checkpoint.index import Index, StoredBox, TensorRecord
+from ds_core.checkpoint.remote import Place
 from ds_core.errors import CheckpointError
 
 _MAX_OPEN_FILES = 64
@@ -36,7 +35,7 @@ class BoxReader:
             `BLOCK_BYTES`, the unit of a checksum.
     """
 
-    def __init__(self, directory: Path, index: Index) -> None:
+    def __init__(self, directory: Place, index: Index) -> None:
         self.directory = directory
         self.index = index
         self.bytes_read = 0
@@ -105,15 +104,14 @@ class BoxReader:
             return self._files[name]
         path, expected = self.directory / name, self.index.files[name]
         try:
-            file: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115  closed by close()
+            file, size = open_to_read(path), size_of(path)
         except OSError as error:
             raise CheckpointError(
-                f"cannot open {path}: {error.strerror}. The checkpoint is incomplete"
+                f"cannot open {path}: {reason(error)}. The checkpoint is incomplete"
             ) from error
         self._files[name] = file
         if len(self._files) > _MAX_OPEN_FILES:
             self._files.popitem(last=False)[1].close()
-        size = os.fstat(file.fileno()).st_size
         if size != expected:
             raise CheckpointError(
                 f"{path} is {'truncated' if size < expected else 'damaged'}: it has {size} bytes, "
@@ -137,12 +135,22 @@ class BoxReader:
         if tuple(checksums) != stored.crc32[first_block : first_block + len(checksums)] or (
             len(data) != high - low
         ):
-            raise CheckpointError(
-                f"{self.directory / stored.file} is damaged: the bytes of {stored.entry!r} do not "
-                "match the checksum that was saved with them. Load another checkpoint"
-            )
+            raise self._damage(stored, first_block, checksums)
         raw = torch.frombuffer(data, dtype=torch.uint8)
         return raw.view(record.dtype)[start - low // itemsize :][:count]
+
+    def _damage(self, stored: StoredBox, first: int, found: list[int]) -> CheckpointError:
+        """The error for blocks, from `first`, that are not what was saved."""
+        bad = [first + i for i, crc in enumerate(found) if crc != stored.crc32[first + i]]
+        at = bad[0] * BLOCK_BYTES if bad else (first + len(found)) * BLOCK_BYTES
+        offsets, lengths = list(stored.box.offsets), list(stored.box.lengths)
+        return CheckpointError(
+            f"{self.directory / stored.file} is damaged: the bytes of {stored.entry!r} do not "
+            "match the checksum that was saved with them "
+            f"(tensor {stored.entry.rpartition('|')[0]!r}, box of {lengths} at {offsets}, in the "
+            f"{BLOCK_BYTES} bytes from byte {stored.start + at} of the file). "
+            "Load another checkpoint"
+        )
 
     @contextlib.contextmanager
     def _reading(self, stored: StoredBox) -> Iterator[BinaryIO]:
@@ -151,7 +159,7 @@ class BoxReader:
             yield file
         except OSError as error:
             raise CheckpointError(
-                f"cannot read {self.directory / stored.file}: {error.strerror}"
+                f"cannot read {self.directory / stored.file}: {reason(error)}"
             ) from error
 
 

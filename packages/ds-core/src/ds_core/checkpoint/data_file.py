@@ -15,6 +15,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -116,7 +117,17 @@ def write_data_file(
     """
     header = _encode_header(entries, metadata or {})
     write_all(file, header)
-    start = len(header)
+    with ThreadPoolExecutor(1, "ds-core-checksums") as helper:  # starts no thread unless used
+        return _write_entries(file, len(header), entries, resolve, helper)
+
+
+def _write_entries(
+    file: BinaryIO,
+    start: int,
+    entries: Sequence[Entry],
+    resolve: Callable[[int], torch.Tensor],
+    helper: Executor,
+) -> list[Stored]:
     stored = []
     for i, entry in enumerate(entries):
         tensor = resolve(i)
@@ -127,11 +138,20 @@ def write_data_file(
             )
         crc32: list[int] = []
         for piece in _byte_pieces(tensor):
-            write_all(file, piece)
-            crc32 += block_checksums(piece)
+            crc32 += _write_piece(file, piece, helper)
         stored.append(Stored(start, entry.nbytes, tuple(crc32)))
         start += entry.nbytes
     return stored
+
+
+def _write_piece(file: BinaryIO, piece: memoryview, helper: Executor) -> list[int]:
+    """Write it, and return the checksums of its blocks, computed meanwhile."""
+    if len(piece) < 4 * BLOCK_BYTES:  # to hand it to a thread would take longer
+        write_all(file, piece)
+        return block_checksums(piece)
+    checksums = helper.submit(block_checksums, piece)
+    write_all(file, piece)
+    return checksums.result()
 
 
 def _encode_header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:

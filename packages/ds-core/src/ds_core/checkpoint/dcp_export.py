@@ -21,6 +21,7 @@ from ds_core.checkpoint.lazy import (
     full_state_dict,
     open_checkpoint,
 )
+from ds_core.checkpoint.remote import Place
 from ds_core.checkpoint.state import path_name
 from ds_core.checkpoint.store import find
 from ds_core.errors import CheckpointError
@@ -114,7 +115,7 @@ class _ReadingPlanner(dcp.DefaultSavePlanner):
 
 
 def _optimizer(
-    path: Path, optimizer_key: str
+    path: Place, optimizer_key: str
 ) -> tuple[LazyStateDict, list[Any], dict[tuple[str, ...], str]]:
     """The optimizer's tensors, its groups as torch writes them, and where each tensor belongs."""
     saved = open_checkpoint(path)

@@ -20,6 +20,7 @@ from ds_core.checkpoint.lazy import (
     full_state_dict,
     open_checkpoint,
 )
+from ds_core.checkpoint.remote import Place
 from ds_core.checkpoint.store import find
 from ds_core.errors import CheckpointError
 
@@ -147,7 +148,7 @@ def write_weights(
     return _write_sharded(out, "model", state, max_shard_bytes, dropped or {})
 
 
-def _optimizer(path: Path, *, exclude_frozen: bool) -> tuple[LazyStateDict, list[object]]:
+def _optimizer(path: Place, *, exclude_frozen: bool) -> tuple[LazyStateDict, list[object]]:
     state = open_checkpoint(path)
     if exclude_frozen:
         frozen_names(path, state.values.get("about", {}))  # they have no optimizer state

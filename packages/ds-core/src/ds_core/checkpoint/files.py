@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from ds_core.checkpoint.remote import Place, RemotePath
+
 
 @contextlib.contextmanager
-def create_synced(path: Path) -> Iterator[BinaryIO]:
+def create_synced(path: Place) -> Iterator[BinaryIO]:
     """A new file open for writing (an old one is emptied); its bytes are on disk on return."""
+    if isinstance(path, RemotePath):
+        with path.create() as upload:
+            yield upload
+        return
     with open(path, "wb", buffering=0) as raw:
         yield raw
         os.fsync(raw.fileno())
 
 
 @contextlib.contextmanager
-def replace_atomically(path: Path) -> Iterator[BinaryIO]:
+def replace_atomically(path: Place) -> Iterator[BinaryIO]:
     """A file that appears at `path`, whole and on disk, when the block ends without an error."""
+    if isinstance(path, RemotePath):
+        content = io.BytesIO()
+        yield content
+        path.put(content.getvalue())
+        return
     # Always the same name: what a crash leaves is overwritten the next time.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -71,6 +83,29 @@ def rename(source: Path, target: Path) -> None:
     sync_directory(target.parent)
 
 
-def remove_tree(path: Path) -> None:
+def remove_tree(path: Place) -> None:
     """Delete a directory and all that it holds."""
-    shutil.rmtree(path)
+    if isinstance(path, RemotePath):
+        path.remove_tree()
+    else:
+        shutil.rmtree(path)
+
+
+def open_to_read(path: Place) -> BinaryIO:
+    """A file for `read_exactly`, unbuffered."""
+    return path.open_to_read() if isinstance(path, RemotePath) else open(path, "rb", buffering=0)
+
+
+def size_of(path: Place) -> int:
+    """Bytes of a file."""
+    return path.size() if isinstance(path, RemotePath) else path.stat().st_size
+
+
+def modified_s(path: Place) -> float:
+    """When a file was written, in seconds since 1970."""
+    return path.modified_s() if isinstance(path, RemotePath) else path.stat().st_mtime
+
+
+def reason(error: OSError) -> str:
+    """What the system says of an error; not every file system says more than its kind."""
+    return error.strerror or type(error).__name__

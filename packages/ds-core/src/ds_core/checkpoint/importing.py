@@ -14,6 +14,7 @@ from ds_core.checkpoint.foreign.foreign import Foreign
 from ds_core.checkpoint.index import INDEX_NAME
 from ds_core.checkpoint.lazy import LazyState
 from ds_core.checkpoint.lazy_save import save_lazy
+from ds_core.checkpoint.remote import Place
 from ds_core.errors import CheckpointError
 
 _Opener = Callable[..., Foreign]
@@ -40,7 +41,7 @@ class ImportReport:
         ignored: what was left out on purpose, and why.
     """
 
-    path: Path
+    path: Place
     source: str
     num_tensors: int
     num_bytes: Mapping[str, int]

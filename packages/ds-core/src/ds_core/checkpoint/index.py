@@ -22,13 +22,15 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 import torch
 
 from ds_core.checkpoint.boxes import Box
 from ds_core.checkpoint.data_file import BLOCK_BYTES, dtype_code, dtype_of
+from ds_core.checkpoint.files import reason
+from ds_core.checkpoint.remote import Place
 from ds_core.errors import CheckpointError
 
 INDEX_NAME = "index.json"
@@ -110,7 +112,7 @@ class Index:
         return json.dumps({"crc32": _checksum(body), "index": body}, allow_nan=False).encode()
 
     @classmethod
-    def read(cls, directory: Path) -> Index:
+    def read(cls, directory: Place) -> Index:
         """The index of a checkpoint.
 
         Raises:
@@ -122,7 +124,8 @@ class Index:
         except OSError as error:
             raise CheckpointError(
                 f"{directory} holds no complete checkpoint: cannot read {INDEX_NAME} "
-                f"({error.strerror}). It is written last, so a save that did not finish has none"
+                f"({reason(error)}). It is written last, so a save that did not "
+                "finish, or is still going on, has none"
             ) from error
         try:
             document = json.loads(text)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ds_core.checkpoint import tags
 from ds_core.checkpoint.importing import kind_of
 from ds_core.checkpoint.index import Index, TensorRecord
+from ds_core.checkpoint.remote import Place
 from ds_core.checkpoint.store import find, read_state
 from ds_core.errors import CheckpointError
 
@@ -58,7 +58,7 @@ class Inspection:
         files: size of each data file.
     """
 
-    path: Path
+    path: Place
     tags: tuple[str, ...]
     latest: str | None
     step: int | None
@@ -135,7 +135,7 @@ def _group(group: Mapping[str, Any]) -> dict[str, Any]:
     return {"num_parameters": len(group.get("names", ())), **settings}
 
 
-def _latest(directory: Path) -> str | None:
+def _latest(directory: Place) -> str | None:
     try:
         return tags.latest(directory)
     except CheckpointError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from ds_core.checkpoint import tags
@@ -19,8 +18,9 @@ from ds_core.checkpoint.index import (
     entry_name,
 )
 from ds_core.checkpoint.lazy import LazyState, LazyTensor, in_memory
+from ds_core.checkpoint.remote import Place, as_place
 from ds_core.checkpoint.state import flatten
-from ds_core.checkpoint.storage import writer_facts
+from ds_core.checkpoint.storage import data_file_name, writer_facts
 
 #: A new file is begun after this many bytes, so that several readers find several files.
 MAX_FILE_BYTES = 5 * 10**9
@@ -33,7 +33,7 @@ def save_lazy(
     *,
     facts: dict[str, Any] | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
-) -> Path:
+) -> Place:
     """Write a checkpoint as `save` does, reading each tensor when its turn comes.
 
     Atomic as `save` is; `latest` names it afterwards. One tensor at a time is in memory.
@@ -49,7 +49,7 @@ def save_lazy(
     Raises:
         CheckpointError: if a tensor cannot be read or a value cannot be saved; nothing is left.
     """
-    directory = Path(directory)
+    place = as_place(directory)
     values = flatten(state.values)
     tensors = dict(state.tensors)
     for name, tensor in values.tensors.items():
@@ -60,19 +60,18 @@ def save_lazy(
     for name, lazy in tensors.items():
         dtype_code(lazy.dtype, name)
         index.tensors[name] = TensorRecord(lazy.path, lazy.dtype, lazy.shape)
-    temporary = tags.begin(directory, tags.checked_tag(tag))
+    draft = tags.begin(place, tags.checked_tag(tag))
     try:
-        temporary.mkdir()
         for number, members in enumerate(_files(tensors, max_file_bytes)):
-            _write_file(temporary, f"rank_{number:05d}.safetensors", members, tensors, index)
+            _write_file(draft.path, data_file_name(number, draft.suffix), members, tensors, index)
         index.check_coverage()
-        with replace_atomically(temporary / INDEX_NAME) as file:
+        with replace_atomically(draft.path / INDEX_NAME) as file:
             write_all(file, index.to_bytes())
-        target = tags.commit(temporary, directory, tag)
+        target = tags.commit(draft, place, tag)
     except BaseException:
-        tags.discard(temporary)
+        draft.discard()
         raise
-    tags.point_latest(directory, tag)
+    tags.point_latest(place, tag)
     return target
 
 
@@ -89,7 +88,7 @@ def _files(tensors: dict[str, LazyTensor], max_bytes: int) -> list[list[str]]:
 
 
 def _write_file(
-    folder: Path, name: str, members: list[str], tensors: dict[str, LazyTensor], index: Index
+    folder: Place, name: str, members: list[str], tensors: dict[str, LazyTensor], index: Index
 ) -> None:
     members = sorted(members, key=lambda member: -tensors[member].dtype.itemsize)  # aligned
     whole = {member: Box.whole(tensors[member].shape) for member in members}
@@ -99,7 +98,7 @@ def _write_file(
     ]
     with create_synced(folder / name) as file:
         stored = write_data_file(file, entries, lambda i: tensors[members[i]].read())
-        index.files[name] = file.tell()
+    index.files[name] = stored[-1].start + stored[-1].nbytes
     for member, entry, at in zip(members, entries, stored, strict=True):
         box = StoredBox(whole[member], name, entry.name, at.start, at.crc32)
         index.tensors[member].boxes.append(box)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from ds_core.errors import CheckpointError
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Ranks:
@@ -68,6 +69,54 @@ class Ranks:
         results = self.gather(what, lambda: step() if self.rank == 0 else None)
         return results[0]  # type: ignore[return-value]
 
+    def through_first(
+        self, what: str, step: Callable[[], T], decide: Callable[[list[T]], list[R]]
+    ) -> R:
+        """What rank 0 decides for this rank, once it has seen what `step()` returned on every rank.
+
+        Collective. Only rank 0 is sent the results, and only to each its own decision.
+
+        Args:
+            step: runs on every rank.
+            decide: runs on rank 0, with the results in rank order, if all steps succeeded; returns
+                one decision per rank.
+
+        Raises:
+            CheckpointError: on every rank, if anything raised on any; names the ranks and the
+                cause.
+        """
+        outcome: tuple[str | None, T | None]
+        try:
+            outcome = (None, step())
+        except Exception as error:
+            outcome = (describe(error), None)
+        try:
+            outcomes = self._to_first(outcome)
+            answer = self._from_first(_decided(outcomes, decide) if self.rank == 0 else [])
+        except Exception as error:
+            raise self.lost(what, error) from error
+        failures, decision = answer
+        if failures:
+            raise self.failure(what, failures)
+        return decision
+
+    def _to_first(self, mine: Any) -> list[Any]:
+        """What every rank has, on rank 0; an empty list elsewhere."""
+        if not self.distributed:
+            return [mine]
+        everybodys: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(mine, everybodys, group=self.group, group_dst=0)
+        return everybodys or []
+
+    def _from_first(self, everybodys: list[Any]) -> Any:
+        """This rank's entry of the list that rank 0 has."""
+        if not self.distributed:
+            return everybodys[0]
+        mine: list[Any] = [None]
+        sent = everybodys if self.rank == 0 else None
+        dist.scatter_object_list(mine, sent, group=self.group, group_src=0)
+        return mine[0]
+
     def lost(self, what: str, error: Exception) -> CheckpointError:
         """The error for a step in which this rank lost contact with the others."""
         return CheckpointError(
@@ -87,6 +136,20 @@ class Ranks:
             for text, ranks in ranks_by_text.items()
         )
         return CheckpointError(f"{what} failed on {'; '.join(causes)}")
+
+
+def _decided(
+    outcomes: list[tuple[str | None, Any]], decide: Callable[[list[Any]], list[Any]]
+) -> list[tuple[dict[int, str], Any]]:
+    """For each rank, the failures there were, and what was decided for it if there were none."""
+    failures = {rank: text for rank, (text, _) in enumerate(outcomes) if text is not None}
+    decisions: list[Any] = [None] * len(outcomes)
+    if not failures:
+        try:
+            decisions = decide([result for _, result in outcomes])
+        except Exception as error:
+            failures = {0: describe(error)}
+    return [(failures, decision) for decision in decisions]
 
 
 def describe(error: BaseException) -> str:

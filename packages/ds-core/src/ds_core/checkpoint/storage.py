@@ -12,10 +12,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ from ds_core.checkpoint import jsonable
 from ds_core.checkpoint.box_reader import BoxReader
 from ds_core.checkpoint.boxes import Box
 from ds_core.checkpoint.data_file import Entry, dtype_code, write_data_file
-from ds_core.checkpoint.files import create_synced, replace_atomically, write_all
+from ds_core.checkpoint.files import create_synced, replace_atomically, size_of, write_all
 from ds_core.checkpoint.index import (
     INDEX_NAME,
     Index,
@@ -56,9 +55,14 @@ from ds_core.checkpoint.index import (
     TensorRecord,
     entry_name,
 )
+from ds_core.checkpoint.remote import Place, as_place
+from ds_core.checkpoint.sharded import OneAtATime, is_lazy
 from ds_core.errors import CheckpointError
 
-_DATA_GLOB = "rank_*.safetensors"
+
+def data_file_name(number: int, suffix: str = "") -> str:
+    """The name of the file that a rank writes."""
+    return f"rank_{number:05d}{suffix}.safetensors"
 
 
 class SafetensorsWriter(StorageWriter):
@@ -79,18 +83,18 @@ class SafetensorsWriter(StorageWriter):
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         super().__init__()
-        self.path = Path(path)
+        self.path = as_place(path)
         self.overwrite = overwrite
 
     @property
-    def checkpoint_id(self) -> Path:
+    def checkpoint_id(self) -> Place:
         """The directory, under the name that DCP logs it by."""
         return self.path
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Start over, in another directory if one is given."""
         if checkpoint_id is not None:
-            self.path = Path(checkpoint_id)
+            self.path = as_place(checkpoint_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Create the directory (on the coordinator)."""
@@ -111,27 +115,24 @@ class SafetensorsWriter(StorageWriter):
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """The same plan, once it is certain that every dtype can be stored."""
-        for item in plan.items:
-            if item.tensor_data is not None:
-                dtype_code(item.tensor_data.properties.dtype, item.index.fqn)
-        return plan
+        return check_dtypes(plan)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Give every rank its file name; remove what is to be overwritten."""
         with _as_checkpoint_errors(f"cannot overwrite {self.path}"):
             (self.path / INDEX_NAME).unlink(missing_ok=True)
-            for old in self.path.glob(_DATA_GLOB):
-                old.unlink()
-        return [
-            replace(plan, storage_data=f"rank_{rank:05d}.safetensors")
-            for rank, plan in enumerate(plans)
-        ]
+            for old in _inside(self.path):
+                if old.name.startswith("rank_") and old.name.endswith(".safetensors"):
+                    old.unlink()
+        return [replace(plan, storage_data=data_file_name(n)) for n, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's file, sync it, and report where each box went."""
         tensors = [item for item in plan.items if _has_bytes(item)]
-        # Largest items first keeps every entry aligned, which safetensors' own readers like.
-        tensors.sort(key=lambda item: -_entry(item).dtype.itemsize)
+        held = held_state(planner)
+        # Largest items first keeps every entry aligned, which safetensors' own readers like. What
+        # is lazy goes first among equals, so that its owner need not hold it still for long.
+        tensors.sort(key=lambda i: (-_entry(i).dtype.itemsize, not is_lazy(held.get(i.index.fqn))))
         values = [item for item in plan.items if item.type == WriteItemType.BYTE_IO]
         with _as_checkpoint_errors(f"cannot write {self.path / str(plan.storage_data)}"):
             results = self._write_tensors(plan.storage_data, tensors, planner)
@@ -151,8 +152,13 @@ class SafetensorsWriter(StorageWriter):
                 f"{self.path} was created by the coordinator but is not visible from this rank; "
                 "a checkpoint directory must be on a file system that all ranks share"
             )
-        with create_synced(self.path / file_name) as file:
-            stored = write_data_file(file, entries, lambda i: _resolve(items[i], planner))
+        with create_synced(self.path / file_name) as file, OneAtATime(held_state(planner)) as turn:
+
+            def resolve(i: int) -> torch.Tensor:
+                turn.to(items[i].index.fqn)
+                return resolved(items[i], planner)
+
+            stored = write_data_file(file, entries, resolve)
         boxes = [
             StoredBox(_box(item), file_name, entry.name, at.start, at.crc32)
             for item, entry, at in zip(items, entries, stored, strict=True)
@@ -174,7 +180,7 @@ class SafetensorsWriter(StorageWriter):
                 write_all(file, index.to_bytes())
 
     def _check_size(self, name: str, expected: int) -> None:
-        size = (self.path / name).stat().st_size
+        size = size_of(self.path / name)
         if size != expected:
             raise CheckpointError(
                 f"{self.path / name} has {size} bytes after {expected} were written to it: "
@@ -183,12 +189,16 @@ class SafetensorsWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether the id is a local path."""
-        return "://" not in os.fspath(checkpoint_id)
+        """Whether the id is a local path, or a URL that fsspec can open."""
+        try:
+            as_place(checkpoint_id)
+        except CheckpointError:
+            return False
+        return True
 
     def storage_meta(self) -> StorageMeta | None:
         """What planners may know of the storage: the directory."""
-        return StorageMeta(checkpoint_id=self.path)
+        return StorageMeta(checkpoint_id=str(self.path))
 
 
 class SafetensorsReader(StorageReader):
@@ -207,12 +217,12 @@ class SafetensorsReader(StorageReader):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__()
-        self.path = Path(path)
+        self.path = as_place(path)
         self.bytes_read = 0
         self._index: Index | None = None
 
     @property
-    def checkpoint_id(self) -> Path:
+    def checkpoint_id(self) -> Place:
         """The directory, under the name that DCP logs it by."""
         return self.path
 
@@ -226,7 +236,7 @@ class SafetensorsReader(StorageReader):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Start over, with another checkpoint if one is given."""
         if checkpoint_id is not None:
-            self.path = Path(checkpoint_id)
+            self.path = as_place(checkpoint_id)
         self._index = None
         self.bytes_read = 0
 
@@ -260,9 +270,14 @@ class SafetensorsReader(StorageReader):
             else:
                 tensors.append((self._find(item.storage_index), item))
         # In storage order: files are opened once each and read forwards.
-        tensors.sort(key=lambda pair: (pair[0].file, pair[0].start))
-        with BoxReader(self.path, self.index) as boxes:
+        held = held_state(planner)
+        lazy = {name for name in held if is_lazy(held[name])}
+        if lazy:  # what no box holds would be written back as it comes
+            self.index.check_coverage()
+        tensors.sort(key=lambda pair: _reading_order(pair[0], pair[1], lazy))
+        with BoxReader(self.path, self.index) as boxes, OneAtATime(held, fill=True) as turn:
             for stored, item in tensors:
+                turn.to(item.storage_index.fqn)
                 self._read_tensor(boxes, stored, item, planner)
             self.bytes_read += boxes.bytes_read
         future: Future[None] = Future()
@@ -301,7 +316,33 @@ class SafetensorsReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether the id is a directory with an index."""
-        return (Path(checkpoint_id) / INDEX_NAME).is_file()
+        return (as_place(checkpoint_id) / INDEX_NAME).is_file()
+
+
+def check_dtypes(plan: SavePlan) -> SavePlan:
+    """The plan. Raises CheckpointError if it has a tensor of a dtype that cannot be stored."""
+    for item in plan.items:
+        if item.tensor_data is not None:
+            dtype_code(item.tensor_data.properties.dtype, item.index.fqn)
+    return plan
+
+
+def held_state(planner: SavePlanner | LoadPlanner) -> Mapping[str, Any]:
+    """The state that a planner hands out, by name, as far as it tells."""
+    held = getattr(planner, "state_dict", None)
+    return held if isinstance(held, Mapping) else {}
+
+
+def _inside(folder: Place) -> list[Place]:
+    return list(folder.iterdir())
+
+
+def _reading_order(
+    stored: StoredBox, item: ReadItem, lazy: Collection[str]
+) -> tuple[str, str, int]:
+    """In the order of storage, but all that belongs to a lazy tensor together."""
+    name = item.storage_index.fqn
+    return (name if name in lazy else "", stored.file, stored.start)
 
 
 def writer_facts(world_size: int) -> dict[str, Any]:
@@ -351,7 +392,8 @@ def _has_bytes(item: WriteItem) -> bool:
     return _box(item).numel > 0 or item.tensor_data.size.numel() == 0
 
 
-def _resolve(item: WriteItem, planner: SavePlanner) -> torch.Tensor:
+def resolved(item: WriteItem, planner: SavePlanner) -> torch.Tensor:
+    """The tensor that an item is about, with the shape of its box."""
     data = planner.resolve_data(item)
     if not isinstance(data, torch.Tensor):
         raise CheckpointError(

@@ -6,21 +6,23 @@ import contextlib
 import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import LoadPlanner, SavePlan, SavePlanner, WriteItemType
+from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
 from ds_core.checkpoint import jsonable, tags
+from ds_core.checkpoint.damage import damage, damaged, uncovered
 from ds_core.checkpoint.index import INDEX_NAME, Index, KeyPath
+from ds_core.checkpoint.planning import plan_save
+from ds_core.checkpoint.publishing import Destination, agree_on_tag, write_and_publish
 from ds_core.checkpoint.ranks import Ranks, describe
+from ds_core.checkpoint.remote import Place, as_place
+from ds_core.checkpoint.retention import being_read, checked_keep_last
 from ds_core.checkpoint.state import FlatState, flatten, rebuild
-from ds_core.checkpoint.storage import SafetensorsReader, SafetensorsWriter
+from ds_core.checkpoint.storage import SafetensorsReader
 from ds_core.errors import CheckpointError
 
 
@@ -32,7 +34,8 @@ def save(
     group: dist.ProcessGroup | None = None,
     keep_latest_pointer: bool = True,
     planner: SavePlanner | None = None,
-) -> Path:
+    keep_last: int | None = None,
+) -> Place:
     """Write a checkpoint and return its directory, `directory/tag`.
 
     It appears when it is complete and on disk, and not before: a crash at any moment leaves all
@@ -41,6 +44,7 @@ def save(
 
     Args:
         directory: holds all checkpoints of a job, on a file system that all ranks share; created.
+            Also a URL of fsspec such as `"s3://bucket/run"`, with the extra `ds-core[fsspec]`.
         tag: name of this checkpoint, such as `"step100"`.
         state: nested dictionaries of tensors (plain, `FlatShard` or `DTensor`) and values (numbers,
             strings, booleans, None, lists, dictionaries). Ranks may hold different keys. Of a
@@ -49,37 +53,20 @@ def save(
         group: the ranks that hold the state. Default: all.
         keep_latest_pointer: whether `directory/latest` is made to name this checkpoint.
         planner: decides which rank writes what, for tensors that need a decision of their own.
+        keep_last: delete all checkpoints in `directory` but the newest of that number, the one that
+            `latest` names, and any that is being read or written. Default: delete none.
 
     Raises:
         CheckpointError: on every rank, if any rank failed; names the ranks and the cause. What was
             written is removed, and all earlier checkpoints are as they were.
     """
     ranks = Ranks(group)
-    directory = Path(directory)
-    what = f"saving checkpoint {tag!r} to {directory}"
-    flat = ranks.each(what, lambda: _checked_state(state))
-    _agree_on_tag(ranks, what, tag)
-    temporary = ranks.first(what, lambda: tags.begin(directory, tag))
-    try:
-        with _dcp_errors(ranks, what):
-            dcp.save(
-                {**flat.tensors, **flat.values},
-                storage_writer=SafetensorsWriter(temporary),
-                planner=_Planner(flat.paths) if planner is None else planner,
-                process_group=group,
-                no_dist=not ranks.distributed,
-            )
-        target = ranks.first(what, lambda: tags.commit(temporary, directory, tag))
-    except CheckpointError:
-        if ranks.rank == 0:
-            tags.discard(temporary)
-        raise
-    if keep_latest_pointer:
-        ranks.first(
-            f"pointing {tags.LATEST_NAME!r} to the complete checkpoint {target}",
-            lambda: tags.point_latest(directory, tag),
-        )
-    return target
+    place = as_place(directory)
+    to = Destination(place, tag, keep_latest_pointer, checked_keep_last(keep_last))
+    flat = ranks.each(to.what, lambda: checked_state(state))
+    agree_on_tag(ranks, to)
+    planned = plan_save(ranks, to.what, flat, planner)
+    return write_and_publish(ranks, to, planned.items, planned.planner, planned.metadata)
 
 
 def load(
@@ -91,6 +78,7 @@ def load(
     parts: Collection[str] | None = None,
     strict: bool = True,
     planner: LoadPlanner | None = None,
+    verify: bool = False,
 ) -> dict[str, Any]:
     """Fill the tensors of `state` from a checkpoint and return the state with the values read.
 
@@ -109,6 +97,9 @@ def load(
         strict: whether a name of `state` that the checkpoint lacks, or a tensor of the checkpoint
             that no rank's state has, is an error. If False, it is left alone.
         planner: decides which rank reads what.
+        verify: first read the whole checkpoint and compare it with its checksums, each rank some of
+            its files, so that one that is damaged anywhere changes nothing. Without it, each rank
+            verifies what it reads, as it reads it.
 
     Returns:
         A new dictionary like `state`: the same tensors, the checkpoint's values (also those that
@@ -120,23 +111,48 @@ def load(
             damaged. In the last case the tensors may have been partly overwritten.
     """
     ranks = Ranks(group)
-    directory = Path(directory)
-    what = f"loading checkpoint {tag!r} from {directory}" if tag else f"loading from {directory}"
-    path = ranks.first(what, lambda: find(directory, tag))
+    place = as_place(directory)
+    what = f"loading checkpoint {tag!r} from {place}" if tag else f"loading from {place}"
+    path = ranks.first(what, lambda: find(place, tag))
+    with contextlib.ExitStack() as locks:
+        ranks.each(what, lambda: locks.enter_context(being_read(path)))
+        return _load_from(ranks, what, path, state, parts, planner, strict=strict, verify=verify)
+
+
+def _load_from(
+    ranks: Ranks,
+    what: str,
+    path: Place,
+    state: Mapping[str, Any],
+    parts: Collection[str] | None,
+    planner: LoadPlanner | None,
+    *,
+    strict: bool,
+    verify: bool,
+) -> dict[str, Any]:
     reader = SafetensorsReader(path)
     flat = ranks.each(what, lambda: flatten(state).only(parts).checked())
     matches = ranks.gather(what, lambda: _match(reader.index, flat))
     _check_match(path, reader.index, matches, parts, strict=strict)
+    if verify:
+        _verify(ranks, what, path, reader.index)
     wanted: dict[str, Any] = {n: t for n, t in flat.tensors.items() if n in reader.index.tensors}
     with _dcp_errors(ranks, what):
         dcp.load(
             wanted,
             storage_reader=reader,
             planner=planner,
-            process_group=group,
+            process_group=ranks.group,
             no_dist=not ranks.distributed,
         )
     return rebuild(state, wanted, _values(reader.index, parts))
+
+
+def _verify(ranks: Ranks, what: str, path: Place, index: Index) -> None:
+    mine = sorted(index.files)[ranks.rank :: ranks.size]
+    by_rank = ranks.gather(what, lambda: damage(path, index, mine)[0])
+    if problems := uncovered(index) + [text for texts in by_rank for text in texts]:
+        raise damaged(path, problems)
 
 
 def read_state(directory: str | os.PathLike[str], tag: str | None = None) -> dict[str, Any]:
@@ -152,62 +168,25 @@ def latest(directory: str | os.PathLike[str]) -> str:
 
     Raises CheckpointError if there is none; lists the tags that exist.
     """
-    return tags.latest(Path(directory))
+    return tags.latest(as_place(directory))
 
 
-def find(directory: str | os.PathLike[str], tag: str | None = None) -> Path:
+def find(directory: str | os.PathLike[str], tag: str | None = None) -> Place:
     """The directory of the checkpoint with a tag, or of the newest. Raises as `load` does.
 
     Without a tag, `directory` may also be a checkpoint itself.
     """
-    directory = Path(directory)
-    if tag is None and (directory / INDEX_NAME).is_file():
-        return directory
-    return tags.find(directory, tags.latest(directory) if tag is None else tag)
+    place = as_place(directory)
+    if tag is None and (place / INDEX_NAME).is_file():
+        return place
+    return tags.find(place, tags.latest(place) if tag is None else tag)
 
 
-class _Planner(dcp.DefaultSavePlanner):
-    """DCP's planner, with the paths of the state's names, and values taken from the lowest rank.
-
-    Left to itself it writes a value from whichever rank has the least to write.
-    """
-
-    def __init__(self, paths: Mapping[str, KeyPath]) -> None:
-        super().__init__()
-        self._paths = dict(paths)
-
-    def set_up_planner(
-        self,
-        state_dict: dict[str, Any],
-        storage_meta: StorageMeta | None = None,
-        is_coordinator: bool = False,
-    ) -> None:
-        super().set_up_planner(state_dict, storage_meta, is_coordinator)
-        self.state_dict = state_dict  # flat already; values stay whole
-        self.mappings = self._paths
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        seen: set[str] = set()
-        plans = []
-        for plan in all_plans:
-            values = {i.index.fqn for i in plan.items if i.type == WriteItemType.BYTE_IO}
-            items = [item for item in plan.items if item.index.fqn not in values & seen]
-            plans.append(replace(plan, items=items))
-            seen |= values
-        return super().create_global_plan(plans)
-
-
-def _checked_state(state: Mapping[str, Any]) -> FlatState:
+def checked_state(state: Mapping[str, Any]) -> FlatState:
+    """A nested state, flat. Raises CheckpointError for what cannot be saved."""
     flat = flatten(state).checked()
     flat.encoded_values()  # names a value that cannot be saved before anything is written
     return flat
-
-
-def _agree_on_tag(ranks: Ranks, what: str, tag: str) -> None:
-    by_rank = ranks.gather(what, lambda: tags.checked_tag(tag))
-    if len(set(by_rank)) > 1:
-        listed = ", ".join(f"rank {rank}: {name!r}" for rank, name in enumerate(by_rank))
-        raise CheckpointError(f"{what}: ranks disagree on the tag ({listed}); pass the same one")
 
 
 @contextlib.contextmanager
@@ -260,7 +239,7 @@ def _match(index: Index, flat: FlatState) -> _Match:
 
 
 def _check_match(
-    path: Path,
+    path: Place,
     index: Index,
     matches: list[_Match],
     parts: Collection[str] | None,

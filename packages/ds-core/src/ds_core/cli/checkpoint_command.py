@@ -10,10 +10,10 @@ import typer
 
 from ds_core.cli.groups import command_group
 
-_PATH = "Folder of checkpoints, or of one checkpoint."
+_PATH = "Folder of checkpoints, or of one checkpoint; also a URL such as s3://bucket/run."
 _TAG = "Which checkpoint. Default: the one that 'latest' names."
 
-Source = Annotated[Path, typer.Argument(help=_PATH)]
+Source = Annotated[str, typer.Argument(help=_PATH)]
 Tag = Annotated[str | None, typer.Option(help=_TAG)]
 
 

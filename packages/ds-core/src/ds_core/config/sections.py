@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from ds_core.config.section import Only, Section
+
+if TYPE_CHECKING:
+    from ds_core.engine_files import SavePolicy
 
 _LATER = "not in ds-core 0.1"
 _ALIASES = MappingProxyType(
@@ -187,13 +190,59 @@ class ParallelWriteSection(Section):
     )
 
 
+_OWN_SHARE = "every rank writes its own share, and what several hold is divided among them"
+
+
+class WriterSection(Section):
+    """DeepSpeed's key for its fast writers; only `decoupled` and `show_statistics` matter here."""
+
+    type: Annotated[
+        Literal["FAST", "PYTHON", "MOCK"],
+        Only("FAST", "PYTHON", because="a MOCK writer writes nothing; remove the key"),
+    ] = Field(
+        default="FAST", description="Makes no difference: there is one writer. MOCK is refused."
+    )
+    io_buffer_size: int = Field(
+        default=64 * 1024 * 1024,
+        gt=0,
+        description="Makes no difference: files are written 16 MiB at a time.",
+    )
+    io_buffer_double: bool = Field(
+        default=True,
+        description="Makes no difference: an asynchronous save writes from a copy of the state.",
+    )
+    io_multiplier: int = Field(
+        default=1, gt=0, description="Makes no difference: each rank writes one file."
+    )
+    show_statistics: bool = Field(
+        default=False,
+        description="Whether rank 0 logs (level info) bytes, times and rate of each asynchronous "
+        "save.",
+    )
+    data_parallel: Annotated[
+        Literal["REPLICA", "SOCKET", "MACHINE"] | None,
+        Only(None, "REPLICA", because=f"writers cannot be chosen: {_OWN_SHARE}"),
+    ] = Field(default=None, description=f'null or "REPLICA": {_OWN_SHARE}.')
+    decoupled: bool = Field(
+        default=False, description='The same as "asynchronous" of the section above.'
+    )
+
+
 class CheckpointSection(Section):
     """How checkpoints are named and written."""
 
-    removed: ClassVar[Mapping[str, str]] = {
-        "writer": f"{_LATER}; every rank writes its own shards, atomically",
-    }
-
+    asynchronous: bool = Field(
+        default=False,
+        description="Whether training goes on while a checkpoint is written: it waits for a copy "
+        "to host memory only. One save is in flight; the next waits for it.",
+    )
+    keep_last: int | None = Field(
+        default=None,
+        ge=1,
+        description="Delete all complete checkpoints in the folder but so many of the newest, the "
+        'one that "latest" names, and any that is being read or written; null: delete none.',
+    )
+    writer: WriterSection | None = Field(default=None, description="As DeepSpeed has it.")
     tag_validation: TagValidation = Field(
         default="Warn",
         description="What happens when ranks save under different tags: rank 0's counts, with or "
@@ -212,6 +261,17 @@ class CheckpointSection(Section):
     checkpoint_serialization: Annotated[
         bool, Only(True, because="a checkpoint is always a set of files; remove the key")
     ] = Field(default=True, description="Only true.")
+
+    def policy(self) -> SavePolicy:
+        """How the engine saves."""
+        from ds_core.engine_files import SavePolicy
+
+        return SavePolicy(
+            tag_validation=self.tag_validation,
+            asynchronous=self.asynchronous or (self.writer is not None and self.writer.decoupled),
+            keep_last=self.keep_last,
+            shows_figures=self.writer is not None and self.writer.show_statistics,
+        )
 
 
 _DEEPCOMPILE = "belongs to DeepCompile, a later package; torch.compile's own passes are used"

@@ -172,6 +172,14 @@ class Homes:
             read, written = read + self.swap.bytes_read, written + self.swap.bytes_written
         return read, written
 
+    def settle(self) -> None:
+        """Wait for what is being written."""
+        for home in self._disk_shards:
+            if home.is_writing():
+                home.vacate()
+        if self.swap is not None:
+            self.swap.settle()
+
     def close(self) -> None:
         """Wait for what is under way, and close the files; what they held is gone."""
         for home in self._disk_shards:

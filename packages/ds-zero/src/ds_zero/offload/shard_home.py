@@ -25,6 +25,12 @@ class ShardHome(Protocol):
     def store(self, shard: torch.Tensor) -> None:
         """Keep the values of `shard`, which may be freed once this returns."""
 
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """A copy of some elements in host memory; from any thread, while nothing is stored."""
+
+    def write(self, start: int, values: torch.Tensor) -> None:
+        """Replace the elements from `start` on."""
+
 
 class HostShard:
     """Lives in host memory, beside an accelerator."""
@@ -46,6 +52,14 @@ class HostShard:
         """See `ShardHome.store`."""
         if shard.data_ptr() != self.host.data_ptr():
             self._side.copy(self.host, shard).wait()
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """See `ShardHome.read`."""
+        return self.host[start:stop].clone()
+
+    def write(self, start: int, values: torch.Tensor) -> None:
+        """See `ShardHome.write`."""
+        self.host[start : start + values.numel()].copy_(values)
 
 
 class DiskShard:
@@ -108,6 +122,21 @@ class DiskShard:
         buffer[: self._bytes].view(self._dtype).copy_(shard)
         self._transfer = self._file.write(buffer[: self._bytes], self._offset)
         self.bytes_written += self._bytes
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """See `ShardHome.read`."""
+        transfer = self._transfer
+        if transfer is not None and self._writes:
+            transfer.wait()
+        found = torch.empty(stop - start, dtype=self._dtype)
+        self._file.read(found, self._offset + start * self._dtype.itemsize).wait()
+        return found
+
+    def write(self, start: int, values: torch.Tensor) -> None:
+        """See `ShardHome.write`."""
+        self.vacate()
+        own = values.to("cpu", self._dtype).contiguous()
+        self._file.write(own, self._offset + start * self._dtype.itemsize).wait()
 
     def is_writing(self) -> bool:
         """Whether its buffer comes free without anybody's doing (`BufferPool`'s question)."""
