@@ -142,7 +142,7 @@ def test_estimate_tells_what_leaves_the_device(options, device, host, disk):
         ({"world_size": 0}, "world_size: got 0, expected at least 1"),
         ({"optimizer": "lion"}, "optimizer: got 'lion', expected one of adagrad"),
     ],
-    ids=["stage", "world-size", "optimizer"],
+    ids=["stage-0", "stage-of-shards", "stage", "world-size", "optimizer"],
 )
 def test_estimate_refuses_nonsense(wrong: dict, message: str):
     with pytest.raises(ds_zero.ShardError, match=message):

@@ -64,8 +64,8 @@ class Homes:
     @property
     def buffer_bytes(self) -> int:
         """Bytes of the buffers that transfers to and from disk share."""
-        pools = (None if self.swap is None else self.swap.pool, self._shard_pool)
-        return sum(pool.nbytes for pool in pools if pool is not None)
+        shards = 0 if self._shard_pool is None else self._shard_pool.nbytes
+        return shards + (0 if self.swap is None else self.swap.buffer_bytes)
 
     @property
     def side(self) -> SideStream:

@@ -70,7 +70,7 @@ class _Record:
         finally:
             if buffer is not None:
                 assert self.pool is not None
-                self.pool.give(buffer)
+                self._pool.give(buffer)
 
 
 class Swap:
@@ -81,12 +81,11 @@ class Swap:
         pool: memory that they pass through.
 
     Attributes:
-        pool: memory that records pass through.
         bytes_read, bytes_written: so far, of records.
     """
 
     def __init__(self, file: TensorFile, pool: BufferPool) -> None:
-        self._file, self.pool = file, pool
+        self._file, self._pool = file, pool
         self._records: dict[torch.Tensor, _Record] = {}
         self._upcoming: deque[torch.Tensor] = deque()
         self._end = 0
@@ -99,6 +98,11 @@ class Swap:
     def nbytes(self) -> int:
         """Bytes of all tensors on disk."""
         return sum(f.nbytes for record in self._records.values() for f in record.fields)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the memory that records pass through."""
+        return self._pool.nbytes
 
     def bytes_of(self, weights: torch.Tensor) -> dict[str, int]:
         """Bytes on disk of one piece, by the key of its tensors."""
@@ -113,7 +117,7 @@ class Swap:
             weights: the optimizer's parameter.
             tensors: gives what of it is to be on disk, by key; asked anew whenever it goes.
         """
-        record = self._records[weights] = _Record(tensors, pool=self.pool)
+        record = self._records[weights] = _Record(tensors, pool=self._pool)
         record.is_here = True
         self.put_back(weights)
 
@@ -138,7 +142,7 @@ class Swap:
         if record.is_writing():
             record.vacate()
         if record.transfer is None:
-            buffer = self.pool.take(record.size, owner=record)
+            buffer = self._pool.take(record.size, owner=record)
             assert buffer is not None
             self._begin_read(record, buffer)
         assert record.transfer is not None
@@ -157,7 +161,7 @@ class Swap:
         if fields != record.fields:
             self._move(record, fields)
         if record.buffer is None:
-            record.buffer = self.pool.take(record.size, owner=record)
+            record.buffer = self._pool.take(record.size, owner=record)
         assert record.buffer is not None
         for each in record.fields:
             tensor, place = tensors[each.key], _view(record.buffer, each)
@@ -202,7 +206,7 @@ class Swap:
     def close(self) -> None:
         """Wait for everything, and close the file."""
         self.settle()
-        self.pool.clear()
+        self._pool.clear()
         self._file.close()
 
     # ------------------------------------------------------------------ records
@@ -215,7 +219,7 @@ class Swap:
                 continue
             if record.is_writing():
                 return
-            buffer = self.pool.take(record.size, owner=record, wait=False)
+            buffer = self._pool.take(record.size, owner=record, wait=False)
             if buffer is None:
                 return
             self._begin_read(record, buffer)
