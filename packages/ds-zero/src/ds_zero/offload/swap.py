@@ -70,7 +70,7 @@ class _Record:
         finally:
             if buffer is not None:
                 assert self.pool is not None
-                self._pool.give(buffer)
+                self.pool.give(buffer)
 
 
 class Swap:
