@@ -120,7 +120,10 @@ def test_the_command_shows_host_and_disk(tmp_path):
     assert "on the host" in shown.output
     assert "of 256.00 GiB on a node" in shown.output
     assert "optimizer on nvme" in shown.output
-    assert "The disk of a node is too small for what its ranks offload." in shown.output
+    assert (
+        "It does not fit: the disk of a node is too small for what its ranks offload."
+        in shown.output
+    )
     told = json.loads(CliRunner().invoke(make_app(), [*words, "--json"]).output)["memory"]
     assert told["disk"] > 1_000_000_000
     assert set(told["by_tier"]) == {"device", "host", "disk"}

@@ -233,10 +233,14 @@ def _verdict(plan: Plan, fixes: Iterable[Remedy]) -> str:
     use = plan.peak_bytes / plan.usable_bytes
     if plan.fits:
         return f"It fits: the peak is {use:.0%} of the usable memory.\n"
-    lines = [f"It does not fit: the peak is {use:.0%} of the usable memory."]
+    lines = []
+    if plan.peak_bytes > plan.usable_bytes:
+        lines.append(f"It does not fit: the peak is {use:.0%} of the usable memory.")
     for name in plan.crowded:
-        told = {"host": "the memory of a node is", "disk": "the disk of a node is"}[name]
-        lines.append(f"{told} too small for what its ranks offload.".capitalize())
+        told = {"host": "memory", "disk": "disk"}[name]
+        lines.append(
+            f"It does not fit: the {told} of a node is too small for what its ranks offload."
+        )
     rows = [
         (
             fix.description,
