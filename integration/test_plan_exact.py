@@ -84,6 +84,16 @@ def document(stage, precision="fp32", accumulation=1, optimizer="adamw", wire=No
     }
 
 
+def offloaded(stage, folder, precision="fp32", **others):
+    """A config whose states, and at stage 3 shards, are on disk."""
+    base = document(stage, precision)
+    disk = {"device": "nvme", "nvme_path": folder}
+    section = {"stage": stage, "offload_optimizer": disk, **others}
+    if stage == 3:
+        section["offload_param"] = {**disk, "max_in_cpu": 40_000}
+    return {**base, "zero_optimization": section}
+
+
 def real(model, config):
     """Memory and messages of one rank in a step, after those that settle every order."""
     torch.manual_seed(0)
@@ -144,6 +154,52 @@ def grid(ranks):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_real_runs_hold_and_send_what_was_predicted(ranks):
     found = run_ranks(ranks, compare_all, list(grid(ranks)))
+    assert [wrong for of_rank in found for wrong in of_rank] == []
+
+
+def compare_tiers(cases):
+    """What engines hold on each tier, and their plans."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    wrong = []
+    for name, config in cases:
+        with torch.device("meta"):
+            source = planning.ModelSource("test", Net())
+        cluster = planning.Cluster(1, ranks, CPU)
+        plan = planning.make_plan(config, source, cluster, planning.PlanOptions(rank=rank))
+        engine = ds_core.initialize(Net(), config)
+        for _ in range(2):
+            engine.backward(engine(torch.arange(5)))
+            engine.step()
+        found = engine.sharding.memory_by_tier()
+        buffers = found.get("host", {}).pop("buffers", 0)
+        # The memory of a CPU is the device of a plan.
+        near = {"host": "device"}
+        told = {near.get(place, place): kinds for place, kinds in found.items()}
+        expected = {place: dict(kinds) for place, kinds in plan.costs.by_tier.items()}
+        if not expected:
+            expected = {"device": dict(plan.memory)}
+        if told != expected:
+            wrong.append((name, rank, "held", told, "planned", expected))
+        if plan.peak_bytes < sum(plan.memory.values()) - plan.memory["padding"] + buffers:
+            wrong.append((name, rank, "buffers", buffers, "are not in the peak", plan.peak_bytes))
+        engine.close()
+    return wrong
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_is_offloaded_is_where_it_was_predicted(ranks, tmp_path):
+    cases = []
+    for stage in (1, 2, 3):
+        for precision in FORMATS:
+            folder = str(tmp_path)
+            cases.append((f"stage {stage} {precision}", offloaded(stage, folder, precision)))
+            small = offloaded(stage, folder, precision, sub_group_size=30_000)
+            cases.append((f"stage {stage} {precision}, small pieces", small))
+            early = {"stage": stage, "update_in_backward": True}
+            plain = {**document(stage, precision), "zero_optimization": early}
+            plain["gradient_clipping"] = 0.0
+            cases.append((f"stage {stage} {precision}, early", plain))
+    found = run_ranks(ranks, compare_tiers, cases)
     assert [wrong for of_rank in found for wrong in of_rank] == []
 
 

@@ -45,7 +45,8 @@ NAMES = {
     ],
     "ds_core.seams": [
         "Dense", "Event", "EventKind", "Implementation", "InputAdjuster", "Observer", "Op",
-        "OpTools", "Runner", "Sequential", "Sharding", "ShardingFactory", "Transport",
+        "OpTools", "ParkableSharding", "Runner", "Sequential", "Sharding", "ShardingFactory",
+        "TensorFile", "TensorFiles", "TensorFilesFactory", "Transfer", "Transport",
     ],
     "ds_core.observers": [
         "Comet", "CsvFiles", "JsonLines", "MemoryByPhase", "Metrics", "NvtxRanges", "Progress",
@@ -66,7 +67,8 @@ NAMES = {
         "poisoned_empty", "run_ranks", "shared_pool", "truncate",
     ],
     "ds_core.testing.contracts": [
-        "ObserverContract", "OpContract", "RunnerContract", "ShardingContract", "TransportContract",
+        "ObserverContract", "OpContract", "RunnerContract", "ShardingContract",
+        "TensorFilesContract", "TransportContract",
     ],
 }  # fmt: skip
 

@@ -18,12 +18,13 @@ import pytest
 import torch
 
 from ds_core import __version__, _env, plugins
-from ds_core.cli import installed, machine, main
+from ds_core.cli import installed, machine, main, offload_report
 from ds_core.cli.installed import Installable, Provided, installable, provided
 from ds_core.cli.machine import Device, examine
 from ds_core.cli.ops_report import OpRow, op_rows
 from ds_core.cli.report_warnings import warnings_of
 from ds_core.cli.reporting import collect, render
+from ds_core.errors import PluginError
 from ds_core.ops import registry
 
 
@@ -229,6 +230,29 @@ def test_variables_of_effect_are_shown_and_secrets_are_not(monkeypatch):
     found = collect()
     assert found.environment == {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "4"}
     assert "secret" not in render(found) + found.as_json()
+
+
+def test_who_steps_on_the_host_and_who_moves_tensors_to_disk_is_told(monkeypatch):
+    rows = {row.what: row for row in offload_report.offload_rows()}
+    assert set(rows) == {f"{name} on the host" for name in offload_report._TYPES} | {"tensor files"}
+    shown = render(collect())
+    assert all(row.chosen in shown for row in rows.values())
+    monkeypatch.setattr(plugins, "registered", lambda seam: {})
+    bare = {row.what: row for row in offload_report.offload_rows()}
+    adam, files = bare["AdamW on the host"], bare["tensor files"]
+    assert adam.chosen == "torch AdamW"
+    assert adam.reason == "fused; pip install ds-ops for C++ kernels"
+    assert "threads" in files.chosen
+    assert "pip install ds-ops" in files.reason
+
+
+def test_an_engine_of_files_that_does_not_open_is_told(monkeypatch):
+    def broken():
+        raise PluginError("it does not load")
+
+    monkeypatch.setattr(offload_report, "open_tensor_files", broken)
+    row = offload_report.offload_rows()[-1]
+    assert (row.chosen, row.reason) == ("none", "it does not load")
 
 
 def test_devices_have_a_row_each(monkeypatch):

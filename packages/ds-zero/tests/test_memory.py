@@ -15,6 +15,7 @@ from zero_models import CASES, WIDTH, Block, Case, square, vectors
 import ds_zero
 from ds_core.precision import Precision
 from ds_core.testing import run_ranks
+from ds_zero.offload import Offload
 
 BF16 = Precision(compute=torch.bfloat16, master=torch.float32)
 SCALAR_BYTES = 8  # step counts, and the one value behind a sharded parameter
@@ -109,13 +110,39 @@ def test_estimate_of_a_number_of_parameters(stage: int, factor: float):
 
 
 @pytest.mark.parametrize(
+    ("options", "device", "host", "disk"),
+    [
+        ({"offload": Offload(optimizer="cpu")}, 4, 12 / 8 + 4 / 8, 0),
+        ({"offload": Offload(optimizer="nvme", folder="/d")}, 4, 4 / 8, 12 / 8),
+        ({"update_in_backward": True}, 4 + 8 / 8, 0, 0),
+        ({"update_in_backward": True, "offload": Offload(optimizer="cpu")}, 4, 12 / 8, 0),
+        (
+            {"stage": 3, "offload": Offload("nvme", "nvme", folder="/d")},
+            0,
+            4 / 8,
+            16 / 8,
+        ),
+    ],
+)
+def test_estimate_tells_what_leaves_the_device(options, device, host, disk):
+    numel = 8_000_000
+    parts = ds_zero.estimate_memory(
+        numel, **{"stage": 2, "world_size": 8, "dtype": torch.float32, **options}
+    )
+    found = [parts[place] / numel for place in ("persistent", "host", "disk")]
+    assert found == [device, host, disk]
+
+
+@pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"stage": 0, "offload": Offload(optimizer="cpu")}, "stage 0, where nothing is sharded"),
+        ({"stage": 2, "offload": Offload(parameters="cpu")}, "use stage 3"),
         ({"stage": 4}, "stage: got 4, expected one of 0, 1, 2, 3"),
         ({"world_size": 0}, "world_size: got 0, expected at least 1"),
         ({"optimizer": "lion"}, "optimizer: got 'lion', expected one of adagrad"),
     ],
-    ids=["stage", "world-size", "optimizer"],
+    ids=["stage-0", "stage-of-shards", "stage", "world-size", "optimizer"],
 )
 def test_estimate_refuses_nonsense(wrong: dict, message: str):
     with pytest.raises(ds_zero.ShardError, match=message):

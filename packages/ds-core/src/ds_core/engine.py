@@ -31,6 +31,7 @@ from ds_core.seams import (
     EventKind,
     InputAdjuster,
     Observer,
+    ParkableSharding,
     Runner,
     Sequential,
     Sharding,
@@ -425,6 +426,43 @@ class Engine(EngineFiles):
     def memory(self) -> dict[str, int]:
         """Bytes of model state that this rank holds between steps, by kind."""
         return self.sharding.memory()
+
+    def offload_states(
+        self,
+        include: Iterable[str] | None = None,
+        device: str = "cpu",
+        pin_memory: bool = True,
+        non_blocking: bool = False,
+        *,
+        folder: str | None = None,
+    ) -> None:
+        """Park state that rests, until `reload_states`: see the sharding's method. Collective.
+
+        Args:
+            include: of "optim_states", "hp_params", "lp_params", "lp_grads" and
+                "contiguous_grad_buffer"; default: all.
+            device: "cpu" or "nvme".
+            pin_memory: whether host memory is page-locked.
+            non_blocking: return while copies are under way.
+            folder: for "nvme".
+
+        Raises DsError if the model is not sharded, or for names that are not known.
+        """
+        self._parkable("offload_states").offload_states(
+            include, device, pin_memory, non_blocking, folder=folder
+        )
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Bring back what `offload_states` parked, bit for bit. Collective."""
+        self._parkable("reload_states").reload_states(non_blocking)
+
+    def _parkable(self, operation: str) -> ParkableSharding:
+        if not isinstance(self.sharding, ParkableSharding):
+            raise DsError(
+                f"{operation}: {type(self.sharding).__name__} parks nothing; set "
+                f"zero_optimization.stage to 1, 2 or 3 (pip install ds-zero)"
+            )
+        return self.sharding
 
     def log(self, scalars: Mapping[str, float | torch.Tensor]) -> None:
         """Hand figures of your own to the observers: every sink of metrics writes rank 0's.

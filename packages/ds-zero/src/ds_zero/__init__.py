@@ -8,8 +8,10 @@ from ds_zero.api import shard
 from ds_zero.errors import ShardError
 from ds_zero.init import Init
 from ds_zero.memory import estimate_memory
+from ds_zero.memory_plan import MemoryPlan
 from ds_zero.offload import Offload
 from ds_zero.optimizer import ZeroOptimizer
+from ds_zero.preflight import memory_plan
 
 # Silent unless the program sets up logging, or the config's `log_level` asks for messages.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
@@ -17,10 +19,12 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 __all__ = [
     "GatheredParameters",
     "Init",
+    "MemoryPlan",
     "Offload",
     "ShardError",
     "ZeroOptimizer",
     "__version__",
     "estimate_memory",
+    "memory_plan",
     "shard",
 ]

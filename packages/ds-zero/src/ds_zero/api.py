@@ -34,6 +34,7 @@ def shard(
     transport: Transport | None = None,
     offload: Offload | None = None,
     update_in_backward: bool = False,
+    check_memory: bool = True,
 ) -> ZeroOptimizer:
     """Shard `model` and `optimizer` over the data-parallel ranks; returns the optimizer to use.
 
@@ -69,10 +70,12 @@ def shard(
             backward goes on, so that no gradient outlives its unit's turn: 4 P/N bytes less at
             fp32. `step()` then only ends the step. Without clipping, which needs all gradients
             first; micro-batches before the last one belong under `no_sync`.
+        check_memory: refuse, before anything is allocated, what this machine cannot hold: the
+            error is the whole memory plan (see `memory_plan`), which is logged otherwise.
         broadcast: make all ranks start from rank 0's values (not for a model from `Init`).
 
-    Raises ShardError for a stage, model or optimizer that cannot be sharded, ModelMismatchError
-    if the ranks' models differ. Collective.
+    Raises ShardError for a stage, model or optimizer that cannot be sharded or does not fit,
+    ModelMismatchError if the ranks' models differ. Collective.
     """
     if stage not in (1, 2, 3):
         raise ShardError(
@@ -103,6 +106,7 @@ def shard(
         transport=transport or Dense(),
         offload=offload,
         update_in_backward=update_in_backward,
+        check_memory=check_memory,
     )
     reference = weakref.ref(sharded)
     for unit in sharded.units:

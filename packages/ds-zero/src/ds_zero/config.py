@@ -308,6 +308,12 @@ class ZeroSection(Section):
         "gradient_clipping and without a loss scale, which need all gradients first.",
     )
 
+    check_memory: bool = Field(
+        default=True,
+        description="Not of DeepSpeed. What this machine cannot hold is refused before anything is "
+        "allocated, with a plan of what each kind of state needs on each tier. False: it is tried.",
+    )
+
     # Checkpoints
     load_from_fp32_weights: Annotated[
         bool, Only(True, because=f"{_LATER}; the fp32 weights of a checkpoint are always restored")

@@ -164,3 +164,11 @@ def gathered_value(param: nn.Parameter) -> torch.Tensor:
 def record_of(param: nn.Parameter) -> _Record | None:
     """The part of `param` that `Init` keeps, until the parameter joins a unit."""
     return getattr(param, _RECORD, None)
+
+
+def held_bytes(param: nn.Parameter) -> int:
+    """Bytes of memory that a parameter has now: all of it, what `Init` keeps, or none."""
+    record = record_of(param)
+    if record is not None:
+        return record.part.nbytes
+    return 0 if param.is_meta else param.numel() * param.element_size()

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from ds_zero.errors import ShardError
+from ds_zero.holdings import KINDS
+from ds_zero.offload.choice import Offload, Tier
 
 #: Bytes per element that an optimizer keeps beside the parameters, in fp32.
 _STATE_BYTES = {"adam": 8, "adamw": 8, "sgd": 0, "sgd-momentum": 4, "adagrad": 4, "rmsprop": 4}
@@ -22,6 +24,8 @@ def estimate_memory(
     grad_dtype: torch.dtype | None = None,
     optimizer: str = "adamw",
     largest_unit: int | None = None,
+    offload: Offload | None = None,
+    update_in_backward: bool = False,
 ) -> Mapping[str, int]:
     """Bytes per rank of parameters, gradients, master copy and optimizer state; and their total.
 
@@ -38,6 +42,9 @@ def estimate_memory(
         grad_dtype: in which gradients accumulate; default: `dtype`.
         optimizer: one of adam, adamw, sgd, sgd-momentum, adagrad, rmsprop.
         largest_unit: parameters of the largest unit; default: found from the model, else 0.
+        offload: what leaves the device: of that, "host" and "disk" say where it is, and
+            "persistent" counts what stays on the device. `memory_plan` is the exact account.
+        update_in_backward: no gradient outlives its unit's turn.
 
     Raises ShardError for a stage, world size or optimizer that makes no sense.
     Source: Rajbhandari et al. 2020, section 5 and table 1.
@@ -54,16 +61,41 @@ def estimate_memory(
     if largest_unit is None:
         largest_unit = 0 if isinstance(model, int) else _largest_unit(model)
     own = -(-numel // world_size)
+    offload = offload or Offload()
+    # Of gradients that go to the host only this rank's part does.
+    cut = stage >= 2 or offload.optimizer != "device"
     parts = {
         "parameters": (own if stage == 3 else numel) * dtype.itemsize,
-        "gradients": (own if stage >= 2 else numel) * (grad_dtype or dtype).itemsize,
+        "gradients": (own if cut else numel) * (grad_dtype or dtype).itemsize,
         "master": (own if stage >= 1 else numel) * (4 if dtype.itemsize < 4 else 0),
         "optimizer": (own if stage >= 1 else numel) * _STATE_BYTES[optimizer],
     }
-    parts["persistent"] = sum(parts.values())
+    if update_in_backward:
+        parts["gradients"] = 0
+    away = _leaving(parts, own, stage, offload)
+    parts["host"], parts["disk"] = away["cpu"], away["nvme"]
+    parts["persistent"] = sum(parts[kind] for kind in KINDS) - parts["host"] - parts["disk"]
     parts["transient"] = 4 * largest_unit * dtype.itemsize if stage == 3 else 0
     parts["total"] = parts["persistent"] + parts["transient"]
     return parts
+
+
+def _leaving(parts: dict[str, int], own: int, stage: int, offload: Offload) -> dict[Tier, int]:
+    """Bytes that live on the host ("cpu") and on disk ("nvme"); what crosses needs a master copy.
+
+    Gradients go to the host with either, and the step is there.
+    """
+    if stage == 0 and (offload.optimizer, offload.parameters) != ("device", "device"):
+        raise ShardError("offload: got stage 0, where nothing is sharded; use 1, 2 or 3")
+    offload.check_stage(stage)
+    away: dict[Tier, int] = {"device": 0, "cpu": 0, "nvme": 0}
+    if offload.optimizer != "device":
+        ratio = 1.0 if offload.ratio == "auto" else offload.ratio
+        parts["master"] = max(parts["master"], int(4 * own * ratio))
+        away[offload.optimizer] += int(ratio * (parts["master"] + parts["optimizer"]))
+        away["cpu"] += int(ratio * parts["gradients"])
+    away[offload.parameters] += parts["parameters"]
+    return away
 
 
 def _largest_unit(model: nn.Module) -> int:

@@ -17,17 +17,25 @@ from ds_core.gradients import GradientReducer, vector_norm
 from ds_core.optimizer_state import allocate_state_of, load_groups
 from ds_core.precision import Precision
 from ds_core.seams import Transport
-from ds_zero import checks, inner_step, state
+from ds_zero import checks, inner_step, preflight, state
 from ds_zero.checks import OWNER
 from ds_zero.early_updates import EarlyUpdates
 from ds_zero.errors import ShardError
 from ds_zero.gather import GatherRuntime
+from ds_zero.holdings import Place
+from ds_zero.memory_plan import MemoryPlan
 from ds_zero.offload import Offload
+from ds_zero.offload.choice import is_host
 from ds_zero.offload.homes import Homes
+from ds_zero.parking import KINDS, Parking
 from ds_zero.plan import Selector, UnitSpec, plan_units
 from ds_zero.sharded_param import show_class
 from ds_zero.unit import Unit
+from ds_zero.unit_plan import Setup
 from ds_zero.whole_matrices import matrix_steps
+
+#: Kinds of parked state without which gradients cannot be read or written.
+_GRADIENTS = ("lp_grads", "contiguous_grad_buffer")
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -57,6 +65,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         transport: Transport,
         offload: Offload,
         update_in_backward: bool,
+        check_memory: bool,
     ) -> None:
         specs = checks.parameters_of(model, optimizer, mesh.group("dp"))
         self._inner = optimizer
@@ -65,7 +74,26 @@ class ZeroOptimizer(torch.optim.Optimizer):
         plan = plan_units(model, specs, units=units, leaves=leaves, min_unit_numel=min_unit_numel)
         lanes = {axes: _reduce_lane(mesh.group(*axes), stage) for axes in _axes_of(plan)}
         device = specs[0].param.device
+        #: What this rank was found to need, if that was checked.
+        self.memory_plan: MemoryPlan | None = None
+        if check_memory:
+            setup = Setup(
+                stage,
+                lambda spec: _member(mesh.group(*spec.placement.grad_axes)),
+                precision,
+                preflight.state_bytes_of(optimizer, device),
+                offload,
+                update_in_backward,
+                prefetch=prefetch,
+                is_host=is_host(device),
+            )
+            clips, group = max_grad_norm is not None, mesh.group("dp")
+            self.memory_plan = preflight.check_memory(
+                plan, setup, group, device=device, clips=clips
+            )
         self._homes = Homes(offload, device, dist.get_rank())
+        if self.memory_plan is not None:
+            self._homes.tell_speed(self.memory_plan.files, self.memory_plan.room)
         self.updates_in_backward = update_in_backward
         tiers = offload.states_of([_trained_numel(spec) for spec in plan])
         self.units: list[Unit] = []
@@ -93,6 +121,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._trainable = [unit for unit in self.units if unit.trainable]
         self._hand_over_to_inner(kept)
         self._matrices = matrix_steps(self._inner, self._trainable)
+        self._parking = Parking(self, model)
         self._watch = BackwardWatch(model, self._begin_backward, self._end_backward)
         self._gather: GatherRuntime | None = None
         sharded = [unit for unit in self.units if unit.stage == 3]
@@ -184,6 +213,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     # ------------------------------------------------------------------ backward
 
     def _begin_backward(self) -> None:
+        needs = {"lp_params", *_GRADIENTS} if self._early is None else KINDS
+        self._parking.refuse("backward", needs)
         self._agreed = None
         self._reducer.begin()
         if self._gather is not None:
@@ -217,6 +248,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def reduce_local(self) -> None:
         """Average the gradients that only accumulated locally. Collective."""
+        self._parking.refuse("reduce_local", _GRADIENTS)
         self._agreed = None
         self._reducer.settle()
 
@@ -228,6 +260,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Infinite or NaN if any gradient on any rank is. Collective, once per backward.
         """
+        self._parking.refuse("grad_norm", _GRADIENTS)
         self._reducer.settle()
         if self._agreed is None or self._agreed.norm is None:
             squares = None if self._early is None else self._early.norm_squares
@@ -270,6 +303,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Unit by unit, so that the gathers of one overlap the arithmetic of the next. A parameter
         that no rank used keeps its value and state, as in plain PyTorch. Collective.
         """
+        self._parking.refuse("update", KINDS)
         if self._gather is not None:
             self._gather.settle()
         self._reducer.settle()
@@ -295,6 +329,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients. Their persistent buffers stay; nothing is written."""
+        self._parking.refuse("zero_grad", _GRADIENTS)
         self._agreed = None
         if self._early is not None:
             self._early.forget()
@@ -304,6 +339,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def first_nonfinite(self) -> str | None:
         """Name of the first parameter of which this rank's share has a non-finite gradient."""
+        self._parking.refuse("first_nonfinite", _GRADIENTS)
         for unit in self._trainable:
             unit.settle_gradient()
             for piece in unit.layout.pieces(unit.group.rank) if unit.has_grad else ():
@@ -320,6 +356,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Forwards inside communicate nothing. Costs the memory of the full parameters.
         """
+        self._parking.refuse("gathered", {"lp_params"})
         if self._gather is None:
             yield
             return
@@ -329,6 +366,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     @contextmanager
     def hold_units(self, units: list[Unit]) -> Iterator[None]:
         """Hold some units on every rank inside the block. Collective."""
+        self._parking.refuse("hold_units", {"lp_params"})
         if self._gather is None:
             yield
             return
@@ -340,26 +378,32 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Gathers unit by unit. Collective.
         """
+        self._parking.refuse("full_state_dict", {"lp_params"})
         return state.full_state_dict(self)
 
     def full_parameter(self, which: str | nn.Parameter) -> torch.Tensor:
         """Full value of one parameter, fp32 where a master copy exists. Collective."""
+        self._parking.refuse("full_parameter", KINDS)
         return state.full_value(self, which, "parameter")
 
     def full_gradient(self, which: str | nn.Parameter) -> torch.Tensor | None:
         """Full averaged gradient of one parameter; None before any backward. Collective."""
+        self._parking.refuse("full_gradient", KINDS)
         return state.full_value_or_none(self, which, "gradient")
 
     def full_optimizer_state(self, which: str | nn.Parameter, key: str) -> torch.Tensor:
         """Full optimizer state such as "exp_avg" of one parameter. Collective."""
+        self._parking.refuse("full_optimizer_state", KINDS)
         return state.full_value(self, which, key)
 
     def set_full_parameter(self, which: str | nn.Parameter, value: torch.Tensor) -> None:
         """Overwrite one parameter everywhere, master copy included. Collective."""
+        self._parking.refuse("set_full_parameter", KINDS)
         state.set_full_value(self, which, "parameter", value)
 
     def set_full_gradient(self, which: str | nn.Parameter, value: torch.Tensor) -> None:
         """Overwrite the averaged gradient of one parameter. Collective."""
+        self._parking.refuse("set_full_gradient", KINDS)
         if self._early is not None:
             raise ShardError(
                 "set_full_gradient: with update_in_backward a gradient is used up when backward "
@@ -372,6 +416,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self, which: str | nn.Parameter, key: str, value: torch.Tensor
     ) -> None:
         """Overwrite an optimizer state such as "exp_avg" of one parameter. Collective."""
+        self._parking.refuse("set_full_optimizer_state", KINDS)
         state.set_full_value(self, which, key, value)
 
     def local_value(self, which: str | nn.Parameter, kind: str) -> torch.Tensor:
@@ -380,10 +425,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Empty where this rank holds none of it. Writing to it changes the value; a changed
         parameter shows after the next step or `publish`.
         """
+        self._parking.refuse("local_value", KINDS)
         return state.local_value(self, which, kind)
 
     def publish(self) -> None:
         """Make parameters that were edited or loaded visible to the model. Collective."""
+        self._parking.refuse("publish", KINDS)
         for unit in self.units:
             unit.refresh()
             pending = unit.publish()
@@ -397,10 +444,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Loads into any stage and world size. See `model_state` for the parameters.
         """
+        self._parking.refuse("state_dict", KINDS)
         return state.optimizer_state(self)
 
     def prepare_load(self) -> None:
         """Allocate the optimizer state that loading a checkpoint fills in place."""
+        self._parking.refuse("prepare_load", KINDS)
         for unit in self._trainable:
             for piece in unit.optimizer_pieces:
                 group = self._inner.param_groups[piece.group_index]
@@ -412,17 +461,72 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Adopt a `state_dict()` whose tensors DCP filled in place, and publish. Collective."""
+        self._parking.refuse("load_state_dict", KINDS)
         load_groups(self.param_groups, state_dict["groups"])
         state.adopt_loaded(self, state_dict["state"])
         self.publish()
 
     def model_state(self) -> dict[str, Any]:
         """Parameters by name, each rank's share as `FlatShard`s of the most precise copy."""
+        self._parking.refuse("model_state", KINDS)
         return state.model_state(self)
 
     def memory(self) -> dict[str, int]:
-        """Bytes that this rank holds between steps, by kind; "padding" is part of the others."""
+        """Bytes of memory that this rank holds between steps, by kind; without what is on disk.
+
+        "padding" is part of the others; "buffers" is what offloaded state passes through.
+        """
         return state.memory(self)
+
+    def memory_by_tier(self) -> dict[Place, dict[str, int]]:
+        """The same by "device", "host" and "disk"; a model on the CPU has no device."""
+        return state.memory_by_tier(self)
+
+    def offload_states(
+        self,
+        include: Iterable[str] | None = None,
+        device: str = "cpu",
+        pin_memory: bool = True,
+        non_blocking: bool = False,
+        *,
+        folder: str | None = None,
+    ) -> None:
+        """Park state that rests on the host or on disk, until `reload_states`. Collective.
+
+        Its memory is free meanwhile; using it is an error. Between phases of a job, as when the
+        trained model generates: `offload_states(["optim_states", "hp_params", "lp_grads"])` leaves
+        the model itself usable.
+
+        Args:
+            include: of "optim_states", "hp_params" (master weights), "lp_params" (the model's own),
+                "lp_grads" and "contiguous_grad_buffer" (one memory at stage 1); default: all.
+            device: "cpu", or "nvme" for disk. A model on the CPU is in host memory already.
+            pin_memory: whether host memory is page-locked.
+            non_blocking: return while copies to the host are under way.
+            folder: for "nvme"; default: that of `Offload`.
+
+        Raises ShardError for unknown names, if something is parked already, and on all ranks if
+        one has no room.
+        """
+        self._parking.park(
+            include, device, pin_memory=pin_memory, non_blocking=non_blocking, folder=folder
+        )
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Bring back what `offload_states` parked, bit for bit; nothing if nothing is. Collective.
+
+        non_blocking: return while copies from the host are under way.
+        """
+        self._parking.bring_back(non_blocking=non_blocking)
+
+    def settle_states(self) -> None:
+        """Wait for whatever moves between the places of state."""
+        self._reducer.settle()
+        if self._gather is not None:
+            self._gather.settle()
+        for unit in self._trainable:
+            unit.settle_gradient()
+        self._homes.settle()
 
     def settle(self) -> None:
         """Wait until what was written to disk is there; it goes on beside the program otherwise.
@@ -437,6 +541,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Undo the sharding: the model is whole again, with no hook of ours. Collective."""
+        self.reload_states()
         if self._gather is not None:
             with self._gather.hold():
                 pass
@@ -516,6 +621,11 @@ def owners_of(params: Iterable[nn.Parameter]) -> dict[int, tuple[ZeroOptimizer, 
     for _, units in found.values():
         units.sort(key=lambda unit: unit.index)
     return found
+
+
+def _member(group: comm.Group) -> tuple[int, int]:
+    """Size of a group, and which of its ranks this is."""
+    return group.size, group.rank
 
 
 def _trained_numel(spec: UnitSpec) -> int:

@@ -6,54 +6,26 @@ steps and for the messages of a step; see `ds_zero.unit` for what the buffers ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
 from ds_core.config import Section
 from ds_core.errors import PlanError
-from ds_core.flat import FlatLayout
 from ds_core.planning import Costs, Message, SectionChange, Workload
 from ds_core.planning.costs import Kind, Phase
 from ds_zero.checks import NOT_ELEMENTWISE
-from ds_zero.config import ZeroSection
-from ds_zero.plan import ParamSpec, UnitSpec, plan_units
+from ds_zero.config import OffloadOptimizerSection, OffloadParamSection, ZeroSection
+from ds_zero.holdings import Place, by_place, in_memory
+from ds_zero.memory_plan import buffer_bytes
+from ds_zero.plan import ParamSpec, plan_units
 from ds_zero.sharding import leaf_selectors
-from ds_zero.unit import unit_layout
+from ds_zero.unit_plan import Setup, UnitPlan, plan_unit_buffers
 
-
-@dataclass(frozen=True)
-class _UnitPlan:
-    """The buffers of one unit, as `ds_zero.unit.Unit` will make them."""
-
-    spec: UnitSpec
-    layout: FlatLayout
-    stage: int
-    dtype: torch.dtype
-    grad_dtype: torch.dtype
-    master: torch.dtype | None
-
-    @property
-    def numel(self) -> int:
-        return self.layout.numel
-
-    @property
-    def own(self) -> int:
-        return self.layout.shard_numel
-
-    @property
-    def full_bytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-    @property
-    def has_grad_in_twin(self) -> bool:
-        return self.stage == 1 and self.spec.trainable and self.grad_dtype == self.dtype
-
-    @property
-    def stepped(self) -> torch.dtype:
-        """Dtype of what the optimizer updates."""
-        return self.master or self.dtype
+#: Bytes per second, where nobody has measured: a rank's share of host memory and of the link
+#: between host and device; a node's disk.
+_HOST_BANDWIDTH, _LINK_BANDWIDTH, _DISK_BANDWIDTH = 20e9, 25e9, 2e9
 
 
 class ZeroPlanner:
@@ -69,99 +41,150 @@ class ZeroPlanner:
                 f"matrices, and ZeRO hands it flat shards; use an elementwise one such as AdamW, "
                 f"or zero_optimization.stage 0"
             )
+        if section.update_in_backward and workload.scales_gradients:
+            raise PlanError(
+                "zero_optimization.update_in_backward: got true with gradient_clipping or a loss "
+                "scale, which need all gradients first; leave out one of them"
+            )
         units = _plan(section, workload)
-        memory = _memory(units, workload)
+        places = by_place(each for unit in units for each in unit.holdings())
+        memory = in_memory(places)
+        buffers = buffer_bytes(units)
         trained = sum(unit.own for unit in units if unit.spec.trainable)
         updated = memory["gradients"] if section.stage > 1 else trained * 4
         updated += 2 * (memory["master"] + memory["optimizer"])
         updated += trained * units[0].dtype.itemsize * (1 if memory["master"] else 2)
+        offloads = len(places) > 1 or (not workload.is_host and "host" in places)
+        recast = max((unit.recast() for unit in units), default=0)
+        here = buffers if workload.is_host else 0
         return Costs(
             sharding=f"ZeRO stage {section.stage}, {len(units)} units over "
-            f"{workload.data_ranks} ranks",
+            f"{workload.data_ranks} ranks{_told(section)}",
             memory=memory,
-            computing_bytes=_computing_bytes(units),
-            updating_bytes=max(
-                (unit.own * unit.stepped.itemsize for unit in units if _recasts(unit)), default=0
-            ),
-            update_traffic_bytes=updated,
+            computing_bytes=_computing_bytes(units) + here,
+            updating_bytes=recast + here,
+            update_traffic_bytes=_on_device(units, updated),
             messages=tuple(_messages(section.stage, units, workload)),
-            notes=_notes(units),
+            notes=_notes(units, offloads),
+            by_tier=_tiers(places, workload) if offloads else {},
+            host_buffers=0 if workload.is_host else buffers,
+            offload_seconds=_offload_seconds(units, workload),
         )
 
     def savings(self, section: Section) -> Iterator[SectionChange]:
-        """The higher stages."""
-        stage = section.stage if isinstance(section, ZeroSection) else 0
-        for higher in range(stage + 1, 4):
+        """Updates in backward, the higher stages, states and shards on the host or on disk."""
+        if not isinstance(section, ZeroSection) or section.stage == 0:
+            for stage in (1, 2, 3):
+                yield SectionChange(f"ZeRO stage {stage}", {"stage": stage})
+            return
+        if not section.update_in_backward:
+            yield SectionChange("update_in_backward", {"update_in_backward": True})
+        for higher in range(section.stage + 1, 4):
             yield SectionChange(f"ZeRO stage {higher}", {"stage": higher})
+        states = _device_of(section.offload_optimizer)
+        if states == "none":
+            told, values = _offloaded("offload_optimizer", "cpu", section.offload_optimizer)
+            yield SectionChange(told, {**values, "stage": section.stage})
+        told, values = _offloaded("offload_optimizer", "nvme", section.offload_optimizer)
+        if states != "nvme":
+            yield SectionChange(told, {**values, "stage": section.stage})
+        if _device_of(section.offload_param) != "nvme":
+            shards, more = _offloaded("offload_param", "nvme", section.offload_param)
+            both = {**values, **more, "stage": 3}
+            yield SectionChange(f"ZeRO stage 3, {told}, {shards}", both)
 
 
-def _plan(section: ZeroSection, work: Workload) -> list[_UnitPlan]:
+_Offloads = OffloadOptimizerSection | OffloadParamSection | None
+
+
+def _device_of(section: _Offloads) -> str:
+    return "none" if section is None else section.device
+
+
+def _offloaded(key: str, device: str, present: _Offloads) -> tuple[str, dict[str, Any]]:
+    """What a user would call it, and the keys of the section."""
+    values: dict[str, Any] = {"device": device}
+    if device == "nvme":
+        # The path is the user's to choose; nothing is opened for a plan.
+        values["nvme_path"] = (present.nvme_path if present is not None else None) or "/local_nvme"
+        if key == "offload_param":
+            values["max_in_cpu"] = 0
+    return f"{key} on {device}", {key: values}
+
+
+def _told(section: ZeroSection) -> str:
+    told = [
+        f", {key} on {_device_of(part)}"
+        for key, part in (
+            ("optimizer", section.offload_optimizer),
+            ("parameters", section.offload_param),
+        )
+        if _device_of(part) != "none"
+    ]
+    return "".join(told) + (", updates in backward" if section.update_in_backward else "")
+
+
+def _plan(section: ZeroSection, work: Workload) -> list[UnitPlan]:
     specs = [
         ParamSpec(name, param, 0 if param.requires_grad else None)
         for name, param in work.model.named_parameters()
     ]
     units = plan_units(work.model, specs, leaves=leaf_selectors(section, work.model))
-    return [_unit(spec, section.stage, work) for spec in units]
-
-
-def _unit(spec: UnitSpec, stage: int, work: Workload) -> _UnitPlan:
-    compute = work.precision.compute if spec.dtype.is_floating_point else None
-    dtype = compute or spec.dtype
-    master = None
-    if work.precision.master is not None and spec.trainable:
-        wide = torch.promote_types(dtype, work.precision.master)
-        master = None if wide == dtype else wide
-    return _UnitPlan(
-        spec,
-        unit_layout(spec, dtype, work.data_ranks),
-        stage if work.data_ranks > 1 else min(stage, 2),
-        dtype,
-        work.precision.grad or dtype,
-        master,
+    setup = Setup(
+        stage=section.stage,
+        group_of=lambda spec: (work.data_ranks, work.rank),
+        precision=work.precision,
+        state_bytes=lambda group, numel, dtype: work.optimizer.flat_bytes(numel, dtype),
+        offload=section.offload(),
+        update_in_backward=section.update_in_backward,
+        accumulation=work.accumulation,
+        prefetch=1 if section.stage3_prefetch_bucket_size else 0,
+        is_host=work.is_host,
     )
+    return plan_unit_buffers(units, setup)
 
 
-def _memory(units: list[_UnitPlan], work: Workload) -> dict[str, int]:
-    total = dict.fromkeys(("parameters", "gradients", "master", "optimizer", "padding"), 0)
+def _tiers(
+    places: Mapping[Place, Mapping[str, int]], work: Workload
+) -> dict[str, Mapping[str, int]]:
+    """With a CPU its memory is the device's."""
+    near = {"host": "device"} if work.is_host else {}
+    return {near.get(place, place): kinds for place, kinds in places.items()}
+
+
+def _on_device(units: list[UnitPlan], updated: int) -> int:
+    """The part of an update's traffic that is in the memory of the device."""
+    trained = sum(unit.own for unit in units if unit.spec.trainable)
+    stays = sum(u.own for u in units if u.spec.trainable and not u.crosses)
+    return updated * stays // max(1, trained)
+
+
+def _offload_seconds(units: list[UnitPlan], work: Workload) -> float:
+    """What offloaded states and shards take in a step, nothing beside anything else."""
+    seconds = 0.0
     for unit in units:
-        pieces = unit.layout.pieces(work.rank)
-        held = sum(piece.stop - piece.start for piece in pieces)
-        own_gap, full_gap = unit.own - held, unit.layout.padding
-        is_cut = unit.stage == 3
-        total["parameters"] += (unit.own if is_cut else unit.numel) * unit.dtype.itemsize
-        total["padding"] += (own_gap if is_cut else full_gap) * unit.dtype.itemsize
-        if not unit.spec.trainable:
-            continue
-        whole = unit.has_grad_in_twin
-        total["gradients"] += (unit.numel if whole else unit.own) * unit.grad_dtype.itemsize
-        total["padding"] += (full_gap if whole else own_gap) * unit.grad_dtype.itemsize
-        if unit.master is not None:
-            total["master"] += unit.own * unit.master.itemsize
-            total["padding"] += own_gap * unit.master.itemsize
-        if pieces:
-            # The optimizer steps on the part from the first parameter's start to the last's end.
-            last = pieces[-1]
-            reach = last.offset + last.stop - last.start - pieces[0].offset
-            total["optimizer"] += work.optimizer.flat_bytes(reach, unit.stepped)
-            total["padding"] += work.optimizer.flat_bytes(reach - held, unit.stepped)
-    return total
+        shard, moves = unit.own * unit.dtype.itemsize, 2 * work.accumulation
+        if unit.shard == "disk":
+            seconds += (moves + 1) * shard / _DISK_BANDWIDTH
+        elif unit.shard != unit.setup.near:
+            seconds += (moves + 1) * shard / _LINK_BANDWIDTH
+        states = sum(h.nbytes for h in unit.holdings() if h.kind in ("master", "optimizer"))
+        if unit.states == "disk":
+            seconds += 2 * states / _DISK_BANDWIDTH
+        if unit.crosses:
+            seconds += 2 * states / _HOST_BANDWIDTH
+            seconds += unit.own * (unit.grad_dtype.itemsize + unit.dtype.itemsize) / _LINK_BANDWIDTH
+    return seconds
 
 
-def _computing_bytes(units: list[_UnitPlan]) -> int:
+def _computing_bytes(units: list[UnitPlan]) -> int:
     """Full parameters and gradients that come and go: the root's, and those of two units."""
     roots = [unit for unit in units if unit.spec.is_root]
     others = sorted((u for u in units if not u.spec.is_root), key=lambda u: -u.full_bytes)[:2]
-    live = [*roots, *others]
-    whole = sum(unit.full_bytes for unit in live if unit.stage == 3)
-    twins = sum(u.full_bytes for u in live if u.spec.trainable and not u.has_grad_in_twin)
-    return whole + twins
+    return sum(unit.gathered() + unit.local_gradients() for unit in [*roots, *others])
 
 
-def _recasts(unit: _UnitPlan) -> bool:
-    return unit.spec.trainable and unit.grad_dtype != unit.stepped
-
-
-def _messages(stage: int, units: list[_UnitPlan], work: Workload) -> Iterator[Message]:
+def _messages(stage: int, units: list[UnitPlan], work: Workload) -> Iterator[Message]:
     ranks, passes = work.data_ranks, work.accumulation
     if ranks == 1:
         return
@@ -183,7 +206,7 @@ def _messages(stage: int, units: list[_UnitPlan], work: Workload) -> Iterator[Me
         )
 
 
-def _gathers(units: list[_UnitPlan], passes: int, ranks: int) -> Iterator[Message]:
+def _gathers(units: list[UnitPlan], passes: int, ranks: int) -> Iterator[Message]:
     has_gradient = False
     for unit in units:
         has_gradient = has_gradient or unit.spec.trainable
@@ -201,7 +224,7 @@ def _gathers(units: list[_UnitPlan], passes: int, ranks: int) -> Iterator[Messag
 
 def _message(
     op: str,
-    unit: _UnitPlan,
+    unit: UnitPlan,
     kind: Kind,
     phase: Phase,
     times: int,
@@ -220,7 +243,14 @@ def _message(
     )
 
 
-def _notes(units: list[_UnitPlan]) -> tuple[str, ...]:
-    if units[0].stage < 3:
-        return ()
-    return ("stage 3: every unit is used by its own modules, once in each forward",)
+def _notes(units: list[UnitPlan], offloads: bool) -> tuple[str, ...]:
+    notes = []
+    if units[0].stage == 3:
+        notes.append("stage 3: every unit is used by its own modules, once in each forward")
+    if offloads:
+        notes.append(
+            f"offload: a rank's share of host memory moves {_HOST_BANDWIDTH / 1e9:g} GB/s, of the "
+            f"link to its device {_LINK_BANDWIDTH / 1e9:g} GB/s, of the disk "
+            f"{_DISK_BANDWIDTH / 1e9:g} GB/s; none of it beside anything else"
+        )
+    return tuple(notes)

@@ -13,6 +13,7 @@ from ds_core import comm
 from ds_core.flat import Piece
 from ds_core.optimizer_state import PortableState, state_of
 from ds_zero.errors import ShardError
+from ds_zero.holdings import Holding, Place, by_place, in_memory
 from ds_zero.inner_step import split_by_parameter
 from ds_zero.unit import OptimizerPiece, Unit
 
@@ -338,18 +339,27 @@ def _loaded_values(
 
 def memory(optimizer: ZeroOptimizer) -> dict[str, int]:
     """See `ZeroOptimizer.memory`."""
-    total = {"parameters": 0, "gradients": 0, "master": 0, "optimizer": 0, "padding": 0}
+    return in_memory(memory_by_tier(optimizer))
+
+
+def memory_by_tier(optimizer: ZeroOptimizer) -> dict[Place, dict[str, int]]:
+    """See `ZeroOptimizer.memory_by_tier`."""
+    return by_place(_holdings(optimizer))
+
+
+def _holdings(optimizer: ZeroOptimizer) -> Iterator[Holding]:
     for unit in optimizer.units:
-        for kind, size in unit.persistent_bytes().items():
-            total[kind] += size
-        total["padding"] += unit.padding_bytes()
-        parts = unit.layout.pieces(unit.group.rank)
+        yield from unit.holdings()
+        place = unit.states_place
         for piece in unit.optimizer_pieces:
-            ours = [part for part in parts if piece.start <= part.offset < piece.stop]
-            gaps = piece.weights.numel() - sum(part.stop - part.start for part in ours)
-            for value in optimizer.state.get(piece.weights, {}).values():
-                if isinstance(value, torch.Tensor) and value.dim():
-                    total["optimizer"] += value.numel() * value.element_size()
-                    if value.shape == piece.weights.shape:
-                        total["padding"] += gaps * value.element_size()
-    return total
+            gap = unit.gap_of(piece)
+            weights = piece.weights
+            if unit.master is not None and unit.states == "nvme":
+                size = weights.element_size()
+                yield Holding("disk", "master", weights.numel() * size, gap * size)
+            for value in optimizer.state.get(weights, {}).values():
+                if _is_wide(value):
+                    size = value.element_size()
+                    padding = gap * size if value.shape == weights.shape else 0
+                    yield Holding(place, "optimizer", value.numel() * size, padding)
+    yield Holding("host", "buffers", optimizer._homes.buffer_bytes)

@@ -20,7 +20,7 @@ Models", section 5; the flat layout is ours (docs/design.md, section 5).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -33,11 +33,12 @@ from ds_core.flat_gradient import FlatGradient
 from ds_core.precision import Precision
 from ds_core.seams import Transport
 from ds_zero.errors import ShardError
+from ds_zero.holdings import Holding, Place
 from ds_zero.offload.choice import Offload, Tier
 from ds_zero.offload.crossing import Crossing, host_empty
 from ds_zero.offload.homes import Homes
 from ds_zero.offload.shard_home import HostShard, ShardHome, memory_of
-from ds_zero.plan import UnitSpec
+from ds_zero.plan import ParamSpec, UnitSpec
 from ds_zero.sharded_param import Keeper, hide, show
 
 #: Slots and shards start at multiples of this many bytes, so that vector units find them aligned.
@@ -69,6 +70,34 @@ def unit_layout(spec: UnitSpec, dtype: torch.dtype, num_shards: int) -> FlatLayo
         num_shards=num_shards,
         align=max(1, ALIGN_BYTES // dtype.itemsize),
     )
+
+
+def optimizer_ranges(
+    specs: Sequence[ParamSpec], layout: FlatLayout, rank: int, limit: int | None
+) -> list[tuple[int, int, int]]:
+    """(group, start, stop) in a rank's shard: one per optimizer group whose slots reach into it.
+
+    limit: elements of one; on disk more and smaller ones, so that one is read while another is
+    updated.
+    """
+    ranges: list[tuple[int, int, int]] = []
+    open_range: dict[int, int] = {}  # by group, which range takes its next part
+    groups = {s.name: s.group_index for s in specs}
+    for part in layout.pieces(rank):
+        group = groups[part.slot.name]
+        assert group is not None
+        start, stop = part.offset, part.offset + part.stop - part.start
+        index = open_range.get(group)
+        if index is None or (limit is not None and stop - ranges[index][1] > limit):
+            if index is not None:
+                # Up to the next, so that a kernel meets the elements before the gap as it
+                # would without a cut: its results do not depend on where states live.
+                ranges[index] = (group, ranges[index][1], start)
+            open_range[group] = len(ranges)
+            ranges.append((group, start, stop))
+        else:
+            ranges[index] = (group, ranges[index][1], stop)
+    return ranges
 
 
 class Unit:
@@ -322,6 +351,11 @@ class Unit:
 
     def start_gather(self) -> comm.Pending:
         """Allocate the full parameters and start filling them. Collective over the group."""
+        if self.shard_home is None and self.shard.numel() > 0 and not self._shard_is_here:
+            raise ShardError(
+                f"{self.name}: its parameters are parked by offload_states(); call "
+                f"reload_states() first, on all ranks"
+            )
         if not self.is_full:
             self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
         if self.shard_home is not None:
@@ -463,32 +497,14 @@ class Unit:
     # ------------------------------------------------------------------ optimizer
 
     def _cut_for_optimizer(self) -> list[OptimizerPiece]:
-        """One optimizer parameter per group whose slots reach into this rank's shard.
-
-        On disk more of them, so that one is read while another is updated.
-        """
+        """One optimizer parameter per range of `optimizer_ranges`."""
         limit = self._homes.offload.piece_numel if self.states == "nvme" else None
-        ranges: list[tuple[int, int, int]] = []
-        open_range: dict[int, int] = {}  # by group, which range takes its next part
-        groups = {s.name: s.group_index for s in self.specs}
-        for part in self.layout.pieces(self.group.rank):
-            group = groups[part.slot.name]
-            assert group is not None
-            start, stop = part.offset, part.offset + part.stop - part.start
-            index = open_range.get(group)
-            if index is None or (limit is not None and stop - ranges[index][1] > limit):
-                if index is not None:
-                    # Up to the next, so that a kernel meets the elements before the gap as it
-                    # would without a cut: its results do not depend on where states live.
-                    ranges[index] = (group, ranges[index][1], start)
-                open_range[group] = len(ranges)
-                ranges.append((group, start, stop))
-            else:
-                ranges[index] = (group, ranges[index][1], stop)
         source = self.shard if self.master is None else self.master
         return [
             OptimizerPiece(group, nn.Parameter(source[start:stop]), start, stop)
-            for group, start, stop in ranges
+            for group, start, stop in optimizer_ranges(
+                self.specs, self.layout, self.group.rank, limit
+            )
         ]
 
     def piece_at(self, offset: int) -> OptimizerPiece:
@@ -503,28 +519,48 @@ class Unit:
         parts = self.layout.pieces(self.group.rank)
         return [part for part in parts if piece.start <= part.offset < piece.stop]
 
-    def persistent_bytes(self) -> dict[str, int]:
-        """Bytes of this rank's buffers that outlive a step, by kind (optimizer state excluded)."""
-        numel, own = self.layout.numel, self.layout.shard_numel
-        kinds = {"parameters": (own if self.stage == 3 else numel) * self.dtype.itemsize}
-        if self.trainable and not (self._consumed and self.crossing is None):
-            kinds["gradients"] = (numel if self._grad_in_twin else own) * self.grad_dtype.itemsize
-        if self.master is not None:
-            kinds["master"] = own * self.master.element_size()
-        return kinds
+    def holdings(self) -> Iterator[Holding]:
+        """This rank's buffers that outlive a step; the optimizer's own state excluded."""
+        numel, own, padding = self.layout.numel, self.layout.shard_numel, self.layout.padding
+        gap = own - sum(p.stop - p.start for p in self.layout.pieces(self.group.rank))
+        near, size = self._homes.near, self.dtype.itemsize
+        if self.stage == 3:
+            place: Place = near
+            if self.shard_home is not None:
+                place = "host" if isinstance(self.shard_home, HostShard) else "disk"
+            yield Holding(place, "parameters", own * size, gap * size)
+        else:
+            yield Holding(near, "parameters", numel * size, padding * size)
+        size = self.grad_dtype.itemsize
+        if self.crossing is not None:
+            yield Holding("host", "gradients", own * size, gap * size)
+            yield Holding("host", "buffers", self.crossing.addend_bytes)
+        elif self.trainable and not self._consumed:
+            whole = self._grad_in_twin
+            yield Holding(
+                near,
+                "gradients",
+                (numel if whole else own) * size,
+                (padding if whole else gap) * size,
+            )
+        if self._outgoing is not None and not isinstance(self.shard_home, HostShard):
+            yield Holding("host", "buffers", self._outgoing.nbytes)
+        if self.master is not None and self.states != "nvme":
+            size = self.master.element_size()
+            yield Holding(
+                near if self.crossing is None else "host", "master", own * size, gap * size
+            )
 
-    def padding_bytes(self) -> int:
-        """Bytes of the persistent buffers that belong to no parameter, over this rank's share."""
-        own, used = self.layout.shard_numel, 0
-        for piece in self.layout.pieces(self.group.rank):
-            used += piece.stop - piece.start
-        full = self.layout.padding
-        total = (own - used if self.stage == 3 else full) * self.dtype.itemsize
-        if self.trainable and not (self._consumed and self.crossing is None):
-            total += (full if self._grad_in_twin else own - used) * self.grad_dtype.itemsize
-        if self.master is not None:
-            total += (own - used) * self.master.element_size()
-        return total
+    def gap_of(self, piece: OptimizerPiece) -> int:
+        """Elements of an optimizer piece that belong to no parameter."""
+        return piece.stop - piece.start - sum(p.stop - p.start for p in self.parts_of(piece))
+
+    @property
+    def states_place(self) -> Place:
+        """Where the optimizer's states are between steps."""
+        if self.states == "nvme":
+            return "disk"
+        return self._homes.near if self.states == "device" else "host"
 
 
 def _is_wide(value: object) -> bool:

@@ -52,6 +52,14 @@ def plan(
     memory_gib: Annotated[
         float | None, typer.Option(help="Memory of a device, in place of the table's.")
     ] = None,
+    host_memory_gib: Annotated[
+        float | None,
+        typer.Option(help="Memory of a node, for what is offloaded; default: not bounded."),
+    ] = None,
+    disk_gib: Annotated[
+        float | None,
+        typer.Option(help="Free on a node's disk, for what is offloaded; default: not bounded."),
+    ] = None,
     tflops: Annotated[
         float | None, typer.Option(help="Its 16-bit operations per second, in 1e12.")
     ] = None,
@@ -98,7 +106,14 @@ def plan(
         loaded = config.load(file, world_size=max(1, cluster.size))
         micro = loaded.train_micro_batch_size_per_gpu
         source = model_from(model or "", micro, precision_on(loaded, device))
-    options = PlanOptions(sequence_length=sequence_length, recompute=recompute, mfu=mfu, rank=rank)
+    options = PlanOptions(
+        sequence_length=sequence_length,
+        recompute=recompute,
+        mfu=mfu,
+        rank=rank,
+        host_memory_bytes=None if host_memory_gib is None else int(host_memory_gib * GIB),
+        disk_bytes=None if disk_gib is None else int(disk_gib * GIB),
+    )
     made = make_plan(file, source, cluster, options)
     fixes = remedies(file, made)
     typer.echo(as_json(made, fixes) if json else render(made, fixes), nl=json)

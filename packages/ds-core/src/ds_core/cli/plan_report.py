@@ -61,6 +61,9 @@ def summary(plan: Plan) -> dict[str, Any]:
             "updating_estimate": plan.costs.updating_bytes,
             "peak_estimate": plan.peak_bytes,
             "usable": plan.usable_bytes,
+            "host": plan.costs.host_bytes,
+            "disk": plan.costs.disk_bytes,
+            "by_tier": {place: dict(kinds) for place, kinds in plan.costs.by_tier.items()},
             "fits": plan.fits,
         },
         "wire": {
@@ -128,7 +131,8 @@ def _memory_rows(plan: Plan) -> list[tuple[str, str, str]]:
         (kind, shown_bytes(size), "") for kind, size in plan.memory.items() if kind != "padding"
     ]
     exact[0] = (*exact[0][:2], "exact, padding included")
-    persistent = ("= between steps", shown_bytes(plan.costs.persistent_bytes), "exact")
+    on_device = ", on the device" if plan.costs.by_tier else ""
+    persistent = ("= between steps", shown_bytes(plan.costs.persistent_bytes), f"exact{on_device}")
     padding = ("  of which padding", shown_bytes(plan.memory["padding"]), "")
     activations = plan.activation_bytes
     told = "not counted" if activations is None else shown_bytes(activations)
@@ -145,7 +149,25 @@ def _memory_rows(plan: Plan) -> list[tuple[str, str, str]]:
         ("while updating", shown_bytes(plan.costs.updating_bytes), "estimate"),
         ("= peak", shown_bytes(plan.peak_bytes), "estimate"),
         ("usable", shown_bytes(plan.usable_bytes), _usable_note(plan)),
+        *_offloaded_rows(plan),
     ]
+
+
+def _offloaded_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    """What is beside the device, of one rank and of the ranks of a node."""
+    ranks, options, costs = plan.cluster.gpus_per_node, plan.options, plan.costs
+    rows = []
+    for name, size, room in (
+        ("on the host", costs.host_bytes, options.host_memory_bytes),
+        ("on disk", costs.disk_bytes, options.disk_bytes),
+    ):
+        if size:
+            bound = f" of {shown_bytes(room)}" if room is not None else ""
+            parts = [f"{shown_bytes(size * ranks)}{bound} on a node"]
+            if name == "on the host" and costs.host_buffers:
+                parts.append(f"at most {shown_bytes(costs.host_buffers)} of it are buffers")
+            rows.append((name, shown_bytes(size), "; ".join(parts)))
+    return rows
 
 
 def _activation_note(plan: Plan) -> str:
@@ -211,7 +233,14 @@ def _verdict(plan: Plan, fixes: Iterable[Remedy]) -> str:
     use = plan.peak_bytes / plan.usable_bytes
     if plan.fits:
         return f"It fits: the peak is {use:.0%} of the usable memory.\n"
-    lines = [f"It does not fit: the peak is {use:.0%} of the usable memory."]
+    lines = []
+    if plan.peak_bytes > plan.usable_bytes:
+        lines.append(f"It does not fit: the peak is {use:.0%} of the usable memory.")
+    for name in plan.crowded:
+        told = {"host": "memory", "disk": "disk"}[name]
+        lines.append(
+            f"It does not fit: the {told} of a node is too small for what its ranks offload."
+        )
     rows = [
         (
             fix.description,

@@ -22,6 +22,7 @@ from ds_core.cli.installed import (
     version_of,
 )
 from ds_core.cli.machine import Machine, examine
+from ds_core.cli.offload_report import OffloadRow, offload_rows
 from ds_core.cli.ops_report import OpRow, advice, op_rows, summary
 from ds_core.cli.report_warnings import warnings_of
 from ds_core.cli.tables import table
@@ -50,6 +51,7 @@ class Findings:
         others: versions of other packages that matter.
         provided: what packages register on each seam, and what of it is broken.
         ops: who computes each op here.
+        offload: what steps on the host, and what moves tensors to and from disk.
         installable: what could be installed.
         environment: the variables of effect that are set.
         warnings: what hurts.
@@ -62,6 +64,7 @@ class Findings:
     others: dict[str, str]
     provided: list[Provided]
     ops: list[OpRow]
+    offload: list[OffloadRow]
     installable: list[Installable]
     environment: dict[str, str]
     warnings: list[str]
@@ -81,6 +84,7 @@ def collect() -> Findings:
         others=_installed(dict.fromkeys(_OTHERS, "")),
         provided=rows,
         ops=ops,
+        offload=offload_rows(),
         installable=installable(),
         environment=environment,
         warnings=warnings_of(machine, rows, ops, environment),
@@ -103,6 +107,8 @@ def render(findings: Findings) -> str:
     )
     told = [("", text) for text in advice(findings.ops)]
     parts.append(table("Ops", [*told, *summary(findings.ops), ("more", "ds ops report")]))
+    told_offload = [(row.what, row.chosen, row.reason) for row in findings.offload]
+    parts.append(table("Offload (the host's part)", told_offload))
     if findings.installable:
         rows = [(row.name, row.purpose, row.command) for row in findings.installable]
         parts.append(table("Could be installed", rows))

@@ -35,6 +35,9 @@ class Workload:
         data_ranks: data-parallel ranks.
         rank: which of them is asked about.
         wire: number format in which gradients travel; None: that of their buffers.
+        is_host: whether the device is a CPU, so that nothing leaves it for the host.
+        scales_gradients: whether they are clipped, or carry a loss scale, so that an update must
+            wait for the end of backward.
     """
 
     model: nn.Module
@@ -44,6 +47,8 @@ class Workload:
     data_ranks: int
     rank: int = 0
     wire: torch.dtype | None = None
+    is_host: bool = False
+    scales_gradients: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,10 +81,14 @@ class Costs:
         sharding: one line on who holds what.
         memory: bytes held between steps by kind: parameters, gradients, master, optimizer; and
             padding, which is part of the others. Exactly what `engine.memory()` counts.
+        by_tier: the same by "device", "host" and "disk", where something is offloaded; of
+            a CPU its own memory is the device's. Empty: all of it is on the device.
+        host_buffers: the most of host memory that offloaded state passes through.
         computing_bytes: what is held beside them while forward and backward run, without
             activations; an estimate.
         updating_bytes: what is held beside them during the update; an estimate.
         update_traffic_bytes: what the update reads and writes in this rank's memory.
+        offload_seconds: what a step takes on the host, on disk and for copies; an estimate.
         messages: what a step sends, in the long run (the first steps negotiate more).
         notes: what the figures take for granted.
         pipeline_stages: parts that the model is cut into along a pipeline.
@@ -93,11 +102,28 @@ class Costs:
     messages: tuple[Message, ...]
     notes: tuple[str, ...] = ()
     pipeline_stages: int = 1
+    by_tier: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    host_buffers: int = 0
+    offload_seconds: float = 0.0
 
     @property
     def persistent_bytes(self) -> int:
-        """Bytes held between steps."""
-        return sum(size for kind, size in self.memory.items() if kind != "padding")
+        """Bytes held on the device between steps."""
+        return _total(self.by_tier.get("device", {}) if self.by_tier else self.memory)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes held in host memory beside a device, buffers included."""
+        return _total(self.by_tier.get("host", {})) + self.host_buffers
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes held on disk."""
+        return _total(self.by_tier.get("disk", {}))
+
+
+def _total(kinds: Mapping[str, int]) -> int:
+    return sum(size for kind, size in kinds.items() if kind != "padding")
 
 
 @dataclass(frozen=True)

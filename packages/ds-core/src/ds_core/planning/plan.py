@@ -34,12 +34,16 @@ class PlanOptions:
         recompute: whether each block's activations are computed again in backward.
         mfu: part of the device's peak that the arithmetic reaches.
         rank: whose memory is shown; ranks differ by padding only.
+        host_memory_bytes: of each node, for what is offloaded; None: not bounded.
+        disk_bytes: free on each node's disk; None: not bounded.
     """
 
     sequence_length: int = 2048
     recompute: bool = False
     mfu: float = 0.4
     rank: int = 0
+    host_memory_bytes: int | None = None
+    disk_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,18 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the estimated peak is below the usable memory."""
-        return self.peak_bytes <= self.usable_bytes
+        """Whether the estimated peak is below the usable memory, and what is offloaded has room."""
+        return self.peak_bytes <= self.usable_bytes and not self.crowded
+
+    @property
+    def crowded(self) -> list[str]:
+        """The places beside the device that cannot hold what is offloaded: "host", "disk"."""
+        ranks, options = self.cluster.gpus_per_node, self.options
+        needs = {
+            "host": (self.costs.host_bytes * ranks, options.host_memory_bytes),
+            "disk": (self.costs.disk_bytes * ranks, options.disk_bytes),
+        }
+        return [name for name, (need, room) in needs.items() if room is not None and need > room]
 
     def wire_bytes(self, *, axis: str | None = None, kind: str | None = None) -> int:
         """What a rank sends in a step, filtered by axis of the mesh and kind of message."""
@@ -137,6 +151,8 @@ def make_plan(
         cluster.size,
         options.rank,
         wire_format(loaded),
+        cluster.device.name == "cpu",
+        bool(loaded.gradient_clipping or precision.loss_scale),
     )
     costs = costs_of(loaded, work)
     itemsize = compute_itemsize(source, precision)
@@ -257,8 +273,10 @@ def _check(cluster: Cluster, options: PlanOptions) -> None:
         ("--nodes", cluster.nodes),
         ("--gpus-per-node", cluster.gpus_per_node),
         ("--sequence-length", options.sequence_length),
+        ("--host-memory-gib", options.host_memory_bytes),
+        ("--disk-gib", options.disk_bytes),
     ):
-        if value < 1:
+        if value is not None and value < 1:
             raise PlanError(f"{name}: got {value}, expected at least 1")
     if not 0 < options.mfu <= 1:
         raise PlanError(f"--mfu: got {options.mfu:g}, expected a part of the peak, 0 to 1")

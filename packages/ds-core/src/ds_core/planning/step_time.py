@@ -116,7 +116,7 @@ def estimate_step(
     busy = max(arithmetic, reading)
     forward = busy * _FORWARD
     backward = busy * _BACKWARD + (forward if recompute else 0.0)
-    update = costs.update_traffic_bytes / device.memory_bandwidth
+    update = costs.update_traffic_bytes / device.memory_bandwidth + costs.offload_seconds
     room = {
         "forward": forward,
         "backward": backward,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
@@ -72,6 +73,25 @@ class Sharding(Protocol):
 
     def close(self) -> None:
         """Leave the model whole and free of hooks."""
+
+
+@runtime_checkable
+class ParkableSharding(Protocol):
+    """A `Sharding` whose state can leave its memory between two phases of a job. Collective."""
+
+    def offload_states(
+        self,
+        include: Iterable[str] | None,
+        device: str,
+        pin_memory: bool,
+        non_blocking: bool,
+        *,
+        folder: str | None,
+    ) -> None:
+        """Park the kinds of state that `include` names; None: all."""
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Bring them back, bit for bit."""
 
 
 class ShardingFactory(Protocol):

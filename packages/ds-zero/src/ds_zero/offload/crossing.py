@@ -73,6 +73,11 @@ class Crossing:
         self._addend: torch.Tensor | None = None
         self._adds = False
 
+    @property
+    def addend_bytes(self) -> int:
+        """Bytes of what accumulation needs beside the gradient."""
+        return 0 if self._addend is None else self._addend.nbytes
+
     def send_gradient(self, source: torch.Tensor, *, accumulate: bool) -> None:
         """Begin to bring a gradient to the host, to be added to the present one or to replace it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Iterable
@@ -12,11 +13,16 @@ import torch
 from ds_core.seams import TensorFile, TensorFiles
 from ds_core.tensor_files import open_tensor_files
 from ds_zero.errors import ShardError
+from ds_zero.holdings import Place
 from ds_zero.offload.buffers import BufferPool
 from ds_zero.offload.choice import Offload, Tier, is_host
 from ds_zero.offload.crossing import Crossing, SideStream
+from ds_zero.offload.disk_speed import tell_speed
 from ds_zero.offload.shard_home import DiskShard, HostShard, ShardHome
 from ds_zero.offload.swap import Swap
+from ds_zero.room import Room
+
+logger = logging.getLogger(__name__)
 
 
 class Homes:
@@ -38,6 +44,7 @@ class Homes:
         self._shard_end = self._numel_in_cpu = 0
         self._disk_shards: list[DiskShard] = []
         self._shard_pool: BufferPool | None = None
+        self._told_buffered: set[str | None] = set()
         self.swap: Swap | None = None
         if offload.optimizer == "nvme":
             self.swap = Swap(
@@ -48,6 +55,17 @@ class Homes:
     def leaves_device(self) -> bool:
         """Whether "cpu" is another memory than the device's."""
         return not is_host(self._device)
+
+    @property
+    def near(self) -> Place:
+        """Where the device's tensors are."""
+        return "device" if self.leaves_device else "host"
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the buffers that transfers to and from disk share."""
+        shards = 0 if self._shard_pool is None else self._shard_pool.nbytes
+        return shards + (0 if self.swap is None else self.swap.buffer_bytes)
 
     @property
     def side(self) -> SideStream:
@@ -99,6 +117,16 @@ class Homes:
         self._disk_shards.append(home)
         return home
 
+    def open_parking(self, folder: str | None) -> TensorFile:
+        """A file for state that is parked; by default beside the other files."""
+        chosen = folder or self.offload.folder or self.offload.folder_of_parameters
+        if chosen is None:
+            raise ShardError(
+                'offload_states: device="nvme" needs a folder on that disk: pass folder=, or shard '
+                "with Offload(folder=...), in a config nvme_path"
+            )
+        return self._open("parked", chosen)
+
     def _open(self, what: str, where: str | None) -> TensorFile:
         """A file that nobody else can find, and that is gone when the process ends."""
         folder = Path(where or "")
@@ -112,7 +140,24 @@ class Homes:
                 f"offload: folder {str(folder)!r}: {error}; give a folder (nvme_path) on the disk "
                 f"that this process may write to"
             ) from error
+        if file.why_buffered is not None and where not in self._told_buffered:
+            self._told_buffered.add(where)
+            logger.warning(
+                "offload: folder %r: transfers go through the page cache, which takes memory and "
+                "time: %s",
+                str(folder),
+                file.why_buffered,
+            )
         return file
+
+    def tell_speed(self, swap_files: Iterable[tuple[str, int]], room: Room) -> None:
+        """Log how fast each folder's disk is; `swap_files` are (folder, bytes) that will be."""
+        for folder, nbytes in dict(swap_files).items():
+            probe = self._open("probe", folder)
+            try:
+                tell_speed(self.files, probe, folder, nbytes, room)
+            finally:
+                probe.close()
 
     def expect(self, weights: Iterable[torch.Tensor]) -> None:
         """A step updates these optimizer pieces, in this order: those on disk are read ahead."""

@@ -24,7 +24,7 @@ from ds_core.seams import TensorFile, Transfer
 from ds_zero.offload.buffers import BufferPool
 
 #: Records and fields begin at multiples of this, which direct transfers ask for.
-_ALIGN = 4096
+ALIGN_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ class Swap:
         self._records: dict[torch.Tensor, _Record] = {}
         self._upcoming: deque[torch.Tensor] = deque()
         self._end = 0
+        # Places in the file, by their size, of records that were forgotten.
+        self._vacant: dict[int, list[int]] = {}
         self.bytes_read = self.bytes_written = 0
 
     def __contains__(self, weights: torch.Tensor) -> bool:
@@ -98,6 +100,11 @@ class Swap:
     def nbytes(self) -> int:
         """Bytes of all tensors on disk."""
         return sum(f.nbytes for record in self._records.values() for f in record.fields)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the memory that records pass through."""
+        return self._pool.nbytes
 
     def bytes_of(self, weights: torch.Tensor) -> dict[str, int]:
         """Bytes on disk of one piece, by the key of its tensors."""
@@ -120,6 +127,7 @@ class Swap:
         """Let go of a piece that is in memory; it keeps its tensors, in memory of their own."""
         record = self._records.pop(weights)
         assert record.is_here
+        self._vacant.setdefault(record.size, []).append(record.offset)
         for tensor in record.tensors().values():
             tensor.data = tensor.detach().clone()
         record.vacate()
@@ -239,11 +247,15 @@ class Swap:
         record.vacate()
         size = max((each.start + each.nbytes for each in fields), default=0)
         fits = size <= record.size
-        record.fields, record.size = fields, -(-size // _ALIGN) * _ALIGN
-        if not fits:
-            record.offset = self._end
-            self._end += record.size
-            self._file.preallocate(self._end)
+        record.fields, record.size = fields, -(-size // ALIGN_BYTES) * ALIGN_BYTES
+        if fits:
+            return
+        if self._vacant.get(record.size):
+            record.offset = self._vacant[record.size].pop()
+            return
+        record.offset = self._end
+        self._end += record.size
+        self._file.preallocate(self._end)
 
 
 def _laid_out(tensors: dict[str, torch.Tensor]) -> tuple[_Field, ...]:

@@ -19,6 +19,7 @@ from ds_core.testing.contracts.observer import ObserverContract
 from ds_core.testing.contracts.op import OpContract
 from ds_core.testing.contracts.runner import RunnerContract
 from ds_core.testing.contracts.sharding import ShardingContract
+from ds_core.testing.contracts.tensor_files import TensorFilesContract
 from ds_core.testing.contracts.transport import TransportContract
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "OpContract",
     "RunnerContract",
     "ShardingContract",
+    "TensorFilesContract",
     "TransportContract",
 ]
