@@ -43,7 +43,7 @@ from torch.futures import Future
 
 from ds_core._version import __version__
 from ds_core.checkpoint import jsonable
-from ds_core.checkpoint.box_reader import BoxReader
+from ds_core.checkpoint.box_reader import BlockPart, BoxReader
 from ds_core.checkpoint.boxes import Box
 from ds_core.checkpoint.data_file import Entry, dtype_code, write_data_file
 from ds_core.checkpoint.files import create_synced, replace_atomically, write_all
@@ -200,15 +200,20 @@ class SafetensorsReader(StorageReader):
 
     Args:
         path: the checkpoint's directory.
+        exact: whether a rank reads only the bytes that it holds. It cannot verify the blocks of
+            which it reads a part; the caller does, as `ds_core.checkpoint.load`, from `parts`.
 
     Attributes:
         bytes_read: bytes read from data files so far.
+        parts: parts of blocks that were read and are to be verified, if `exact`.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, exact: bool = False) -> None:
         super().__init__()
         self.path = Path(path)
+        self.exact = exact
         self.bytes_read = 0
+        self.parts: list[BlockPart] = []
         self._index: Index | None = None
 
     @property
@@ -229,6 +234,7 @@ class SafetensorsReader(StorageReader):
             self.path = Path(checkpoint_id)
         self._index = None
         self.bytes_read = 0
+        self.parts = []
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The index in DCP's terms; `planner_data` maps each name to its path in nested dicts."""
@@ -261,10 +267,11 @@ class SafetensorsReader(StorageReader):
                 tensors.append((self._find(item.storage_index), item))
         # In storage order: files are opened once each and read forwards.
         tensors.sort(key=lambda pair: (pair[0].file, pair[0].start))
-        with BoxReader(self.path, self.index) as boxes:
+        with BoxReader(self.path, self.index, exact=self.exact) as boxes:
             for stored, item in tensors:
                 self._read_tensor(boxes, stored, item, planner)
             self.bytes_read += boxes.bytes_read
+            self.parts += boxes.parts
         future: Future[None] = Future()
         future.set_result(None)
         return future

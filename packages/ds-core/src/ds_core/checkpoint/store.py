@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlan, SavePlanner, WriteItemType
 
 from ds_core.checkpoint import jsonable, tags
+from ds_core.checkpoint.block_parts import verify_together
 from ds_core.checkpoint.index import INDEX_NAME, Index, KeyPath
 from ds_core.checkpoint.ranks import Ranks, describe
 from ds_core.checkpoint.state import FlatState, flatten, rebuild
@@ -94,7 +95,8 @@ def load(
 ) -> dict[str, Any]:
     """Fill the tensors of `state` from a checkpoint and return the state with the values read.
 
-    The world size and the sharding may differ from those of the save. Each tensor keeps its dtype
+    The world size and the sharding may differ from those of the save. A rank reads the index and
+    the bytes that it holds, no others; all that is read is verified. Each tensor keeps its dtype
     and device; what is read is converted. Nothing is unpickled.
     Collective: all ranks of `group` must call.
 
@@ -123,7 +125,7 @@ def load(
     directory = Path(directory)
     what = f"loading checkpoint {tag!r} from {directory}" if tag else f"loading from {directory}"
     path = ranks.first(what, lambda: find(directory, tag))
-    reader = SafetensorsReader(path)
+    reader = SafetensorsReader(path, exact=True)
     flat = ranks.each(what, lambda: flatten(state).only(parts).checked())
     matches = ranks.gather(what, lambda: _match(reader.index, flat))
     _check_match(path, reader.index, matches, parts, strict=strict)
@@ -136,6 +138,7 @@ def load(
             process_group=group,
             no_dist=not ranks.distributed,
         )
+    verify_together(ranks, what, path, reader.index, reader.parts)
     return rebuild(state, wanted, _values(reader.index, parts))
 
 
