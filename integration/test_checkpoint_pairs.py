@@ -211,12 +211,14 @@ def check_share(path, mine, read):
     for name, (start, values, _) in mine.items():
         if name not in truth:
             # Never stepped, so never saved: a new state.
-            assert ".unused" in name and not values.any(), name
+            assert ".unused" in name, name
+            assert not values.any(), name
             continue
         expected = truth[name][start : start + values.numel()]
         if "frozen" in name:
             expected = expected.to(values.dtype)  # it has no master copy
-        assert values.dtype == expected.dtype and torch.equal(values, expected), (path, name)
+        assert values.dtype == expected.dtype, (path, name)
+        assert torch.equal(values, expected), (path, name)
         owned += values.numel() * index.tensors[name].dtype.itemsize
     assert read == owned, f"{path}: read {read} bytes, holds {owned}"
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -238,11 +239,13 @@ def _scheduler_state(engine: Engine) -> dict[str, Any]:
 
 
 def _random_state() -> dict[str, Any]:
-    """States of the generators of torch and Python, as JSON-able text and numbers."""
+    """States of the generators of torch, Python and numpy, as JSON-able text and numbers."""
     version, internal, gauss = random.getstate()
+    name, key, *rest = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "torch": _as_text(torch.get_rng_state()),
         "python": [version, list(internal), gauss],
+        "numpy": [name, key.tolist(), *rest],
     }
     if torch.accelerator.is_available():
         state["accelerator"] = _as_text(torch.get_device_module().get_rng_state())
@@ -253,6 +256,9 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(_from_text(state["torch"]))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
+    if "numpy" in state:  # not in checkpoints of the first releases
+        name, key, *rest = state["numpy"]
+        np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
     if "accelerator" in state and torch.accelerator.is_available():
         torch.get_device_module().set_rng_state(_from_text(state["accelerator"]))
 
