@@ -6,7 +6,7 @@ import base64
 import logging
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from ds_core.buffers import persistent_buffers
 from ds_core.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from ds_core.checkpoint import LoadedWeights
     from ds_core.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -125,6 +126,36 @@ def load_model(engine: Engine, values: Mapping[str, Any], *, strict: bool) -> No
             target.copy_(value)
     # Loading its own state makes a sharding publish what was written into it.
     engine.sharding.load_state_dict(engine.sharding.state_dict())
+
+
+def load_pretrained(
+    engine: Engine,
+    source: str | os.PathLike[str],
+    *,
+    rename: Callable[[str], str | None] | None,
+    strict: bool,
+) -> LoadedWeights:
+    """See `Engine.load_pretrained`."""
+    from ds_core.checkpoint import FlatShard, load_weights
+
+    names = {id(param): name for name, param in engine.module.named_parameters()}
+    everywhere = engine.module.named_parameters(remove_duplicate=False)
+    held = engine.sharding.model_state()
+    nothing = torch.empty(0)
+    targets = {
+        name: held[name] if name in held else FlatShard(nothing, tuple(param.shape))
+        for name, param in engine.module.named_parameters()
+    }
+    loaded = load_weights(
+        source,
+        {**targets, **_live_buffers(engine)},
+        aliases={name: names[id(param)] for name, param in everywhere},
+        rename=rename,
+        strict=strict,
+    )
+    # Loading its own state makes a sharding publish what was written into it.
+    engine.sharding.load_state_dict(engine.sharding.state_dict())
+    return loaded
 
 
 def _state(engine: Engine) -> dict[str, Any]:
@@ -241,11 +272,11 @@ def _scheduler_state(engine: Engine) -> dict[str, Any]:
 def _random_state() -> dict[str, Any]:
     """States of the generators of torch, Python and numpy, as JSON-able text and numbers."""
     version, internal, gauss = random.getstate()
-    name, key, *rest = np.random.get_state(legacy=True)
+    name, key, *rest = np.random.get_state()
     state: dict[str, Any] = {
         "torch": _as_text(torch.get_rng_state()),
         "python": [version, list(internal), gauss],
-        "numpy": [name, key.tolist(), *rest],
+        "numpy": [name, np.asarray(key).tolist(), *rest],
     }
     if torch.accelerator.is_available():
         state["accelerator"] = _as_text(torch.get_device_module().get_rng_state())
