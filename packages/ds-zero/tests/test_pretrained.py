@@ -113,8 +113,9 @@ class Peak:
 
 
 def load_and_train(folder: str, stage: int) -> tuple[int, int, list[torch.Tensor]]:
-    import ds_core.checkpoint  # noqa: F401  or its 40 MiB of code would count below
-
+    with ds_zero.Init(empty=True):  # or the code that it loads would count below
+        small = nn.Sequential(nn.Embedding(2, 2), nn.Linear(2, 2))
+    ds_zero.load_pretrained(small, f"{folder}/small")
     with Peak() as peak:
         with ds_zero.Init(empty=True):
             model = Wide()
@@ -146,12 +147,14 @@ def test_a_folder_is_loaded_without_a_whole_copy(tmp_path: Path, stage: int, fil
         8 + int.from_bytes(path.read_bytes()[:8], "little")
         for path in tmp_path.glob("*.safetensors")
     )
+    (tmp_path / "small").mkdir()
+    write(nn.Sequential(nn.Embedding(2, 2), nn.Linear(2, 2)), tmp_path / "small")
     results = run_ranks(2, load_and_train, str(tmp_path), stage)
     # Every byte of a parameter is read by one rank; the buffer, of 12 bytes, by both.
     assert sum(read for _, read in results) == whole + 12 + 2 * headers
     for grown, read in results:
         assert abs(read - whole / 2) < 10_000 + headers
-        assert grown < 0.75 * whole, f"grew by {grown / 2**20:.0f} of {whole / 2**20:.0f} MiB"
+        assert grown < 0.6 * whole, f"grew by {grown / 2**20:.0f} of {whole / 2**20:.0f} MiB"
 
 
 def load_into(folder: str, stage: int, how: str, dtype: torch.dtype | None) -> bool:
