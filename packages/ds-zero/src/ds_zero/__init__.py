@@ -10,6 +10,7 @@ from ds_zero.init import Init
 from ds_zero.memory import estimate_memory
 from ds_zero.offload import Offload
 from ds_zero.optimizer import ZeroOptimizer
+from ds_zero.pretrained import load_pretrained
 
 # Silent unless the program sets up logging, or the config's `log_level` asks for messages.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
@@ -22,5 +23,6 @@ __all__ = [
     "ZeroOptimizer",
     "__version__",
     "estimate_memory",
+    "load_pretrained",
     "shard",
 ]
