@@ -9,6 +9,8 @@ from ds_zero.errors import ShardError
 from ds_zero.init import Init
 from ds_zero.memory import estimate_memory
 from ds_zero.optimizer import ZeroOptimizer
+from ds_zero.tiled_compute import TiledMLP, tiled_loss, tiled_mlp
+from ds_zero.tiled_linear import TiledLinear, TiledLinearReturnBias
 
 # Silent unless the program sets up logging, or the config's `log_level` asks for messages.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
@@ -17,8 +19,13 @@ __all__ = [
     "GatheredParameters",
     "Init",
     "ShardError",
+    "TiledLinear",
+    "TiledLinearReturnBias",
+    "TiledMLP",
     "ZeroOptimizer",
     "__version__",
     "estimate_memory",
     "shard",
+    "tiled_loss",
+    "tiled_mlp",
 ]

@@ -76,12 +76,18 @@ class GatherOrder:
         """Record the use of a unit that `ahead` has already issued."""
         self._used.append(unit)
 
-    def ahead(self) -> int | None:
-        """Issue the plan's next gather before it is needed; its unit, or None at the end."""
+    @property
+    def upcoming(self) -> int | None:
+        """The unit that the plan gathers next, or None at its end."""
         if not self.active or self._cursor >= len(self._plan.units):
             return None
-        unit = self._plan.units[self._cursor]
-        self._walk_to(self._cursor + 1)
+        return self._plan.units[self._cursor]
+
+    def ahead(self) -> int | None:
+        """Issue the plan's next gather before it is needed; its unit, or None at the end."""
+        unit = self.upcoming
+        if unit is not None:
+            self._walk_to(self._cursor + 1)
         return unit
 
     def end(self) -> None:
