@@ -22,6 +22,7 @@ from ds_core import ops
 from ds_core.ops.linear_cross_entropy import chunk_of, linear_cross_entropy
 from ds_zero.errors import ShardError
 from ds_zero.optimizer import owners_of
+from ds_zero.sharded_param import is_sharded
 
 #: What a module that treats positions alike is: hidden, and what goes with it, to an output.
 Positionwise = Callable[..., torch.Tensor]
@@ -130,16 +131,9 @@ def tiled_loss(
     cuts = _cuts("tiled_loss", tokens, -(-tokens // chunk) if num_tiles is None else num_tiles)
     flat_targets = targets.reshape(tokens, *targets.shape[len(shape) :])
     has_ignored = not targets.is_floating_point() and targets.shape == shape
-    if loss is None and has_ignored and _has_kernel(head, hidden):
-        return linear_cross_entropy(
-            hidden,
-            head.weight,  # type: ignore[attr-defined]
-            targets,
-            head.bias,  # type: ignore[attr-defined]
-            ignore_index=ignore_index,
-            reduction=reduction,
-            chunk=cuts[0],
-        )
+    is_plain = loss is None and has_ignored and isinstance(head, nn.Linear)
+    if is_plain and _has_kernel(head, hidden, reduction):
+        return _by_kernel(head, hidden, targets, ignore_index, reduction, cuts[0])
     each = _losses(head, loss or _cross_entropy(ignore_index))
     tiles = _Tiles("tiled_loss", each, 0, cuts, (flat_targets,))
     losses = _by_tiles(
@@ -181,13 +175,40 @@ def _losses(head: Positionwise, loss: Positionwise) -> Positionwise:
     return each
 
 
-def _has_kernel(head: Positionwise, hidden: torch.Tensor) -> bool:
+def _has_kernel(head: Any, hidden: torch.Tensor, reduction: Reduction) -> bool:
     """Whether an installed kernel does cross entropy on this head without all its logits."""
-    if type(head) is not nn.Linear or head.weight.dtype != hidden.dtype:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    if type(head) is not nn.Linear or hidden.dtype not in dtypes:
         return False
-    if torch.is_autocast_enabled(hidden.device.type):
+    if head.weight.dtype != hidden.dtype or torch.is_autocast_enabled(hidden.device.type):
         return False
-    return ops.choose("linear_cross_entropy", hidden.device.type).implementation.name != "reference"
+    if is_sharded(head.weight) and reduction == "none":
+        return False  # its backward needs the weight, and no hook would gather it
+    chosen = ops.choose("linear_cross_entropy", hidden.device.type)
+    return chosen.implementation.name != "reference"
+
+
+def _by_kernel(
+    head: Any,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    ignore_index: int,
+    reduction: Reduction,
+    chunk: int,
+) -> torch.Tensor:
+    with _kept_whole(head.parameters()):
+        if is_sharded(head.weight):
+            with torch.no_grad():
+                head(hidden.reshape(-1, hidden.shape[-1])[:0])  # its hooks gather it
+        return linear_cross_entropy(
+            hidden,
+            head.weight,
+            targets,
+            head.bias,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            chunk=chunk,
+        )
 
 
 # ---------------------------------------------------------------------- tiles
@@ -227,7 +248,8 @@ class _Tiles:
         whole: torch.Tensor | None = None
         places: tuple[torch.Tensor, ...] = ()
         for index, (tile, more) in enumerate(zip(self.cut(hidden), self.arguments(), strict=True)):
-            output = self.module(tile, *more)
+            # As the whole is: torch's kernels for what has gaps may round otherwise.
+            output = self.module(tile.contiguous(), *more)
             self._check(tile, output)
             if whole is None:
                 shape = list(output.shape)
@@ -293,7 +315,7 @@ class _Recomputed(torch.autograd.Function):
         parts = zip(tiles.cut(hidden), tiles.arguments(), tiles.cut(gradient), places, strict=True)
         with _drawing_again(ctx.rng, hidden.device), _autocast(hidden.device.type, ctx.autocast):
             for tile, more, own, place in parts:
-                leaf = tile.detach().requires_grad_(place is not None)
+                leaf = tile.detach().contiguous().requires_grad_(place is not None)
                 with torch.enable_grad():
                     output = tiles.module(leaf, *more)
                 inputs = [*ctx.wanted] if place is None else [*ctx.wanted, leaf]
