@@ -97,8 +97,18 @@ def test_autocast_wins_over_auto():
             {"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype: got", id="rounding"
         ),
         pytest.param(
-            {"bf16": {**ON, "bf16_optimizer_states": True}},
-            "fp32_optimizer_states to false",
+            {"fp16": {**ON, "fp16_master_weights_and_grads": True}},
+            "use bf16 and its bf16_master_weights_and_grads",
+            id="fp16-master",
+        ),
+        pytest.param(
+            {"bf16": {"bf16_master_weights_and_grads": True}},
+            "bf16.bf16_master_weights_and_grads: got true, but the parameters are not bf16",
+            id="no-master",
+        ),
+        pytest.param(
+            {"torch_autocast": ON, "bf16": {**AUTO, "bf16_optimizer_states": True}},
+            "bf16.bf16_optimizer_states: got true, but the parameters are not bf16",
             id="low-states",
         ),
         pytest.param({"data_types": {"param_dtype": "bf16"}}, '"bf16" or "fp16"', id="param-dtype"),

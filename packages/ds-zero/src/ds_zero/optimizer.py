@@ -106,6 +106,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             group["params"] = params
         self._inner.state.clear()
         self._inner.state.update(initial)
+        inner_step.number_pieces(self._inner, self._trainable)
         prefer_fused(self._inner)
 
     # torch's schedulers and scalers read and write these two.
