@@ -18,8 +18,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from ds_core import ops
-from ds_core.ops.linear_cross_entropy import chunk_of, linear_cross_entropy
 from ds_zero.errors import ShardError
 from ds_zero.optimizer import owners_of
 from ds_zero.sharded_param import is_sharded
@@ -126,6 +124,8 @@ def tiled_loss(
             f"tiled_loss: targets: got shape {list(targets.shape)}, expected {list(shape)}, a "
             f"target for each position of hidden, which has shape {list(hidden.shape)}"
         )
+    from ds_core.ops.linear_cross_entropy import chunk_of  # not needed to import ds_zero
+
     tokens = shape.numel()
     chunk = chunk_of(tokens, 0) if num_tiles is None else 0
     cuts = _cuts("tiled_loss", tokens, -(-tokens // chunk) if num_tiles is None else num_tiles)
@@ -184,6 +184,8 @@ def _has_kernel(head: Any, hidden: torch.Tensor, reduction: Reduction) -> bool:
         return False
     if is_sharded(head.weight) and reduction == "none":
         return False  # its backward needs the weight, and no hook would gather it
+    from ds_core import ops
+
     chosen = ops.choose("linear_cross_entropy", hidden.device.type)
     return chosen.implementation.name != "reference"
 
@@ -196,6 +198,8 @@ def _by_kernel(
     reduction: Reduction,
     chunk: int,
 ) -> torch.Tensor:
+    from ds_core.ops.linear_cross_entropy import linear_cross_entropy
+
     with _kept_whole(head.parameters()):
         if is_sharded(head.weight):
             with torch.no_grad():
