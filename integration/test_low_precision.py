@@ -176,12 +176,17 @@ def held(name: str, stage: int) -> dict[str, int]:
     return memory
 
 
+def held_at_every_stage(name: str) -> list[dict[str, int]]:
+    return [held(name, stage) for stage in range(4)]
+
+
 @pytest.mark.parametrize("name", ["fp32-states", "bf16-states", "8-bit-states"])
 def test_bytes_without_master_copy_are_the_formula(name: str):
     """2P + 2P + kP at stage 0; 2P + 2P + kP/N, 2P + (2 + k) P/N and (4 + k) P/N at 1 to 3."""
     p, n, k = 4 * 64 * 64, 2, CHOICES[name][2]
     optimizer = {4: "adamw-bf16", 8: "adamw"}.get(int(k), "adam8bit")
     shares = [(1, 1, 1), (1, 1, n), (1, n, n), (n, n, n)]
+    found = run_ranks(2, held_at_every_stage, name)
     for stage, (params, grads, states) in enumerate(shares):
         expected = {
             "parameters": 2 * p // params,
@@ -190,7 +195,7 @@ def test_bytes_without_master_copy_are_the_formula(name: str):
             "optimizer": int(k * p) // states,
             "padding": 0,
         }
-        assert run_ranks(2, held, name, stage) == [expected] * 2
+        assert [of_rank[stage] for of_rank in found] == [expected] * 2
         estimate = ds_zero.estimate_memory(
             p, stage=stage, world_size=n, master=False, optimizer=optimizer
         )
@@ -415,7 +420,6 @@ def moves(folder: str, source: str, target: str, stage: int) -> None:
         ("8-bit-states", "master"),
         ("master", "8-bit-states"),
         ("bf16-states", "master-and-8-bit"),
-        ("master-and-8-bit", "bf16-states"),
         ("fp32-states", "master"),
     ],
 )
