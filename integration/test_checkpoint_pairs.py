@@ -249,12 +249,25 @@ def test_every_layout_loads_what_any_other_saved(store, layout, tmp_path):
     run_ranks(ranks, load_all, paths, stage, offload, {}, str(tmp_path), timeout_s=120)
 
 
+def contents(path):
+    """Paths, dtypes, shapes, boxes, files and checksums. Not places in a file: what is read from
+    disk is written first."""
+    return {
+        name: (
+            record.path,
+            record.dtype,
+            record.shape,
+            [(stored.box, stored.file, stored.entry, stored.crc32) for stored in record.boxes],
+        )
+        for name, record in Index.read(path).tensors.items()
+    }
+
+
 def test_where_states_live_does_not_show_in_a_checkpoint(store):
     for layout in LAYOUTS:
         own = Path(store.path(layout, "fp32")) / "two"
         plain = Path(store.path((*layout[:2], None), "fp32")) / "two"
-        # Names, shapes, boxes and checksums.
-        assert Index.read(own).tensors == Index.read(plain).tensors, names(layout)
+        assert contents(own) == contents(plain), names(layout)
 
 
 @pytest.mark.parametrize("saved_as", FORMATS)

@@ -83,6 +83,23 @@ def test_a_block_that_is_not_loaded_whole_is_read_whole_by_one_rank(saved):
     assert some == BLOCK_BYTES
 
 
+def test_a_tensor_without_elements_begins_where_another_does(tmp_path):
+    state = {"a": torch.zeros(0, 3), "w": torch.arange(float(NUMEL)), "z": torch.zeros(0, 3)}
+    for names in (("a", "w"), ("w", "a"), ("w", "z"), ("z", "w")):
+        folder = tmp_path / "".join(names)
+        save(folder, "t", {name: state[name] for name in names})
+        assert run_ranks(2, load_share_of_some, str(folder), names) == [True, True], names
+
+
+def load_share_of_some(folder, names):
+    """Whether "w", loaded together with tensors of no elements, is right."""
+    whole, rank = torch.arange(float(NUMEL)), torch.distributed.get_rank()
+    state = {name: FlatShard(torch.zeros(0), (0, 3)) for name in names if name != "w"}
+    share = state["w"] = shard_of(whole, rank, 2)
+    load(folder, state={name: state[name] for name in names})
+    return torch.equal(share.local, whole[share.start :][: share.held_numel])
+
+
 def test_overlapping_shares_are_verified_too(saved):
     found = run_ranks(2, load_share, str(saved), 2, overlap=10)
     assert [right for _, right in found] == [True, True]

@@ -11,6 +11,8 @@ from ds_zero.memory import estimate_memory
 from ds_zero.offload import Offload
 from ds_zero.optimizer import ZeroOptimizer
 from ds_zero.pretrained import load_pretrained
+from ds_zero.tiled_compute import TiledMLP, tiled_loss, tiled_mlp
+from ds_zero.tiled_linear import TiledLinear, TiledLinearReturnBias
 
 # Silent unless the program sets up logging, or the config's `log_level` asks for messages.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
@@ -20,9 +22,14 @@ __all__ = [
     "Init",
     "Offload",
     "ShardError",
+    "TiledLinear",
+    "TiledLinearReturnBias",
+    "TiledMLP",
     "ZeroOptimizer",
     "__version__",
     "estimate_memory",
     "load_pretrained",
     "shard",
+    "tiled_loss",
+    "tiled_mlp",
 ]

@@ -143,7 +143,7 @@ def _memory(units: list[_UnitPlan], work: Workload) -> dict[str, int]:
             last = pieces[-1]
             reach = last.offset + last.stop - last.start - pieces[0].offset
             total["optimizer"] += work.optimizer.flat_bytes(reach, unit.stepped)
-            total["padding"] += work.optimizer.flat_bytes(reach - held, unit.stepped)
+            total["padding"] += work.optimizer.gap_bytes(reach - held, unit.stepped)
     return total
 
 

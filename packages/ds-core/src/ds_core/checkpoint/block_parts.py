@@ -66,6 +66,7 @@ def _blocks(index: Index, parts: Iterable[BlockPart]) -> list[_Block]:
             (stored.file, stored.start): (record, stored)
             for record in index.tensors.values()
             for stored in record.boxes
+            if stored.box.numel  # one without bytes begins where the next one does
         }
     return [
         _Block(*boxes[file, start], number, sorted(found, key=lambda part: part.low))
