@@ -84,19 +84,20 @@ def test_a_block_that_is_not_loaded_whole_is_read_whole_by_one_rank(saved):
 
 
 def test_a_tensor_without_elements_begins_where_another_does(tmp_path):
-    state = {"a": torch.zeros(0, 3), "w": torch.arange(float(NUMEL)), "z": torch.zeros(0, 3)}
-    for names in (("a", "w"), ("w", "a"), ("w", "z"), ("z", "w")):
-        folder = tmp_path / "".join(names)
-        save(folder, "t", {name: state[name] for name in names})
-        assert run_ranks(2, load_share_of_some, str(folder), names) == [True, True], names
+    # The widest elements come first in a file, the index has the order of the state.
+    empty = torch.zeros(0, 3, dtype=torch.float64)
+    save(tmp_path, "t", {"w": torch.arange(float(NUMEL)), "none": empty})
+    starts = [record.boxes[0].start for record in Index.read(tmp_path / "t").tensors.values()]
+    assert starts[0] == starts[1]
+    assert run_ranks(2, load_beside_nothing, str(tmp_path)) == [True, True]
 
 
-def load_share_of_some(folder, names):
-    """Whether "w", loaded together with tensors of no elements, is right."""
-    whole, rank = torch.arange(float(NUMEL)), torch.distributed.get_rank()
-    state = {name: FlatShard(torch.zeros(0), (0, 3)) for name in names if name != "w"}
-    share = state["w"] = shard_of(whole, rank, 2)
-    load(folder, state={name: state[name] for name in names})
+def load_beside_nothing(folder):
+    """Whether a share is right that is loaded together with a tensor of no elements."""
+    whole = torch.arange(float(NUMEL))
+    share = shard_of(whole, torch.distributed.get_rank(), 2)
+    nothing = FlatShard(torch.zeros(0, dtype=torch.float64), (0, 3))
+    load(folder, state={"w": share, "none": nothing})
     return torch.equal(share.local, whole[share.start :][: share.held_numel])
 
 
