@@ -93,7 +93,7 @@ def _fits(trial: Trial) -> bool:
 def _trial(trial: Trial) -> dict[str, Any]:
     """Run a trial in a process of its own.
 
-    Raises OutOfMemoryError if it ended for want of memory, RuntimeError with its output if otherwise.
+    Raises OutOfMemoryError if it ended for want of memory, else RuntimeError with its output.
     """
     script = Path(__file__).with_name("offload_trial.py")
     command = [sys.executable, str(script), json.dumps(asdict(trial))]

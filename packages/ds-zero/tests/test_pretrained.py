@@ -190,7 +190,9 @@ def test_every_way_to_a_sharded_model(tmp_path: Path, how: str, dtype: torch.dty
         assert all(run_ranks(2, load_into, str(tmp_path), stage, how, dtype))
 
 
-def load_in_engine(folder: str, stage: int, bf16: bool, is_empty: bool) -> float:
+def load_in_engine(
+    folder: str, stage: int, bf16: bool, is_empty: bool, disk: str | None = None
+) -> float:
     with ds_zero.Init(empty=is_empty, enabled=is_empty and stage > 0):
         model = Language("tied")
     config = {
@@ -200,6 +202,10 @@ def load_in_engine(folder: str, stage: int, bf16: bool, is_empty: bool) -> float
         "bf16": {"enabled": bf16},
         "progress": False,
     }
+    if disk is not None:
+        home = {"device": "nvme", "nvme_path": disk}
+        config["zero_optimization"] |= {"offload_optimizer": home}
+        config["zero_optimization"] |= {"offload_param": home} if stage == 3 else {}
     engine = ds_core.initialize(model, config)
     engine.load_pretrained(folder)
     truth = made(3, Language)
@@ -210,7 +216,17 @@ def load_in_engine(folder: str, stage: int, bf16: bool, is_empty: bool) -> float
     loss = engine(ids).float().square().mean()
     engine.backward(loss)
     engine.step()
+    engine.close()
     return float(loss)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_what_lives_on_disk_is_loaded_too(tmp_path: Path, stage: int, bf16: bool):
+    write(made(3, Language), tmp_path)
+    disk = str(tmp_path / "swap")
+    on_disk = run_ranks(2, load_in_engine, str(tmp_path), stage, bf16, stage == 3, disk)
+    assert on_disk == run_ranks(2, load_in_engine, str(tmp_path), stage, bf16, False)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
