@@ -17,7 +17,13 @@ from ds_core.testing import fake_world, run_ranks
 from ds_zero import gather, shard
 
 CPU = planning.find_device("cpu")
-FORMATS = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}}
+NO_MASTER = {"enabled": True, "bf16_master_weights_and_grads": True}
+FORMATS = {
+    "fp32": {},
+    "bf16": {"bf16": {"enabled": True}},
+    "bf16 without master": {"bf16": NO_MASTER},
+    "bf16 without master, bf16 states": {"bf16": {**NO_MASTER, "bf16_optimizer_states": True}},
+}
 
 
 class Block(nn.Module):
@@ -70,6 +76,7 @@ OPTIMIZERS = {
     "adagrad": {"type": "Adagrad", "params": {"lr": 1e-3}},
     "adafactor": {"type": "Adafactor", "params": {"lr": 1e-3}},
     "muon": {"type": "Muon", "params": {"lr": 1e-3}},
+    "adam8bit": {"type": "Adam8bit", "params": {"lr": 1e-3}},
 }
 
 
@@ -149,6 +156,23 @@ def grid(ranks):
             yield f"stage {stage}, adagrad", Small, document(stage, "fp32", 3, "adagrad")
     for optimizer in ("adafactor", "muon") if ranks < 4 else ():
         yield optimizer, Small, document(0, optimizer=optimizer)
+
+
+def low_precision_grid():
+    """Every stage without a master copy, and with states of fewer bits."""
+    _, _, no_master, bf16_states = FORMATS
+    for stage in range(4):
+        case = document(stage, no_master, optimizer="adam8bit")
+        yield f"stage {stage}, without master, 8 bits", Net, case
+    for stage in (0, 3):
+        case = document(stage, bf16_states, 2)
+        yield f"stage {stage}, without master, bf16 states", Small, case
+    yield "stage 2, fp32, 8 bits", Small, document(2, optimizer="adam8bit")
+
+
+def test_low_precision_states_are_predicted():
+    found = run_ranks(2, compare_all, list(low_precision_grid()), timeout_s=120)
+    assert [wrong for of_rank in found for wrong in of_rank] == []
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ds_core import config
+from ds_core import config, plugins
 from ds_core.config import NumberFormats
 from ds_core.errors import ConfigError
 
@@ -97,8 +97,18 @@ def test_autocast_wins_over_auto():
             {"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype: got", id="rounding"
         ),
         pytest.param(
-            {"bf16": {**ON, "bf16_optimizer_states": True}},
-            "fp32_optimizer_states to false",
+            {"fp16": {**ON, "fp16_master_weights_and_grads": True}},
+            "use bf16 and its bf16_master_weights_and_grads",
+            id="fp16-master",
+        ),
+        pytest.param(
+            {"bf16": {"bf16_master_weights_and_grads": True}},
+            "bf16.bf16_master_weights_and_grads: got true, but the parameters are not bf16",
+            id="no-master",
+        ),
+        pytest.param(
+            {"torch_autocast": ON, "bf16": {**AUTO, "bf16_optimizer_states": True}},
+            "bf16.bf16_optimizer_states: got true, but the parameters are not bf16",
             id="low-states",
         ),
         pytest.param({"data_types": {"param_dtype": "bf16"}}, '"bf16" or "fp16"', id="param-dtype"),
@@ -109,3 +119,51 @@ def test_formats_that_no_device_can_honour_are_refused(extra, fragment):
         load(extra)
 
     assert fragment in str(caught.value)
+
+
+def test_without_master_copy_gradients_are_bf16_too():
+    low = {**ON, "bf16_master_weights_and_grads": True}
+    resolved = formats({"bf16": low})
+
+    assert (resolved.compute, resolved.master, resolved.grad) == ("bf16", None, "bf16")
+    accumulated = {"bf16": low, "data_types": {"grad_accum_dtype": "fp32"}}
+    assert formats(accumulated).grad == "fp32"
+
+
+def test_no_master_copy_is_asked_of_bf16_only_where_it_is_on():
+    low = {**AUTO, "bf16_master_weights_and_grads": True}
+
+    assert formats({"bf16": low}, fast="bf16").master is None
+    assert formats({"bf16": low, "fp16": AUTO}, fast="fp16").master == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("section", "fragment"),
+    [
+        pytest.param(
+            {"bf16_master_weights_and_grads": True},
+            "AdamW here rounds to nearest; pip install ds-ops, or set bf16.stochastic_rounding to "
+            "false",
+            id="rounding",
+        ),
+        pytest.param(
+            {"bf16_optimizer_states": True},
+            "the states of AdamW here are fp32; pip install ds-ops, or remove the key",
+            id="states",
+        ),
+    ],
+)
+def test_low_precision_without_ds_ops_says_to_install_it(monkeypatch, section, fragment):
+    found = plugins.entry_points
+    monkeypatch.setattr(
+        plugins,
+        "entry_points",
+        lambda group: () if group == "ds_core.optimizers" else found(group=group),
+    )
+    with pytest.raises(ConfigError) as caught:
+        load({"bf16": {**ON, **section}, "optimizer": {"type": "AdamW"}})
+    assert fragment in str(caught.value)
+
+    nearest = {**ON, "bf16_master_weights_and_grads": True, "stochastic_rounding": False}
+    loaded = load({"bf16": nearest, "optimizer": {"type": "AdamW"}})
+    assert loaded.optimizer.params == {}

@@ -221,7 +221,7 @@ def test_auto_clipping_is_the_default():
         pytest.param({"compile": {"deepcompile": True}}, "DeepCompile", id="deepcompile"),
         pytest.param(
             {"bf16": {"bf16_optimizer_states": True}},
-            "fp32_optimizer_states to false",
+            "set bf16.enabled to true",
             id="bf16-states",
         ),
         pytest.param(

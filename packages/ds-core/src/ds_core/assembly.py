@@ -19,6 +19,7 @@ from ds_core.accelerator import Accelerator
 from ds_core.alone import Alone
 from ds_core.cast_gradients import CastGradients
 from ds_core.checks import check_model, check_optimizer
+from ds_core.config import low_precision
 from ds_core.data import build_loader
 from ds_core.decisions import decisions
 from ds_core.engine import Engine
@@ -77,7 +78,7 @@ def initialize(
         logs.show(config.log_level, packages, rank=dist.get_rank())
     precision, reason = _precision(config, device_kind)
     _place(model, device_kind.device())
-    optimizer = _optimizer(model, config, optimizer)
+    optimizer = _optimizer(model, config, optimizer, precision)
     check_optimizer(model, optimizer)
     sharding = _sharding(config, model, optimizer, mesh, precision)
     _broadcast_buffers(model, mesh.group("dp"))
@@ -220,11 +221,16 @@ def _cast_statistics(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def _optimizer(
-    model: nn.Module, config: configuration.Config, given: torch.optim.Optimizer | None
+    model: nn.Module,
+    config: configuration.Config,
+    given: torch.optim.Optimizer | None,
+    precision: Precision,
 ) -> torch.optim.Optimizer:
     if given is not None and config.optimizer is not None:
         logger.info("optimizer: the given one is used, the config's section is not")
     if given is not None:
+        if precision.compute is torch.bfloat16:
+            low_precision.check_given(config.bf16, given)
         return given
     if config.optimizer is None:
         raise DsError(

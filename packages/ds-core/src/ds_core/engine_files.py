@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +17,7 @@ from ds_core.buffers import persistent_buffers
 from ds_core.seams import EventKind, Sharding
 
 if TYPE_CHECKING:
-    from ds_core.checkpoint import AsyncSaver, PendingSave
+    from ds_core.checkpoint import AsyncSaver, LoadedWeights, PendingSave
     from ds_core.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -211,6 +211,32 @@ class EngineFiles(nn.Module):
         )
         self._emit(EventKind.CHECKPOINT, path=path, action="loaded")
         return client_state
+
+    def load_pretrained(
+        self,
+        source: str | os.PathLike[str],
+        *,
+        rename: Callable[[str], str | None] | None = None,
+        strict: bool = True,
+    ) -> LoadedWeights:
+        """Start from the weights of a Hugging Face folder; each rank reads only what it holds.
+
+        At every stage, also where the model was built under `ds_zero.Init(empty=True)`, so that no
+        rank ever has a whole copy. Values go to the most precise copy that there is. The optimizer
+        stays as it is.
+
+        Args:
+            source: a folder with safetensors (one file, or several with an index), or a file.
+            rename: called with each name in the files; returns that in the model, or None for one
+                to leave out.
+            strict: whether a name that only the model or only the files have is an error.
+
+        Returns what was found, missing and unexpected. Raises CheckpointError on every rank if a
+        file is missing or damaged, or of another model. Collective.
+        """
+        from ds_core.engine_state import load_pretrained
+
+        return load_pretrained(cast("Engine", self), source, rename=rename, strict=strict)
 
     def save_model(
         self,

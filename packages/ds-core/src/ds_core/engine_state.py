@@ -6,9 +6,10 @@ import base64
 import logging
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -16,6 +17,7 @@ from ds_core.buffers import persistent_buffers
 from ds_core.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from ds_core.checkpoint import LoadedWeights
     from ds_core.checkpoint.remote import Place
     from ds_core.engine import Engine
 
@@ -111,6 +113,36 @@ def load_model(engine: Engine, values: Mapping[str, Any], *, strict: bool) -> No
             target.copy_(value)
     # Loading its own state makes a sharding publish what was written into it.
     engine.sharding.load_state_dict(engine.sharding.state_dict())
+
+
+def load_pretrained(
+    engine: Engine,
+    source: str | os.PathLike[str],
+    *,
+    rename: Callable[[str], str | None] | None,
+    strict: bool,
+) -> LoadedWeights:
+    """See `Engine.load_pretrained`."""
+    from ds_core.checkpoint import FlatShard, load_weights
+
+    names = {id(param): name for name, param in engine.module.named_parameters()}
+    everywhere = engine.module.named_parameters(remove_duplicate=False)
+    held = engine.sharding.model_state()
+    nothing = torch.empty(0)
+    targets = {
+        name: held[name] if name in held else FlatShard(nothing, tuple(param.shape))
+        for name, param in engine.module.named_parameters()
+    }
+    loaded = load_weights(
+        source,
+        {**targets, **_live_buffers(engine)},
+        aliases={name: names[id(param)] for name, param in everywhere},
+        rename=rename,
+        strict=strict,
+    )
+    # Loading its own state makes a sharding publish what was written into it.
+    engine.sharding.load_state_dict(engine.sharding.state_dict())
+    return loaded
 
 
 def _state(engine: Engine) -> dict[str, Any]:
@@ -225,11 +257,13 @@ def _scheduler_state(engine: Engine) -> dict[str, Any]:
 
 
 def _random_state() -> dict[str, Any]:
-    """States of the generators of torch and Python, as JSON-able text and numbers."""
+    """States of the generators of torch, Python and numpy, as JSON-able text and numbers."""
     version, internal, gauss = random.getstate()
+    name, key, *rest = np.random.get_state()
     state: dict[str, Any] = {
         "torch": _as_text(torch.get_rng_state()),
         "python": [version, list(internal), gauss],
+        "numpy": [name, np.asarray(key).tolist(), *rest],
     }
     if torch.accelerator.is_available():
         state["accelerator"] = _as_text(torch.get_device_module().get_rng_state())
@@ -240,6 +274,9 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(_from_text(state["torch"]))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
+    if "numpy" in state:  # not in checkpoints of the first releases
+        name, key, *rest = state["numpy"]
+        np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
     if "accelerator" in state and torch.accelerator.is_available():
         torch.get_device_module().set_rng_state(_from_text(state["accelerator"]))
 

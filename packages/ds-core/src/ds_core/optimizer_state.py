@@ -11,7 +11,14 @@ from ds_core.errors import CheckpointError
 from ds_core.whole_matrices import WholeMatrices
 
 #: Entries of a group that say what computes, and in which format the state was allocated.
-_STAYS = ("names", "params", "fused", "foreach", "fp32_optimizer_states")
+_STAYS = (
+    "names",
+    "params",
+    "fused",
+    "foreach",
+    "fp32_optimizer_states",
+    "stochastic_rounding",
+)
 
 
 @runtime_checkable
@@ -26,6 +33,25 @@ class PortableState(Protocol):
 
     def load_portable_state(self, param: torch.Tensor, values: Mapping[str, Any]) -> None:
         """Take over what `portable_state` gave; exactly, if the parameter is the same."""
+
+
+@runtime_checkable
+class RandomRounding(Protocol):
+    """An optimizer that rounds at random, by numbers that depend on the step and the parameter."""
+
+    def number_parameters(self, numbers: Mapping[torch.Tensor, int]) -> None:
+        """Tell parameters apart by these numbers from now on, however they are stepped.
+
+        A run that goes on from a checkpoint rounds as it would have if it numbers them alike.
+        """
+
+
+def number_parameters(
+    optimizer: torch.optim.Optimizer, numbers: Mapping[torch.Tensor, int]
+) -> None:
+    """Number the parameters of an optimizer that rounds at random; of no effect on others."""
+    if isinstance(optimizer, RandomRounding):
+        optimizer.number_parameters(numbers)
 
 
 def state_of(optimizer: torch.optim.Optimizer, param: torch.Tensor) -> dict[str, Any]:

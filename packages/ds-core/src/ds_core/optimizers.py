@@ -90,6 +90,7 @@ _ADAM_SWITCHES: Mapping[str, tuple[tuple[bool, ...], str]] = MappingProxyType(
         "bias_correction": ((True,), f"torch's Adam always corrects; false {_NEEDS_OPS}"),
         "set_grad_none": ((True,), "gradients are views that zero_grad() refills; remove the key"),
         "fp32_optimizer_states": ((True,), f"torch's states are fp32; false {_NEEDS_OPS}"),
+        "stochastic_rounding": ((False,), f"torch rounds to nearest; true {_NEEDS_OPS}"),
     }
 )
 
@@ -180,6 +181,22 @@ def effective_params(type_name: str, params: Mapping[str, Any]) -> dict[str, Any
     complete.update(_signatures.coerced(cls, _arguments(name, params, cls)))
     given_switches = {key: params[key] for key in _ADAM_SWITCHES if key in params}
     return {**complete, **given_switches}
+
+
+def classes(type_name: str, params: Mapping[str, Any]) -> list[Any]:
+    """The classes that may be built for a type and params without problems."""
+    name = _canonical(type_name)
+    return [cls for cls in _candidates(name, params) if not _problems_of(cls, name, params)]
+
+
+def takes(type_name: str, params: Mapping[str, Any], key: str) -> bool:
+    """Whether some class that may be built for a type and its params has a parameter `key`."""
+    return any(key in _signatures.parameters(cls) for cls in classes(type_name, params))
+
+
+def has_own_kernels() -> bool:
+    """Whether an installed package has optimizers beside torch's."""
+    return "fusedadam" in plugins.registered("optimizers")
 
 
 # --- Choosing a class -----------------------------------------------------------------------------

@@ -13,7 +13,13 @@ from torch import nn
 
 from ds_core import comm
 from ds_core.agreement import check_same_model
-from ds_core.optimizer_state import PortableState, allocate_state, load_groups, state_of
+from ds_core.optimizer_state import (
+    PortableState,
+    allocate_state,
+    load_groups,
+    number_parameters,
+    state_of,
+)
 from ds_core.precision import Precision
 
 
@@ -53,6 +59,9 @@ class WholeModel:
             for name, param in self._parameters.items():
                 comm.broadcast(param.data, group, caller=name)
         self._cast(precision)
+        # The same on all ranks, which hold the same values.
+        targets = [self._target(name) for name in self._trained()]
+        number_parameters(optimizer, {target: place for place, target in enumerate(targets)})
 
     def _cast(self, precision: Precision) -> None:
         replaced: dict[int, nn.Parameter] = {}

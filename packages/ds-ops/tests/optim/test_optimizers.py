@@ -492,3 +492,23 @@ def test_tensors_on_no_device_of_the_cpu_are_refused_by_cpu_optimizers():
 
     with pytest.raises(OptimizerError, match="expected the CPU; use FusedAdam"):
         Elsewhere(parameters())
+
+
+def rounded(first: str, numbers: dict[str, int] | None = None) -> dict[str, torch.Tensor]:
+    """Two equal parameters after a step of each, one of them stepped first."""
+    params = {name: nn.Parameter(torch.ones(512, dtype=torch.bfloat16)) for name in "ab"}
+    optimizer = ds_ops.FusedSGD(list(params.values()), lr=2.0**-10, stochastic_rounding=True)
+    if numbers is not None:
+        optimizer.number_parameters({params[name]: number for name, number in numbers.items()})
+    for name in sorted(params, reverse=first == "b"):
+        optimizer.step(gradients={params[name]: torch.ones(512)})
+    return {name: param.detach() for name, param in params.items()}
+
+
+def test_random_rounding_depends_on_a_parameters_number_not_on_who_is_first():
+    one, other = rounded("a"), rounded("b")
+    assert not torch.equal(one["a"], one["b"])
+    assert all(torch.equal(one[name], other[name]) for name in "ab")
+    swapped = rounded("a", {"a": 1, "b": 0})
+    assert torch.equal(swapped["a"], one["b"])
+    assert torch.equal(swapped["b"], one["a"])

@@ -12,6 +12,9 @@ from ds_zero.memory_plan import MemoryPlan
 from ds_zero.offload import Offload
 from ds_zero.optimizer import ZeroOptimizer
 from ds_zero.preflight import memory_plan
+from ds_zero.pretrained import load_pretrained
+from ds_zero.tiled_compute import TiledMLP, tiled_loss, tiled_mlp
+from ds_zero.tiled_linear import TiledLinear, TiledLinearReturnBias
 
 # Silent unless the program sets up logging, or the config's `log_level` asks for messages.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
@@ -22,9 +25,15 @@ __all__ = [
     "MemoryPlan",
     "Offload",
     "ShardError",
+    "TiledLinear",
+    "TiledLinearReturnBias",
+    "TiledMLP",
     "ZeroOptimizer",
     "__version__",
     "estimate_memory",
     "memory_plan",
+    "load_pretrained",
     "shard",
+    "tiled_loss",
+    "tiled_mlp",
 ]

@@ -227,11 +227,11 @@ class GatherRuntime:
 
             for tensor in differentiable_tensors(output):
                 tensor.register_hook(before_backward)
-        if not self.in_backward:
-            # In a backward this forward is a recomputation, and its backward comes next.
-            for unit in last:
-                if unit.index not in self._kept:
-                    self.release(unit)
+        for unit in last:
+            # In a backward this forward is a recomputation, and its backward comes next: after
+            # those of all other tiles, where it is one of them.
+            if not self.in_backward or unit.is_tile:
+                self.release(unit)
 
     def need(self, unit: Unit) -> None:
         """Make the parameters of `unit` present, and start the next gather of the plan."""
@@ -246,7 +246,7 @@ class GatherRuntime:
         else:
             self._order.need(unit.index)
         self._arrive(unit)
-        while len(self._pending) < self._prefetch:
+        while len(self._pending) < self._prefetch and not self._waits_for_release():
             if self._order.ahead() is None:
                 break
         self._fetch_ahead()
@@ -255,6 +255,14 @@ class GatherRuntime:
         """Begin to fetch the shards that live on disk of the units that are gathered next."""
         for index in self._order.upcoming(max(1, self._prefetch)):
             self._units[index].fetch_ahead()
+
+    def _waits_for_release(self) -> bool:
+        """Whether what comes next in the plan is a unit in use, which will be freed before."""
+        return any(
+            self._state[index] is UnitState.IN_USE
+            for index in self._order.upcoming(1)
+            if index not in self._held and index not in self._kept
+        )
 
     def release(self, unit: Unit) -> None:
         """The parameters of `unit` are not needed for now."""
@@ -332,6 +340,20 @@ class GatherRuntime:
             self._held -= newly
             for unit in gathered:
                 self._release(unit)
+
+    @contextmanager
+    def keep(self, units: list[Unit]) -> Iterator[None]:
+        """Units that a forward inside the block gathers stay whole until its end."""
+        newly = {u.index for u in units if self._state[u.index] is not UnitState.IN_USE}
+        newly -= self._held
+        self._held |= newly
+        try:
+            yield
+        finally:
+            self._held -= newly
+            for index in sorted(newly):
+                if not self.in_backward:  # there, what was computed again has its backward next
+                    self.release(self._units[index])
 
 
 def _control_group(group: comm.Group) -> comm.Group:

@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from ds_core import comm
 from ds_zero.errors import ShardError
@@ -34,11 +37,19 @@ class _Record:
         self.size = -(-self.numel // group.size) if self.numel else 0
         self.part = torch.zeros(self.size, dtype=owner.dtype_of(param), device=param.device)
 
+    @property
+    def start(self) -> int:
+        """Flat index of this rank's first element."""
+        return min(self.owner.group.rank * self.size, self.numel)
+
+    @property
+    def own(self) -> torch.Tensor:
+        """This rank's elements, without the padding."""
+        return self.part[: max(0, min(self.size, self.numel - self.start))]
+
     def store(self, value: torch.Tensor) -> None:
         """Keep this rank's part of the full value."""
-        start = min(self.owner.group.rank * self.size, self.numel)
-        own = value.detach().reshape(-1)[start : start + self.size]
-        self.part[: own.numel()].copy_(own)
+        self.own.copy_(value.detach().reshape(-1)[self.start : self.start + self.own.numel()])
 
     def gather(self) -> torch.Tensor:
         """The full value. Collective."""
@@ -60,6 +71,9 @@ class Init:
         dtype: parameters are kept in this floating dtype; default: as built.
         enabled: if False, do nothing.
         live_parameters: how many touched parameters may be whole at a time, at least.
+        empty: parameters are made without values, and initialisation code has no effect on them,
+            so that building costs no time; `load_pretrained` or a checkpoint gives them theirs.
+            Until then they are NaN. Buffers are built as ever.
 
     After the block the model is ready for `ds_zero.shard(..., stage=1|2|3)`. Until then each use of
     a parameter gathers it alone, on all ranks: right, but slow. Collective: all ranks build the
@@ -73,6 +87,7 @@ class Init:
         dtype: torch.dtype | None = None,
         enabled: bool = True,
         live_parameters: int = 2,
+        empty: bool = False,
     ) -> None:
         if dtype is not None and not dtype.is_floating_point:
             raise ShardError(f"Init: dtype must be a floating one, got {dtype}")
@@ -80,7 +95,9 @@ class Init:
         self._max_live = max(1, live_parameters)
         self._live: OrderedDict[int, nn.Parameter] = OrderedDict()
         self._roots: dict[nn.Module, None] = {}
-        self._hook: Any = None
+        self._empty = empty
+        self._devices: dict[int, tuple[nn.Parameter, torch.device]] = {}
+        self._hooks: list[Any] = []
         self._group: comm.Group | None = None
 
     @property
@@ -97,7 +114,10 @@ class Init:
 
     def __enter__(self) -> Init:
         if self._enabled:
-            self._hook = register_module_module_registration_hook(self._adopted)
+            self._hooks = [register_module_module_registration_hook(self._adopted)]
+        if self._enabled and self._empty:
+            # torch's annotation says that the hook returns nothing; its documentation, what it may.
+            self._hooks.append(register_module_parameter_registration_hook(self._emptied))  # type: ignore[arg-type]
         return self
 
     def __exit__(
@@ -108,11 +128,14 @@ class Init:
     ) -> None:
         if not self._enabled:
             return
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         if kind is not None:
             return
         for module in list(self._roots):
+            self._give_storage(module)
             self._take(module)
+        self._devices.clear()
         self._roots.clear()
         self._evict(keep=())
 
@@ -122,6 +145,28 @@ class Init:
         if child is not None:
             self._roots.pop(child, None)
             self._take(child)
+
+    def _emptied(
+        self, module: nn.Module, name: str, param: nn.Parameter | None
+    ) -> nn.Parameter | None:
+        """A module registers a parameter: a copy without storage, or None to let it be."""
+        if param is None or param.is_meta or is_sharded(param) or not param.is_floating_point():
+            return None
+        self._roots.setdefault(module)
+        meta = nn.Parameter(torch.empty_like(param, device="meta"), param.requires_grad)
+        meta.__dict__.update(param.__dict__)
+        self._devices[id(meta)] = meta, param.device
+        return meta
+
+    def _give_storage(self, module: nn.Module) -> None:
+        """Put the parameters that were emptied onto their device, as NaN that takes no room."""
+        for param in module.parameters():
+            if id(param) in self._devices:
+                device = self._devices.pop(id(param))[1]
+                unknown = torch.full((), float("nan"), dtype=param.dtype, device=device)
+                twin = nn.Parameter(unknown.expand(param.shape), param.requires_grad)
+                twin.__dict__.update(param.__dict__)
+                torch.utils.swap_tensors(param, twin)  # whoever holds the parameter keeps it
 
     def _take(self, module: nn.Module) -> None:
         for param in module.parameters():
@@ -137,6 +182,10 @@ class Init:
             show(param, getattr(param, _RECORD).gather())
             self._live[id(param)] = param
         self._evict(keep=tuple(id(param) for param in params))
+
+    def settle(self) -> None:
+        """Shard again whatever was touched, so that each rank's part is what counts."""
+        self._evict(keep=())
 
     def _evict(self, keep: tuple[int, ...]) -> None:
         limit = max(self._max_live, len(keep)) if keep else 0

@@ -11,9 +11,12 @@ import torch
 from torch import nn
 
 from ds_core import fused
-from ds_core.optimizer_state import PortableState, state_of
+from ds_core.optimizer_state import PortableState, number_parameters, state_of
 from ds_core.whole_matrices import WholeMatrices
 from ds_zero.unit import OptimizerPiece, Unit
+
+#: Above how many units, and elements of a shard, numbers of pieces may coincide.
+_MOST_UNITS, _MOST_NUMEL = 1 << 16, 1 << 36
 
 
 def initial_state(
@@ -39,6 +42,18 @@ def initial_state(
                         value.reshape(-1)[part.start : part.stop]
                     )
     return state
+
+
+def number_pieces(optimizer: torch.optim.Optimizer, units: list[Unit]) -> None:
+    """Number the pieces of units, for rounding at random: by rank, unit and place in its shard."""
+    number_parameters(
+        optimizer,
+        {
+            piece.weights: (unit.group.rank * _MOST_UNITS + unit.index) * _MOST_NUMEL + piece.start
+            for unit in units
+            for piece in unit.optimizer_pieces
+        },
+    )
 
 
 class InnerStep:
@@ -173,6 +188,7 @@ def split_by_parameter(optimizer: torch.optim.Optimizer, unit: Unit) -> None:
             cut.append(piece)
     _replace(optimizer, unit.optimizer_pieces, cut)
     unit.optimizer_pieces = cut
+    number_pieces(optimizer, [unit])
 
 
 def _part(value: Any, shape: torch.Size, own: slice) -> Any:

@@ -181,6 +181,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             group["params"] = params
         self._inner.state.clear()
         self._inner.state.update({**initial, **kept})
+        inner_step.number_pieces(self._inner, self._trainable)
         prefer_fused(self._inner)
 
     # torch's schedulers and scalers read and write these two.
@@ -372,6 +373,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
             return
         with self._gather.hold([unit for unit in units if unit.stage == 3]):
             yield
+
+    @contextmanager
+    def keep_units(self, units: list[Unit]) -> Iterator[None]:
+        """Units that forwards inside the block gather are not freed between them."""
+        if self._gather is None:
+            yield
+            return
+        with self._gather.keep([unit for unit in units if unit.stage == 3]):
+            yield
+
+    def ensure_backward(self) -> None:
+        """Note that a backward is under way; for whoever runs another one inside it."""
+        self._watch.ensure_begun()
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """What `model.state_dict()` would hold unsharded, parameters only, copied to the CPU.

@@ -76,17 +76,16 @@ class GatherOrder:
         """Record the use of a unit that `ahead` has already issued."""
         self._used.append(unit)
 
-    def ahead(self) -> int | None:
-        """Issue the plan's next gather before it is needed; its unit, or None at the end."""
-        if not self.active or self._cursor >= len(self._plan.units):
-            return None
-        unit = self._plan.units[self._cursor]
-        self._walk_to(self._cursor + 1)
-        return unit
-
     def upcoming(self, count: int) -> list[int]:
         """The next units of the plan that are not issued, `count` at most."""
         return self._plan.units[self._cursor : self._cursor + count] if self.active else []
+
+    def ahead(self) -> int | None:
+        """Issue the plan's next gather before it is needed; its unit, or None at the end."""
+        for unit in self.upcoming(1):
+            self._walk_to(self._cursor + 1)
+            return unit
+        return None
 
     def end(self) -> None:
         """Finish the pass: serve the ranks that still need something, then revise the plan."""

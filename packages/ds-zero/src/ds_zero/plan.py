@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -24,6 +25,14 @@ from ds_zero.errors import ShardError
 
 #: How a unit or leaf may be named: a module, a class, or a pattern on qualified names.
 Selector = nn.Module | type[nn.Module] | str
+
+
+@runtime_checkable
+class OwnUnits(Protocol):
+    """A module with parts that are units by themselves, also within a larger unit."""
+
+    def own_units(self) -> list[nn.Module]:
+        """Those parts; none contains another."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +59,14 @@ class UnitSpec:
         modules: their forward needs the parameters; in order of first use as built.
         params: sorted by optimizer group.
         is_root: stays whole during a whole forward and backward.
+        is_tile: one of a module's `own_units`, which is not whole for longer than its use.
     """
 
     name: str
     modules: list[nn.Module]
     params: list[ParamSpec] = field(default_factory=list)
     is_root: bool = False
+    is_tile: bool = False
 
     @property
     def trainable(self) -> bool:
@@ -80,6 +91,9 @@ def plan_units(
 ) -> list[UnitSpec]:
     """Divide `params` among units, in the order of the model's definition.
 
+    What a module names as its `own_units` (the tiles of a `TiledLinear`) are units also within
+    another unit, unless the module is a leaf, inside one, or named in `units` itself.
+
     Args:
         model: where the parameters live.
         params: every parameter to place, each once.
@@ -93,19 +107,26 @@ def plan_units(
     """
     names = {module: name for name, module in model.named_modules()}
     leaf_modules = _select(model, leaves)
-    if units is None and _numel(model) < min_unit_numel:
+    named = None if units is None else _select(model, units)
+    tiles = _own_units(model, {*leaf_modules, *(named or ())}, set(leaf_modules))
+    if named is not None:
+        chosen = [[module] for module in named]
+    elif _numel(model, tiles) < min_unit_numel:
         chosen = []  # the whole model is less than one unit
-    elif units is None:
-        stacks = repeated_stacks(model, leaf_modules)
-        chosen = _merge(stacks, min_unit_numel)
-        inside = {m for stack in stacks for block in stack for m in block.modules()}
-        chosen += [[m] for m in _large_rest(model, inside, leaf_modules, min_unit_numel)]
     else:
-        chosen = [[module] for module in _select(model, units)]
+        found = repeated_stacks(model, leaf_modules)
+        stacks = [[block for block in stack if block not in tiles] for stack in found]
+        chosen = _merge(stacks, tiles, min_unit_numel)
+        inside = {m for stack in stacks for block in stack for m in block.modules()}
+        chosen += [[m] for m in _large_rest(model, inside, tiles, min_unit_numel)]
     order = {module: position for position, module in enumerate(names)}
+    chosen += [[tile] for tile in tiles]
     chosen.sort(key=lambda modules: order[modules[0]])
-    owner = _owners(chosen)
-    specs = [UnitSpec(names[modules[0]] or "model", modules) for modules in chosen]
+    owner = _owners(chosen, tiles)
+    specs = [
+        UnitSpec(names[modules[0]] or "model", modules, is_tile=modules[0] in tiles)
+        for modules in chosen
+    ]
     root = UnitSpec("root", [model], is_root=True)
     for spec in params:
         index = owner.get(id(spec.param))
@@ -113,13 +134,29 @@ def plan_units(
     return [part for spec in (root, *specs) for part in _split(spec)]
 
 
-def _merge(stacks: list[list[nn.Module]], min_numel: int) -> list[list[nn.Module]]:
+def _own_units(
+    module: nn.Module, undivided: set[nn.Module], leaves: set[nn.Module]
+) -> dict[nn.Module, None]:
+    """What modules below want as units of their own; nothing of those undivided or in leaves."""
+    if module in leaves:
+        return {}
+    found: dict[nn.Module, None] = {}
+    if isinstance(module, OwnUnits) and module not in undivided:
+        found.update(dict.fromkeys(module.own_units()))
+    for child in module.children():
+        found.update(_own_units(child, undivided, leaves))
+    return found
+
+
+def _merge(
+    stacks: list[list[nn.Module]], tiles: dict[nn.Module, None], min_numel: int
+) -> list[list[nn.Module]]:
     merged: list[list[nn.Module]] = []
     for stack in stacks:
         run: list[nn.Module] = []
         for block in stack:
             run.append(block)
-            if sum(map(_numel, run)) >= min_numel:
+            if sum(_numel(each, tiles) for each in run) >= min_numel:
                 merged.append(run)
                 run = []
         if run and merged and merged[-1][-1] in stack:
@@ -130,24 +167,24 @@ def _merge(stacks: list[list[nn.Module]], min_numel: int) -> list[list[nn.Module
 
 
 def _large_rest(
-    module: nn.Module, inside: set[nn.Module], leaves: Sequence[nn.Module], min_numel: int
+    module: nn.Module, inside: set[nn.Module], tiles: dict[nn.Module, None], min_numel: int
 ) -> Iterator[nn.Module]:
     """Maximal submodules without a block in them that are worth a message of their own."""
     for child in module.children():
-        if child in inside:
+        if child in inside or child in tiles:
             continue
         if any(descendant in inside for descendant in child.modules()):
-            yield from _large_rest(child, inside, leaves, min_numel)
-        elif _numel(child) >= min_numel:
+            yield from _large_rest(child, inside, tiles, min_numel)
+        elif _numel(child, tiles) >= min_numel:
             yield child
 
 
-def _owners(chosen: list[list[nn.Module]]) -> dict[int, int]:
+def _owners(chosen: list[list[nn.Module]], tiles: dict[nn.Module, None]) -> dict[int, int]:
     """Index of the only chosen unit that reaches each parameter; shared ones are left out."""
     reached: dict[int, set[int]] = {}
     for index, modules in enumerate(chosen):
         for module in modules:
-            for param in module.parameters():
+            for param in _params_of(module, tiles):
                 reached.setdefault(id(param), set()).add(index)
     return {key: next(iter(units)) for key, units in reached.items() if len(units) == 1}
 
@@ -157,7 +194,8 @@ def _split(unit: UnitSpec) -> list[UnitSpec]:
     parts: dict[tuple[object, ...], UnitSpec] = {}
     for spec in unit.params:
         key = (spec.param.dtype, placement_of(spec.param), spec.group_index is None)
-        part = parts.setdefault(key, UnitSpec(unit.name, unit.modules, is_root=unit.is_root))
+        empty = UnitSpec(unit.name, unit.modules, is_root=unit.is_root, is_tile=unit.is_tile)
+        part = parts.setdefault(key, empty)
         part.params.append(spec)
     for part in parts.values():
         part.params.sort(key=lambda spec: -1 if spec.group_index is None else spec.group_index)
@@ -193,5 +231,13 @@ def _describe(selector: Selector) -> str:
     return selector.__name__ if isinstance(selector, type) else type(selector).__name__
 
 
-def _numel(module: nn.Module) -> int:
-    return sum(param.numel() for param in module.parameters())
+def _params_of(module: nn.Module, tiles: dict[nn.Module, None]) -> Iterator[nn.Parameter]:
+    """The parameters of a module and of what is in it, except in tiles; some maybe twice."""
+    yield from module.parameters(recurse=False)
+    for child in module.children():
+        if child not in tiles:
+            yield from _params_of(child, tiles)
+
+
+def _numel(module: nn.Module, tiles: dict[nn.Module, None]) -> int:
+    return sum(param.numel() for param in set(_params_of(module, tiles)))

@@ -135,6 +135,7 @@ def _plan(section: ZeroSection, work: Workload) -> list[UnitPlan]:
         group_of=lambda spec: (work.data_ranks, work.rank),
         precision=work.precision,
         state_bytes=lambda group, numel, dtype: work.optimizer.flat_bytes(numel, dtype),
+        gap_bytes=lambda group, numel, dtype: work.optimizer.gap_bytes(numel, dtype),
         offload=section.offload(),
         update_in_backward=section.update_in_backward,
         accumulation=work.accumulation,

@@ -144,6 +144,7 @@ class Unit:
         self._reduce_group = reduce_group or group
         self._wire = transport
         self.modules, self.is_root, self.trainable = spec.modules, spec.is_root, spec.trainable
+        self.is_tile = spec.is_tile
         self.specs = spec.params
         self.params = [s.param for s in spec.params]
         # With one rank there is nothing to gather: stage 3 keeps the parameters where they are.

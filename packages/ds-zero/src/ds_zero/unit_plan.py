@@ -34,6 +34,7 @@ class Setup:
         group_of: who shares a unit.
         precision: dtypes of parameters, master copy and gradients.
         state_bytes: what the optimizer keeps.
+        gap_bytes: what of it belongs to elements of no parameter; default: the same per element.
         offload: what leaves the device.
         update_in_backward: whether gradients are used up in backward.
         accumulation: micro-batches per step.
@@ -45,6 +46,7 @@ class Setup:
     group_of: GroupOf
     precision: Precision
     state_bytes: StateBytes
+    gap_bytes: StateBytes | None = None
     offload: Offload = field(default_factory=Offload)
     update_in_backward: bool = False
     accumulation: int = 1
@@ -156,11 +158,9 @@ class UnitPlan:
             if self.master is not None and self.states == "disk":
                 size = self.master.itemsize
                 yield Holding("disk", "master", (stop - start) * size, gap * size)
-            state, padding = (self._state(group, numel) for numel in (stop - start, gap))
-            yield Holding(self.states, "optimizer", state, padding)
-
-    def _state(self, group: int, numel: int) -> int:
-        return self.setup.state_bytes(group, numel, self.stepped)
+            state = self.setup.state_bytes(group, stop - start, self.stepped)
+            of_gap = self.setup.gap_bytes or self.setup.state_bytes
+            yield Holding(self.states, "optimizer", state, of_gap(group, gap, self.stepped))
 
     def _gradients(self) -> Iterator[Holding]:
         size, near = self.grad_dtype.itemsize, self.setup.near

@@ -13,6 +13,8 @@ Nothing that comes from disk is unpickled.
 `AsyncSaver` does what `save` does from a thread, while training goes on. Directories may be URLs of
 fsspec (`s3://bucket/run`), with the extra `ds-core[fsspec]`.
 
+`load_weights` reads Hugging Face's files straight into what each rank holds.
+
 `full_state_dict` reads whole weights one at a time, `export_safetensors` and `export_dcp` write
 what Hugging Face's libraries and torch's FSDP2 load, and `import_checkpoint` reads DeepSpeed's
 checkpoints, torch's and Hugging Face's.
@@ -30,6 +32,7 @@ from ds_core.checkpoint.importing import ImportReport, import_checkpoint
 from ds_core.checkpoint.inspection import Inspection, TensorFacts, inspect
 from ds_core.checkpoint.intact import newest_intact
 from ds_core.checkpoint.lazy import LazyStateDict, full_state_dict
+from ds_core.checkpoint.pretrained import LoadedWeights, load_weights
 from ds_core.checkpoint.sharded import FlatShard
 from ds_core.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 from ds_core.checkpoint.store import find, latest, load, read_state, save
@@ -57,6 +60,8 @@ __all__ = [
     "Exported",
     "import_checkpoint",
     "ImportReport",
+    "load_weights",
+    "LoadedWeights",
     "FlatShard",
     "SafetensorsReader",
     "SafetensorsWriter",

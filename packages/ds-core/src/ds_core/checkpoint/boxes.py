@@ -152,7 +152,7 @@ def cut_reads(shape: Sequence[int], wanted: Box, *, max_gap: int, max_numel: int
         shape: lengths of the stored box.
         wanted: a block of it, with offsets relative to it.
         max_gap: elements that may be read in vain between two wanted runs, because reading on is
-            cheaper than another read.
+            cheaper than another read. Around a single run, none are.
         max_numel: elements of the largest read, unless a single row is larger.
 
     Returns:
@@ -165,7 +165,9 @@ def cut_reads(shape: Sequence[int], wanted: Box, *, max_gap: int, max_numel: int
         return
     strides = row_strides(shape)
     dim = len(shape) - 1
-    while dim > 0 and (shape[dim] - wanted.lengths[dim]) * strides[dim] <= max_gap:
+    while dim > 0 and (gap := (shape[dim] - wanted.lengths[dim]) * strides[dim]) <= max_gap:
+        if gap and math.prod(wanted.lengths[:dim]) == 1:
+            break  # a single run, with nothing to read on to
         dim -= 1
     trailing = tuple(shape[dim + 1 :])
     rows_per_read = max(1, max_numel // strides[dim])

@@ -27,16 +27,24 @@ class LazyTensor:
         path: keys that lead to it in the nested state, such as `("model", "head.weight")`.
         dtype, shape: of the whole tensor.
         read: reads all of it, on the CPU; each call reads anew.
+        read_flat: reads elements `[start, stop)` of its flattening, where that takes less.
     """
 
     path: KeyPath
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
+    read_flat: Callable[[int, int], torch.Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
         return Box.whole(self.shape).numel * self.dtype.itemsize
+
+    def flat(self, start: int, stop: int) -> torch.Tensor:
+        """`[stop - start]`: elements of its row-major flattening, on the CPU."""
+        if self.read_flat is not None:
+            return self.read_flat(start, stop)
+        return self.read().reshape(-1)[start:stop]
 
 
 def in_memory(path: KeyPath, tensor: torch.Tensor) -> LazyTensor:

@@ -42,7 +42,7 @@ from torch.futures import Future
 
 from ds_core._version import __version__
 from ds_core.checkpoint import jsonable
-from ds_core.checkpoint.box_reader import BoxReader
+from ds_core.checkpoint.box_reader import BlockPart, BoxReader
 from ds_core.checkpoint.boxes import Box
 from ds_core.checkpoint.data_file import Entry, dtype_code, write_data_file
 from ds_core.checkpoint.files import create_synced, replace_atomically, size_of, write_all
@@ -210,15 +210,20 @@ class SafetensorsReader(StorageReader):
 
     Args:
         path: the checkpoint's directory.
+        exact: whether a rank reads only the bytes that it holds. It cannot verify the blocks of
+            which it reads a part; the caller does, as `ds_core.checkpoint.load`, from `parts`.
 
     Attributes:
         bytes_read: bytes read from data files so far.
+        parts: parts of blocks that were read and are to be verified, if `exact`.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, exact: bool = False) -> None:
         super().__init__()
         self.path = as_place(path)
+        self.exact = exact
         self.bytes_read = 0
+        self.parts: list[BlockPart] = []
         self._index: Index | None = None
 
     @property
@@ -239,6 +244,7 @@ class SafetensorsReader(StorageReader):
             self.path = as_place(checkpoint_id)
         self._index = None
         self.bytes_read = 0
+        self.parts = []
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The index in DCP's terms; `planner_data` maps each name to its path in nested dicts."""
@@ -275,11 +281,15 @@ class SafetensorsReader(StorageReader):
         if lazy:  # what no box holds would be written back as it comes
             self.index.check_coverage()
         tensors.sort(key=lambda pair: _reading_order(pair[0], pair[1], lazy))
-        with BoxReader(self.path, self.index) as boxes, OneAtATime(held, fill=True) as turn:
+        with (
+            BoxReader(self.path, self.index, exact=self.exact) as boxes,
+            OneAtATime(held, fill=True) as turn,
+        ):
             for stored, item in tensors:
                 turn.to(item.storage_index.fqn)
                 self._read_tensor(boxes, stored, item, planner)
             self.bytes_read += boxes.bytes_read
+            self.parts += boxes.parts
         future: Future[None] = Future()
         future.set_result(None)
         return future

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
 from ds_core.checkpoint import jsonable, tags
+from ds_core.checkpoint.block_parts import verify_together
 from ds_core.checkpoint.damage import damage, damaged, uncovered
 from ds_core.checkpoint.index import INDEX_NAME, Index, KeyPath
 from ds_core.checkpoint.planning import plan_save
@@ -82,7 +83,8 @@ def load(
 ) -> dict[str, Any]:
     """Fill the tensors of `state` from a checkpoint and return the state with the values read.
 
-    The world size and the sharding may differ from those of the save. Each tensor keeps its dtype
+    The world size and the sharding may differ from those of the save. A rank reads the index and
+    the bytes that it holds, no others; all that is read is verified. Each tensor keeps its dtype
     and device; what is read is converted. Nothing is unpickled.
     Collective: all ranks of `group` must call.
 
@@ -130,7 +132,7 @@ def _load_from(
     strict: bool,
     verify: bool,
 ) -> dict[str, Any]:
-    reader = SafetensorsReader(path)
+    reader = SafetensorsReader(path, exact=True)
     flat = ranks.each(what, lambda: flatten(state).only(parts).checked())
     matches = ranks.gather(what, lambda: _match(reader.index, flat))
     _check_match(path, reader.index, matches, parts, strict=strict)
@@ -145,6 +147,7 @@ def _load_from(
             process_group=ranks.group,
             no_dist=not ranks.distributed,
         )
+    verify_together(ranks, what, path, reader.index, reader.parts)
     return rebuild(state, wanted, _values(reader.index, parts))
 
 

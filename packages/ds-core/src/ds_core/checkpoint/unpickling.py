@@ -10,6 +10,7 @@ import importlib
 import io
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -79,7 +80,12 @@ def load_torch_file(
             known.setdefault(name, type(name.rpartition(".")[2], (Dropped,), {}))
     mapped = isinstance(file, str | Path) and zipfile.is_zipfile(file)
     try:
-        with torch.serialization.safe_globals([(stand_in, n) for n, stand_in in known.items()]):
+        with (
+            torch.serialization.safe_globals([(stand_in, n) for n, stand_in in known.items()]),
+            warnings.catch_warnings(),
+        ):
+            # Of pickles that torch did not write; what it cannot read is an error all the same.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         refused = re.findall(r"GLOBAL ([\w.]+)", str(error)) or re.findall(

@@ -77,13 +77,14 @@ def resolve(
         return _autocast_formats(autocast, fp16, data_types)
     compute, reason = _compute_format(bf16, fp16, bf16_is_fast, fp16_is_fast)
     grad = data_types.grad_accum_dtype
+    has_master = not (compute == "bf16" and bf16.bf16_master_weights_and_grads)
     if compute is None:
         # A 16-bit accumulation was asked for with 16-bit parameters, which "auto" left out.
         return NumberFormats(grad="fp32" if grad == "fp32" else None, reason=reason)
     return NumberFormats(
         compute=compute,
-        master="fp32",
-        grad=grad,
+        master="fp32" if has_master else None,
+        grad=grad if has_master else grad or "bf16",
         loss_scale=_loss_scaling(fp16) if compute == "fp16" else None,
         casts_inputs=compute == "fp16" and fp16.auto_cast,
         reason=reason,
@@ -105,6 +106,12 @@ def conflicts(
             problems.append(
                 f"torch_autocast.enabled: got true, but {name}.enabled is true as well: autocast "
                 f"keeps the parameters in fp32 and {name} does not; choose one"
+            )
+    for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
+        if getattr(bf16, key) and (bf16.enabled is False or autocast.enabled):
+            problems.append(
+                f"bf16.{key}: got true, but the parameters are not bf16; set bf16.enabled to true "
+                f"(without torch_autocast), or remove the key"
             )
     grad = data_types.grad_accum_dtype
     possible = {

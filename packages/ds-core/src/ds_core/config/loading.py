@@ -9,11 +9,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from ds_core import _values, lr_schedules, optimizers, plugins
-from ds_core.config import batch, formats, problems
+from ds_core.config import batch, formats, low_precision, problems
 from ds_core.config.document import Document, read
 from ds_core.config.root import Config, Origin
 from ds_core.config.section import Section
-from ds_core.config.sections import OptimizerSection, SchedulerSection
+from ds_core.config.sections import Bf16Section, OptimizerSection, SchedulerSection
 from ds_core.config.unsupported import UNSUPPORTED
 from ds_core.errors import ConfigError, PluginError
 
@@ -90,6 +90,7 @@ class _Loader:
         """The config. Raises ConfigError with all problems of the document."""
         self._sort_keys()
         sections = self._build_sections()
+        self._choose_low_precision()
         self._check_factory("optimizer", OptimizerSection, optimizers.problems)
         self._check_factory("scheduler", SchedulerSection, lr_schedules.problems)
         self._apply_batch_policies(sections)
@@ -150,6 +151,20 @@ class _Loader:
             except ValidationError as error:
                 self._problems += problems.translate(error, model, (name,))
         return built
+
+    def _choose_low_precision(self) -> None:
+        """Complete the optimizer's params by what the bf16 section says of states and rounding."""
+        try:
+            bf16 = Bf16Section.model_validate(self._own.get("bf16", {}))
+            optimizer = OptimizerSection.model_validate(self._own.get("optimizer"))
+        except ValidationError:
+            return  # absent, or reported with the other keys of ds-core
+        derived, found = low_precision.params_for(bf16, optimizer.type, optimizer.params)
+        self._problems += found
+        if derived:
+            params = {**optimizer.params, **derived}
+            self._own["optimizer"] = {**optimizer.model_dump(exclude_unset=True), "params": params}
+            self._origins.update((f"optimizer.params.{key}", "derived") for key in derived)
 
     def _check_factory(self, key: str, model: type[Section], find: optimizers.Finder) -> None:
         """Check `type` and `params` against the class they name, if the section is well formed."""

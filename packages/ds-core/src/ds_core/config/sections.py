@@ -104,14 +104,15 @@ class Fp16Section(Section):
         bool,
         Only(
             False,
-            because=f"{_LATER}: ds-ops will bring low-precision states; the master copy is fp32, "
-            "and zero_optimization.stage 1 or more holds 1/N of it: remove the key",
+            because="fp16 weights that are updated in place overflow and underflow, and no kernel "
+            "rounds fp16 stochastically; use bf16 and its bf16_master_weights_and_grads, or keep "
+            "the fp32 master copy, of which zero_optimization.stage 1 or more holds 1/N",
         ),
     ] = Field(default=False, description="Only false: the master copy is fp32.")
 
 
 class Bf16Section(Section):
-    """bf16 parameters and activations, fp32 master copy; no loss scale is needed."""
+    """bf16 parameters and activations, fp32 master copy or none; no loss scale is needed."""
 
     enabled: Switch = Field(
         default=False,
@@ -129,23 +130,24 @@ class Bf16Section(Section):
         default=True,
         description="Only true: gradients that are not finite never reach the weights.",
     )
-    bf16_master_weights_and_grads: Annotated[
-        bool,
-        Only(
-            False,
-            because=f"{_LATER}: ds-ops will bring low-precision states; the master copy is fp32, "
-            "and zero_optimization.stage 1 or more holds 1/N of it. To train without one, build "
-            "the model in bf16 and leave bf16 off",
-        ),
-    ] = Field(default=False, description="Only false: the master copy is fp32.")
-    bf16_optimizer_states: Annotated[
-        bool,
-        Only(
-            False,
-            because="they are a parameter of the optimizer here: with ds-ops installed, set "
-            "optimizer.params.fp32_optimizer_states to false",
-        ),
-    ] = Field(default=False, description="Only false: optimizer states are fp32.")
+    bf16_master_weights_and_grads: bool = Field(
+        default=False,
+        description="Whether there is no fp32 master copy: the bf16 parameters themselves are "
+        "updated, and gradients accumulate in bf16 unless data_types.grad_accum_dtype says "
+        "otherwise. 4 bytes per parameter less, 6 with fp32 gradients.",
+    )
+    stochastic_rounding: bool = Field(
+        default=True,
+        description="With bf16_master_weights_and_grads: whether updated parameters are rounded up "
+        "or down at random, right on average, by an optimizer of ds-ops. If not, they are rounded "
+        "to nearest, and an update of less than 1/512 of a weight is lost.",
+    )
+    bf16_optimizer_states: bool = Field(
+        default=False,
+        description="Whether optimizer states are bf16 in place of fp32, by an optimizer of "
+        "ds-ops; torch's own keep theirs in the format of what they update. For 8 bits: "
+        'optimizer.type "Adam8bit".',
+    )
 
 
 class TorchAutocastSection(Section):

@@ -14,6 +14,9 @@ from ds_core.errors import PlanError
 #: Sizes of a tiny tensor's dimensions, all different, so that a state's dimensions tell whose.
 _TINY = (3, 5, 7, 11, 13, 17)
 
+#: Elements of which blocks keep less than a byte each.
+_MANY = 1 << 20
+
 #: A tensor: its name, shape and dtype.
 Described = tuple[str, Sequence[int], torch.dtype]
 
@@ -49,6 +52,12 @@ class OptimizerState:
         if dtype not in self._per_element:
             self._per_element[dtype] = sum(self._probe([("flat", (3,), dtype)])[1]) // 3
         return numel * self._per_element[dtype]
+
+    def gap_bytes(self, numel: int, dtype: torch.dtype) -> int:
+        """Bytes of state of elements that belong to no parameter: what each has, no block's."""
+        if self._told is not None:
+            return numel * (self._told(_MANY) // _MANY)
+        return self.flat_bytes(numel, dtype)
 
     def total_bytes(self, tensors: Iterable[Described]) -> int:
         """Bytes of state of whole tensors; numbers kept once per tensor, as its step, left out."""

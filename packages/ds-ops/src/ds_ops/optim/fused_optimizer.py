@@ -104,6 +104,7 @@ class FusedOptimizer(Optimizer, ABC):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
             self._check_group(group)
+        self._number_new()
 
     def _forget_steps(self) -> None:
         self._undos: dict[torch.Tensor, _Undo] = {}
@@ -120,6 +121,22 @@ class FusedOptimizer(Optimizer, ABC):
         except OptimizerError:
             self.param_groups.pop()
             raise
+        self._number_new()
+
+    def _number_new(self) -> None:
+        """Number parameters that have no number yet, in the order of their groups."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                self._positions.setdefault(param, len(self._positions))
+
+    def number_parameters(self, numbers: Mapping[torch.Tensor, int]) -> None:
+        """Tell parameters apart by these numbers where rounding is random.
+
+        By default a parameter has its place among those of all groups.
+        """
+        known = {**self._positions, **numbers}
+        current = [param for group in self.param_groups for param in group["params"]]
+        self._positions = {param: known[param] for param in current if param in known}
 
     def _check_param(self, param: torch.Tensor) -> None:
         name = type(self).__name__
@@ -249,7 +266,7 @@ class FusedOptimizer(Optimizer, ABC):
             )
 
     def _seed(self, group: dict[str, Any], param: torch.Tensor, step: int) -> int | None:
-        """What random rounding depends on: the step, and the parameter's place among all."""
+        """What random rounding depends on: the step, and the parameter's number."""
         if not group["stochastic_rounding"]:
             return None
         position = self._positions.setdefault(param, len(self._positions))

@@ -44,9 +44,10 @@ class Foreign:
         dtype: torch.dtype,
         shape: tuple[int, ...],
         read: Callable[[], torch.Tensor],
+        read_flat: Callable[[int, int], torch.Tensor] | None = None,
     ) -> None:
         """State where a parameter or buffer of the model is."""
-        self._add((MODEL, name), dtype, shape, read)
+        self._add((MODEL, name), dtype, shape, read, read_flat)
 
     def add_moment(
         self,
@@ -94,11 +95,12 @@ class Foreign:
         dtype: torch.dtype,
         shape: tuple[int, ...],
         read: Callable[[], torch.Tensor],
+        read_flat: Callable[[int, int], torch.Tensor] | None = None,
     ) -> None:
         full = ".".join(path)
         if full in self.state.tensors:
             raise CheckpointError(f"{self.kind}: {full} is there twice")
-        self.state.tensors[full] = LazyTensor(path, dtype, shape, read)
+        self.state.tensors[full] = LazyTensor(path, dtype, shape, read, read_flat)
 
 
 def plain(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -108,22 +108,32 @@ def _add_safetensors(found: Foreign, path: Path) -> None:
                 raise ValueError(f"bytes [{start}, {stop}) of a file of {size}")
         except (KeyError, TypeError, ValueError, CheckpointError) as error:
             raise CheckpointError(f"{path} is damaged or cut off at {name}: {error}") from error
-        found.add_weight(name, dtype, shape, _reader(path, start, stop, dtype, shape))
+        read_flat = _reader(path, start, dtype)
+        found.add_weight(name, dtype, shape, _whole(read_flat, shape), read_flat)
     # `safetensors.torch.save_model` keeps one of several tied weights and notes the others so.
     found.aliases |= {k: v for k, v in notes.items() if v in header and k not in header}
 
 
-def _reader(path: Path, start: int, stop: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Any:
-    def read() -> torch.Tensor:
+def _reader(path: Path, start: int, dtype: torch.dtype) -> Callable[[int, int], torch.Tensor]:
+    """Reads elements `[first, last)` of a tensor whose bytes begin at `start` of a file."""
+
+    def read(first: int, last: int) -> torch.Tensor:
+        count = (last - first) * dtype.itemsize
         with open(path, "rb", buffering=0) as file:
-            data = read_exactly(file, start, stop - start)
-        if len(data) < stop - start:
+            data = read_exactly(file, start + first * dtype.itemsize, count)
+        if len(data) < count:
             raise CheckpointError(f"{path} is cut off")
         if not data:
-            return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(shape)
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(data, dtype=torch.uint8).view(dtype)
 
     return read
+
+
+def _whole(
+    read_flat: Callable[[int, int], torch.Tensor], shape: tuple[int, ...]
+) -> Callable[[], torch.Tensor]:
+    return lambda: read_flat(0, Box.whole(shape).numel).view(shape)
 
 
 def _add_torch(found: Foreign, path: Path, drop_objects: bool) -> None:
