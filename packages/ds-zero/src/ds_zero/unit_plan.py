@@ -34,24 +34,24 @@ class Setup:
         group_of: who shares a unit.
         precision: dtypes of parameters, master copy and gradients.
         state_bytes: what the optimizer keeps.
-        gap_bytes: what of it belongs to elements of no parameter; default: the same per element.
         offload: what leaves the device.
         update_in_backward: whether gradients are used up in backward.
         accumulation: micro-batches per step.
         prefetch: units gathered ahead at stage 3.
         is_host: whether the model computes on the CPU, so that "cpu" is no other memory.
+        gap_bytes: what of `state_bytes` has elements of no parameter; default: the same per element.
     """
 
     stage: int
     group_of: GroupOf
     precision: Precision
     state_bytes: StateBytes
-    gap_bytes: StateBytes | None = None
     offload: Offload = field(default_factory=Offload)
     update_in_backward: bool = False
     accumulation: int = 1
     prefetch: int = 1
     is_host: bool = False
+    gap_bytes: StateBytes | None = None
 
     @property
     def near(self) -> Place:
