@@ -88,6 +88,11 @@ def shard(
             f"update_in_backward: got True with max_grad_norm={max_grad_norm}, but the norm is "
             f"known only after backward, when every unit has been updated; leave out one of them"
         )
+    if update_in_backward and offload.speculative:
+        raise ShardError(
+            "update_in_backward: got True with offload.speculative, which keeps gradients to step "
+            "again; leave out one of them"
+        )
     sharded = ZeroOptimizer(
         model,
         optimizer,

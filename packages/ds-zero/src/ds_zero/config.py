@@ -78,8 +78,11 @@ class OffloadOptimizerSection(Section):
         description="Share of the optimizer's elements that leaves the device, in whole units; the "
         'rest is updated there at the same time. Not of DeepSpeed: "auto" measures both sides.',
     )
-    super_offload: Annotated[bool, Only(False, because=f"{_LATER}; remove the key")] = Field(
-        default=False, description="Only false."
+    super_offload: bool = Field(
+        default=False,
+        description='With "cpu": the host steps each unit while backward still runs, before the '
+        "gradient norm is known, and takes that back, to the bit, where gradients are clipped or "
+        "the step is left out. Weights and states need their memory twice, from backward to step.",
     )
     cpuadam_cores_perc: float = Field(
         default=0.8,
@@ -90,6 +93,11 @@ class OffloadOptimizerSection(Section):
 
     @model_validator(mode="after")
     def _check_path(self) -> OffloadOptimizerSection:
+        if self.super_offload and self.device != "cpu":
+            raise refusal(
+                f'super_offload: got true with device "{self.device}"; a step that may be taken '
+                f'back needs its states in host memory: set device to "cpu"'
+            )
         return _with_path(self)
 
 
@@ -388,6 +396,7 @@ class ZeroSection(Section):
             folder=states.nvme_path,
             parameters_folder=shards.nvme_path,
             ratio=states.ratio if states.device != "none" else 1.0,
+            speculative=states.super_offload,
             pin_memory=states.pin_memory,
             buffers=states.buffer_count,
             parameter_buffers=shards.buffer_count,

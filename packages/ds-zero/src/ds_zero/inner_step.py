@@ -47,10 +47,17 @@ class InnerStep:
     Args:
         optimizer: the user's, whose groups hold flat shards.
         grad_scale: factor on every gradient.
+        undo: whether the optimizer keeps what takes the step back (`fused.can_undo`).
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, grad_scale: float | torch.Tensor) -> None:
-        self._optimizer = optimizer
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        grad_scale: float | torch.Tensor,
+        *,
+        undo: bool = False,
+    ) -> None:
+        self._optimizer, self._undo = optimizer, undo
         self._scale = grad_scale
         self._unit_scale = isinstance(grad_scale, float) and grad_scale == 1.0
         self._one_pass = fused.is_one_pass(optimizer)
@@ -62,22 +69,23 @@ class InnerStep:
         Parameters that are updated as whole matrices are left out. Afterwards the low-precision
         shard has the new values too.
         """
-        pieces = self._due(unit, used)
-        everything = sum(piece.stop - piece.start for piece in unit.optimizer_pieces)
-        whole = sum(piece.stop - piece.start for piece in pieces) == everything
-        if not pieces:
-            return
-        unit.settle_gradient()
-        with unit.updating(whole=whole) as rounded:
-            # States on disk pass through memory a piece at a time.
-            turns = [[piece] for piece in pieces] if unit.states == "nvme" else [pieces]
-            for turn in turns:
-                with ExitStack() as stack:
-                    for piece in turn:
-                        stack.enter_context(unit.present(piece, edits=True))
-                    self._step(unit, turn, rounded)
+        pieces = self.due(unit, used)
+        if pieces:
+            with unit.updating(whole=is_all_of(unit, pieces)) as rounded:
+                self.take(unit, pieces, rounded)
 
-    def _due(self, unit: Unit, used: list[bool]) -> list[OptimizerPiece]:
+    def take(self, unit: Unit, pieces: list[OptimizerPiece], rounded: torch.Tensor | None) -> None:
+        """Update some pieces of `unit`, and leave their weights in `rounded` too."""
+        unit.settle_gradient()
+        # States on disk pass through memory a piece at a time.
+        turns = [[piece] for piece in pieces] if unit.states == "nvme" else [pieces]
+        for turn in turns:
+            with ExitStack() as stack:
+                for piece in turn:
+                    stack.enter_context(unit.present(piece, edits=True))
+                self._step(unit, turn, rounded)
+
+    def due(self, unit: Unit, used: list[bool]) -> list[OptimizerPiece]:
         """The pieces that a step updates."""
         pieces = unit.optimizer_pieces
         if not all(used):
@@ -113,7 +121,7 @@ class InnerStep:
             if rounded is not None:
                 copies[piece.weights] = rounded[piece.start : piece.stop]
         with self._only(pieces):
-            fused.step_in_one_pass(self._optimizer, gradients, copies, self._scale)
+            fused.step_in_one_pass(self._optimizer, gradients, copies, self._scale, undo=self._undo)
 
     def _gradient(self, unit: Unit, piece: OptimizerPiece) -> torch.Tensor:
         gradient = unit.grad[piece.start : piece.stop]
@@ -135,6 +143,12 @@ class InnerStep:
         finally:
             for group, params in zip(groups, everything, strict=True):
                 group["params"] = params
+
+
+def is_all_of(unit: Unit, pieces: list[OptimizerPiece]) -> bool:
+    """Whether these pieces are all that the optimizer updates of `unit`."""
+    everything = sum(piece.stop - piece.start for piece in unit.optimizer_pieces)
+    return sum(piece.stop - piece.start for piece in pieces) == everything
 
 
 def is_whole(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:

@@ -24,6 +24,8 @@ from ds_zero.errors import ShardError
 from ds_zero.gather import GatherRuntime
 from ds_zero.offload import Offload
 from ds_zero.offload.homes import Homes
+from ds_zero.offload.speculative import Speculation
+from ds_zero.offload.worker import HostWorker
 from ds_zero.plan import Selector, UnitSpec, plan_units
 from ds_zero.sharded_param import show_class
 from ds_zero.unit import Unit
@@ -118,6 +120,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if update_in_backward:
             self._early = EarlyUpdates(self._inner, self._trainable, self._matrices)
             self.reduces_each_backward = False
+        self._worker: HostWorker | None = None
+        #: Steps that are taken before they are asked for, of an optimizer that speculates.
+        self._ahead: Speculation | None = None
+        if offload.speculative:
+            self._worker = HostWorker(beside=self._homes.leaves_device)
+            self._ahead = Speculation(self._inner, self._trainable, self._worker)
 
     def _put_on_disk(self, unit: Unit) -> dict[torch.Tensor, dict[str, Any]]:
         """Allocate the states of a unit that lives on disk, and write them; their small parts."""
@@ -167,6 +175,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     @property
     def state(self) -> Any:
         """The inner optimizer's state of this rank's flat shards."""
+        self.take_back()
         return self._inner.state
 
     @state.setter
@@ -183,8 +192,28 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------ backward
 
+    @property
+    def expected_scale(self) -> float | None:
+        """What the coming backward's gradients will be multiplied by, unless they are clipped.
+
+        None: more backwards follow before the step. Tells only an optimizer that speculates.
+        """
+        return 1.0 if self._ahead is None else self._ahead.expected_scale
+
+    @expected_scale.setter
+    def expected_scale(self, value: float | None) -> None:
+        if self._ahead is not None:
+            self._ahead.expected_scale = value
+
+    def take_back(self) -> None:
+        """Weights and states are as the last `step` left them, whatever was stepped ahead."""
+        if self._ahead is not None:
+            self._ahead.take_back()
+
     def _begin_backward(self) -> None:
         self._agreed = None
+        if self._ahead is not None:
+            self._ahead.begin_backward()
         self._reducer.begin()
         if self._gather is not None:
             self._gather.begin_backward()
@@ -193,6 +222,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self._gather is not None:
             self._gather.end_backward()
         self._reducer.finish()
+        if self._ahead is not None:
+            self._ahead.end_backward()
 
     def _gradients_complete(self, unit: Unit) -> None:
         if self._gather is not None and unit.stage == 3:
@@ -230,9 +261,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         self._reducer.settle()
         if self._agreed is None or self._agreed.norm is None:
-            squares = None if self._early is None else self._early.norm_squares
+            squares = {} if self._early is None else self._early.norm_squares
+            if self._ahead is not None:
+                squares = self._ahead.norm_squares()
             self._agreed = _agree(self._trainable, with_norm=True, squares=squares)
         assert self._agreed.norm is not None
+        if self._ahead is not None and not bool(torch.isfinite(self._agreed.norm)):
+            self._ahead.take_back()
         return self._agreed.norm
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
@@ -285,7 +320,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._homes.expect(p.weights for unit in self._trainable for p in unit.optimizer_pieces)
         pending = []
         for unit in self._trainable:
-            step.run(unit, used[unit.index])
+            mine = used[unit.index]
+            if self._ahead is None or not self._ahead.settle(unit, mine, grad_scale):
+                step.run(unit, mine)
             pending.append(unit.publish())
         for gather in pending:
             if gather is not None:
@@ -296,6 +333,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._agreed = None
         if self._early is not None:
             self._early.forget()
+        self.take_back()
         self._reducer.forget()
         for unit in self._trainable:
             unit.clear_gradient()
@@ -342,18 +380,23 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def full_parameter(self, which: str | nn.Parameter) -> torch.Tensor:
         """Full value of one parameter, fp32 where a master copy exists. Collective."""
+        self.take_back()
         return state.full_value(self, which, "parameter")
 
     def full_gradient(self, which: str | nn.Parameter) -> torch.Tensor | None:
         """Full averaged gradient of one parameter; None before any backward. Collective."""
+        if self._ahead is not None:
+            self._ahead.wait()
         return state.full_value_or_none(self, which, "gradient")
 
     def full_optimizer_state(self, which: str | nn.Parameter, key: str) -> torch.Tensor:
         """Full optimizer state such as "exp_avg" of one parameter. Collective."""
+        self.take_back()
         return state.full_value(self, which, key)
 
     def set_full_parameter(self, which: str | nn.Parameter, value: torch.Tensor) -> None:
         """Overwrite one parameter everywhere, master copy included. Collective."""
+        self.take_back()
         state.set_full_value(self, which, "parameter", value)
 
     def set_full_gradient(self, which: str | nn.Parameter, value: torch.Tensor) -> None:
@@ -364,12 +407,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 "ends; shard without it"
             )
         self._agreed = None
+        self.take_back()
         state.set_full_value(self, which, "gradient", value)
 
     def set_full_optimizer_state(
         self, which: str | nn.Parameter, key: str, value: torch.Tensor
     ) -> None:
         """Overwrite an optimizer state such as "exp_avg" of one parameter. Collective."""
+        self.take_back()
         state.set_full_value(self, which, key, value)
 
     def local_value(self, which: str | nn.Parameter, kind: str) -> torch.Tensor:
@@ -378,10 +423,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Empty where this rank holds none of it. Writing to it changes the value; a changed
         parameter shows after the next step or `publish`.
         """
+        self.take_back()
         return state.local_value(self, which, kind)
 
     def publish(self) -> None:
         """Make parameters that were edited or loaded visible to the model. Collective."""
+        self.take_back()
         for unit in self.units:
             unit.refresh()
             pending = unit.publish()
@@ -395,10 +442,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Loads into any stage and world size. See `model_state` for the parameters.
         """
+        self.take_back()
         return state.optimizer_state(self)
 
     def prepare_load(self) -> None:
         """Allocate the optimizer state that loading a checkpoint fills in place."""
+        self.take_back()
         for unit in self._trainable:
             for piece in unit.optimizer_pieces:
                 group = self._inner.param_groups[piece.group_index]
@@ -410,20 +459,31 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Adopt a `state_dict()` whose tensors DCP filled in place, and publish. Collective."""
+        self.take_back()
         load_groups(self.param_groups, state_dict["groups"])
         state.adopt_loaded(self, state_dict["state"])
         self.publish()
 
     def model_state(self) -> dict[str, Any]:
         """Parameters by name, each rank's share as `FlatShard`s of the most precise copy."""
+        self.take_back()
         return state.model_state(self)
 
     def memory(self) -> dict[str, int]:
-        """Bytes that this rank holds between steps, by kind; "padding" is part of the others."""
-        return state.memory(self)
+        """Bytes that this rank holds between steps, by kind; "padding" is part of the others.
+
+        "undo", of an optimizer that speculates: what it holds more from backward to step.
+        """
+        found = state.memory(self)
+        if self._ahead is not None:
+            found["undo"] = self._ahead.undo_bytes()
+        return found
 
     def close(self) -> None:
         """Undo the sharding: the model is whole again, with no hook of ours. Collective."""
+        self.take_back()
+        if self._worker is not None:
+            self._worker.close()
         if self._gather is not None:
             with self._gather.hold():
                 pass
@@ -463,7 +523,7 @@ def _agree(
 ) -> _Agreement:
     """Exchange the ranks' squared gradient norms and the parameters that each of them used.
 
-    squares: by unit, norms that are known already; None: of the gradients that are here.
+    squares: by unit, squared norms that are known already; the others are of what is here.
     """
     norm_squared = torch.zeros((), dtype=torch.float64)
     used: dict[int, list[bool]] = {}
@@ -471,8 +531,9 @@ def _agree(
         members = [unit for unit in units if unit.group is group]
         local = torch.zeros(1, dtype=torch.float64, device=members[0].full.device)
         for unit in members if with_norm else ():
-            if squares is not None:
-                local += squares.get(unit.index, 0.0)
+            known = (squares or {}).get(unit.index)
+            if known is not None:
+                local += known.to(local.device)
             elif unit.has_grad:
                 unit.settle_gradient()
                 local += vector_norm(unit.grad).double().square_().to(local.device)

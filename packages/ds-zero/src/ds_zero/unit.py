@@ -144,6 +144,8 @@ class Unit:
         self.has_grad = False
         #: Called when the average of its gradients is complete.
         self.on_reduced: Callable[[Unit], None] = _nothing
+        #: Called before another average is added to one that is here.
+        self.on_added: Callable[[Unit], None] = _nothing
 
     # ------------------------------------------------------------------ parameters
 
@@ -189,6 +191,11 @@ class Unit:
             pin = self._homes.offload.pin_memory
             self._outgoing = host_empty(self.shard.numel(), self.dtype, pin=pin)
             self._outgoing.copy_(self.shard)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether an update leaves rounded weights beside those of the optimizer."""
+        return self.master is not None and (self.crossing is None or self._outgoing is not None)
 
     def _own(self, flat: torch.Tensor) -> torch.Tensor:
         size = self.layout.shard_numel
@@ -423,6 +430,8 @@ class Unit:
 
     def finish_reduce(self) -> None:
         """The reduction is complete: what of the gradient is not here any more loses its memory."""
+        if self.has_grad:
+            self.on_added(self)
         if self.crossing is not None:
             self.crossing.send_gradient(self._reduced, accumulate=self.has_grad)
         self._reduced = self.grad

@@ -29,6 +29,9 @@ class Offload:
         parameters_folder: the same for parameters; default: `folder`.
         ratio: share of the optimizer's elements that leave the device, in whole units; the rest
             is updated there. "auto": found by measuring both sides (Twin-Flow).
+        speculative: step the units on the host while backward runs, before the gradient norm is
+            known, and take the step back, to the bit, where it asks for clipping (SuperOffload).
+            Needs memory for weights and states a second time, from backward to step.
         pin_memory: whether host memory is page-locked, for copies beside the program.
         piece_numel: elements of one read or write of states on disk; a larger parameter is one.
         buffers: such pieces in memory at a time: one read, one updated, one written.
@@ -41,6 +44,7 @@ class Offload:
     folder: str | None = None
     parameters_folder: str | None = None
     ratio: float | Literal["auto"] = 1.0
+    speculative: bool = False
     pin_memory: bool = True
     piece_numel: int = 1 << 24
     buffers: int = 3
@@ -66,6 +70,16 @@ class Offload:
             raise ShardError(
                 f"offload: ratio: got {self.ratio!r}, but nothing of the optimizer leaves the "
                 f'device; set optimizer="cpu"'
+            )
+        if self.speculative and self.optimizer != "cpu":
+            why = (
+                "whose states on disk would have to be read again to be taken back"
+                if self.optimizer == "nvme"
+                else "where no step waits for the host"
+            )
+            raise ShardError(
+                f'offload: speculative: got True with optimizer="{self.optimizer}", {why}; set '
+                f'optimizer="cpu", or leave it out'
             )
         for name, least in (
             ("piece_numel", 1),
