@@ -93,6 +93,11 @@ def shard(
             "update_in_backward: got True with offload.speculative, which keeps gradients to step "
             "again; leave out one of them"
         )
+    if update_in_backward and offload.ratio == "auto":
+        raise ShardError(
+            'update_in_backward: got True with offload.ratio="auto", which measures a step after '
+            "backward; give the ratio as a number"
+        )
     sharded = ZeroOptimizer(
         model,
         optimizer,

@@ -25,6 +25,7 @@ from ds_zero.gather import GatherRuntime
 from ds_zero.offload import Offload
 from ds_zero.offload.homes import Homes
 from ds_zero.offload.speculative import Speculation
+from ds_zero.offload.twin_flow import TwinFlow
 from ds_zero.offload.worker import HostWorker
 from ds_zero.plan import Selector, UnitSpec, plan_units
 from ds_zero.sharded_param import show_class
@@ -123,8 +124,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._worker: HostWorker | None = None
         #: Steps that are taken before they are asked for, of an optimizer that speculates.
         self._ahead: Speculation | None = None
-        if offload.speculative:
-            self._worker = HostWorker(beside=self._homes.leaves_device)
+        #: What steps on the host and on the device at the same time, if both have states.
+        self._twins: TwinFlow | None = None
+        if offload.speculative or offload.splits:
+            beside = self._homes.leaves_device or offload.splits
+            self._worker = HostWorker(beside=beside and offload.parameters != "nvme")
+        if self._worker is not None and offload.splits:
+            ranks = mesh.group("dp")
+            self._twins = TwinFlow(self._inner, self._trainable, offload, ranks, self._worker)
+        if self._worker is not None and offload.speculative:
             self._ahead = Speculation(self._inner, self._trainable, self._worker)
 
     def _put_on_disk(self, unit: Unit) -> dict[torch.Tensor, dict[str, Any]]:
@@ -316,8 +324,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         used = self._agreed.used
         for matrices in self._matrices:
             matrices.run(used, grad_scale)
-        step = inner_step.InnerStep(self._inner, grad_scale)
         self._homes.expect(p.weights for unit in self._trainable for p in unit.optimizer_pieces)
+        if self._twins is not None:
+            self._twins.run(used, grad_scale, self._ahead)
+            return
+        step = inner_step.InnerStep(self._inner, grad_scale)
         pending = []
         for unit in self._trainable:
             mine = used[unit.index]
@@ -337,6 +348,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._reducer.forget()
         for unit in self._trainable:
             unit.clear_gradient()
+        if self._twins is not None:
+            self._twins.move()
+
+    @property
+    def host_ratio(self) -> float:
+        """Share of the trained elements that step on the host; with ratio "auto" it is found."""
+        on_host = sum(u.layout.numel for u in self._trainable if u.states != "device")
+        return on_host / max(1, sum(unit.layout.numel for unit in self._trainable))
 
     def first_nonfinite(self) -> str | None:
         """Name of the first parameter of which this rank's share has a non-finite gradient."""

@@ -71,6 +71,11 @@ class Offload:
                 f"offload: ratio: got {self.ratio!r}, but nothing of the optimizer leaves the "
                 f'device; set optimizer="cpu"'
             )
+        if self.ratio == "auto" and self.optimizer != "cpu":
+            raise ShardError(
+                f'offload: ratio: got "auto" with optimizer={self.optimizer!r}; states are moved '
+                f'between the device and host memory only: set optimizer="cpu", or give a number'
+            )
         if self.speculative and self.optimizer != "cpu":
             why = (
                 "whose states on disk would have to be read again to be taken back"
@@ -97,6 +102,11 @@ class Offload:
         """Where parameters on "nvme" are."""
         return self.parameters_folder or self.folder
 
+    @property
+    def splits(self) -> bool:
+        """Whether host and device may both have states to update."""
+        return self.optimizer != "device" and self.ratio not in (0.0, 1.0)
+
     def check_stage(self, stage: int) -> None:
         """Raise ShardError for a stage at which the parameters cannot leave the device."""
         if self.parameters != "device" and stage != 3:
@@ -113,13 +123,20 @@ class Offload:
         """
         if self.optimizer == "device":
             return ["device"] * len(sizes)
-        ratio = 1.0 if self.ratio == "auto" else self.ratio
-        wanted, total, found = ratio * sum(sizes), 0, list[Tier]()
-        for size in reversed(sizes):
-            leaves = abs(total + size - wanted) <= abs(total - wanted)
-            total += size if leaves else 0
-            found.append(self.optimizer if leaves else "device")
-        return found[::-1]
+        # Half to begin with, so that both sides can be measured.
+        ratio = (0.5 if len(sizes) > 1 else 1.0) if self.ratio == "auto" else self.ratio
+        leaves = nearest_split(sizes, ratio * sum(sizes))
+        return [self.optimizer if leave else "device" for leave in leaves]
+
+
+def nearest_split(sizes: Sequence[int], wanted: float) -> list[bool]:
+    """Which units leave, from the last on, so that about `wanted` of all their elements do."""
+    total, found = 0, list[bool]()
+    for size in reversed(sizes):
+        leaves = abs(total + size - wanted) <= abs(total - wanted)
+        total += size if leaves else 0
+        found.append(leaves)
+    return found[::-1]
 
 
 def is_host(device: torch.device) -> bool:

@@ -58,14 +58,9 @@ class Speculation:
                     f"from all units and ranks, after backward; set speculative=False, or use an "
                     f"elementwise optimizer"
                 )
-            if group.get("stochastic_rounding"):
-                raise ShardError(
-                    f"offload: speculative: {type(optimizer).__name__} rounds at random by the "
-                    f"order of its steps, which backward would turn around; set "
-                    f"stochastic_rounding=False, or speculative=False"
-                )
+        refuse_random_rounding(optimizer, "speculative", "leave it out")
         self._optimizer, self._worker = optimizer, worker
-        self._units = [unit for unit in units if unit.states != "device"]
+        self._units = units
         self._ahead: dict[int, _Ahead] = {}
         # By unit, which parameters the last step updated: what is expected of this one.
         self._used: dict[int, list[bool]] = {}
@@ -93,7 +88,8 @@ class Speculation:
         own = unit.used
         if unit.group.size > 1:
             own = [mine or other for mine, other in zip(own, before, strict=True)]
-        pieces = InnerStep(self._optimizer, 1.0).due(unit, own) if self._is_open else []
+        guesses = self._is_open and unit.states != "device"
+        pieces = InnerStep(self._optimizer, 1.0).due(unit, own) if guesses else []
         if not pieces:
             return
         assert self.expected_scale is not None
@@ -154,6 +150,8 @@ class Speculation:
         """Bytes that this rank holds more, from the end of backward until the step."""
         total = 0
         for unit in self._units:
+            if unit.states == "device":
+                continue
             for piece in unit.optimizer_pieces:
                 state = self._optimizer.state.get(piece.weights, {}).values()
                 kept = [piece.weights, *(v for v in state if isinstance(v, torch.Tensor))]
@@ -300,3 +298,13 @@ def _restore_of(optimizer: torch.optim.Optimizer, weights: torch.Tensor) -> Call
                 state[key] = saved
 
     return undo
+
+
+def refuse_random_rounding(optimizer: torch.optim.Optimizer, argument: str, instead: str) -> None:
+    """Raise ShardError if the order in which a step's parts are taken changes what it computes."""
+    for group in optimizer.param_groups:
+        if group.get("stochastic_rounding"):
+            raise ShardError(
+                f"offload: {argument}: {type(optimizer).__name__} rounds at random by the order of "
+                f"its steps, which is another here; set stochastic_rounding=False, or {instead}"
+            )
