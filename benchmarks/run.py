@@ -33,6 +33,7 @@ BENCHMARKS = {
     "host_overhead": "what a step costs where the model costs nothing",
     "observers": "what observers add to a step",
     "import_time": "what importing a package adds to `import torch`",
+    "twin_flow": "a step of the optimizer by the share that the host takes; ratio auto",
     "autotuning": "`ds tune` against an exhaustive search of the same grid",
 }
 

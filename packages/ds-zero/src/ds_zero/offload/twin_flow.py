@@ -31,7 +31,7 @@ from ds_zero.offload.worker import HostWorker
 from ds_zero.unit import OptimizerPiece, Unit
 
 #: Steps that "auto" lets pass, since they allocate, and then measures.
-WARM_UP, MEASURED = 2, 4
+WARM_UP, MEASURED = 2, 5
 
 
 def best_split(sizes: Sequence[int], host_rate: float, device_rate: float) -> list[bool]:
