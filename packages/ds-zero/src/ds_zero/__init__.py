@@ -9,6 +9,7 @@ from ds_zero.errors import ShardError
 from ds_zero.init import Init
 from ds_zero.memory import estimate_memory
 from ds_zero.offload import Offload
+from ds_zero.offload.zenflow import ZenFlow
 from ds_zero.optimizer import ZeroOptimizer
 
 # Silent unless the program sets up logging, or the config's `log_level` asks for messages.
@@ -19,6 +20,7 @@ __all__ = [
     "Init",
     "Offload",
     "ShardError",
+    "ZenFlow",
     "ZeroOptimizer",
     "__version__",
     "estimate_memory",

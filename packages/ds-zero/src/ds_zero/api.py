@@ -14,6 +14,7 @@ from ds_core.seams import Dense, Transport
 from ds_zero.checks import OWNER
 from ds_zero.errors import ShardError
 from ds_zero.offload import Offload
+from ds_zero.offload.zenflow import ZenFlow
 from ds_zero.optimizer import ZeroOptimizer
 from ds_zero.plan import Selector
 
@@ -34,6 +35,7 @@ def shard(
     transport: Transport | None = None,
     offload: Offload | None = None,
     update_in_backward: bool = False,
+    zenflow: ZenFlow | None = None,
 ) -> ZeroOptimizer:
     """Shard `model` and `optimizer` over the data-parallel ranks; returns the optimizer to use.
 
@@ -69,6 +71,8 @@ def shard(
             backward goes on, so that no gradient outlives its unit's turn: 4 P/N bytes less at
             fp32. `step()` then only ends the step. Without clipping, which needs all gradients
             first; micro-batches before the last one belong under `no_sync`.
+        zenflow: update the most important part of every shard at each step, and the rest now and
+            then; needs `offload` of the optimizer to "cpu". Default: all at each step.
         broadcast: make all ranks start from rank 0's values (not for a model from `Init`).
 
     Raises ShardError for a stage, model or optimizer that cannot be sharded, ModelMismatchError
@@ -93,6 +97,8 @@ def shard(
             "update_in_backward: got True with offload.speculative, which keeps gradients to step "
             "again; leave out one of them"
         )
+    if zenflow is not None:
+        _check_zenflow(offload, update_in_backward)
     if update_in_backward and offload.ratio == "auto":
         raise ShardError(
             'update_in_backward: got True with offload.ratio="auto", which measures a step after '
@@ -113,6 +119,7 @@ def shard(
         transport=transport or Dense(),
         offload=offload,
         update_in_backward=update_in_backward,
+        zenflow=zenflow,
     )
     reference = weakref.ref(sharded)
     for unit in sharded.units:
@@ -120,3 +127,20 @@ def shard(
             setattr(param, OWNER, reference)
             param._ds_zero_unit = unit.index  # type: ignore[attr-defined]
     return sharded
+
+
+def _check_zenflow(offload: Offload, update_in_backward: bool) -> None:
+    """Raise ShardError where there is no plain step on the host to be divided."""
+    reasons = {
+        f'the optimizer\'s states are on "{offload.optimizer}"': offload.optimizer != "cpu",
+        "offload.ratio leaves some of them on the device": offload.ratio != 1.0,
+        "offload.speculative steps everything in backward": offload.speculative,
+        "update_in_backward steps everything in backward": update_in_backward,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ShardError(
+                f"zenflow: it divides a step that the host takes after backward, but {reason}; "
+                f'shard with offload=Offload(optimizer="cpu") and without the other, or leave '
+                f"zenflow out"
+            )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -41,6 +41,24 @@ def initial_state(
     return state
 
 
+class Stepped(Protocol):
+    """What a step reads of a unit."""
+
+    @property
+    def grad(self) -> torch.Tensor:
+        """The averaged gradient, flat."""
+
+    @property
+    def states(self) -> str:
+        """Where the states live."""
+
+    def settle_gradient(self) -> None:
+        """Wait until `grad` is here."""
+
+    def present(self, piece: OptimizerPiece | None, *, edits: bool) -> AbstractContextManager[None]:
+        """Weights and states of a piece are in memory inside the block."""
+
+
 class InnerStep:
     """One step of the user's optimizer, taken unit by unit.
 
@@ -74,7 +92,9 @@ class InnerStep:
             with unit.updating(whole=is_all_of(unit, pieces)) as rounded:
                 self.take(unit, pieces, rounded)
 
-    def take(self, unit: Unit, pieces: list[OptimizerPiece], rounded: torch.Tensor | None) -> None:
+    def take(
+        self, unit: Stepped, pieces: list[OptimizerPiece], rounded: torch.Tensor | None
+    ) -> None:
         """Update some pieces of `unit`, and leave their weights in `rounded` too."""
         unit.settle_gradient()
         # States on disk pass through memory a piece at a time.
@@ -95,7 +115,9 @@ class InnerStep:
         groups = self._optimizer.param_groups
         return [p for p in pieces if not is_whole(self._optimizer, groups[p.group_index])]
 
-    def _step(self, unit: Unit, pieces: list[OptimizerPiece], rounded: torch.Tensor | None) -> None:
+    def _step(
+        self, unit: Stepped, pieces: list[OptimizerPiece], rounded: torch.Tensor | None
+    ) -> None:
         if self._one_pass:
             self._step_in_one_pass(unit, pieces, rounded)
             return
@@ -112,7 +134,7 @@ class InnerStep:
                 rounded[piece.start : piece.stop].copy_(piece.weights)
 
     def _step_in_one_pass(
-        self, unit: Unit, pieces: list[OptimizerPiece], rounded: torch.Tensor | None
+        self, unit: Stepped, pieces: list[OptimizerPiece], rounded: torch.Tensor | None
     ) -> None:
         gradients: dict[torch.Tensor, torch.Tensor] = {}
         copies: dict[torch.Tensor, torch.Tensor] = {}
@@ -123,7 +145,7 @@ class InnerStep:
         with self._only(pieces):
             fused.step_in_one_pass(self._optimizer, gradients, copies, self._scale, undo=self._undo)
 
-    def _gradient(self, unit: Unit, piece: OptimizerPiece) -> torch.Tensor:
+    def _gradient(self, unit: Stepped, piece: OptimizerPiece) -> torch.Tensor:
         gradient = unit.grad[piece.start : piece.stop]
         if gradient.dtype != piece.weights.dtype:
             gradient = gradient.to(piece.weights.dtype)

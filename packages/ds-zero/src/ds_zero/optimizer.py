@@ -27,6 +27,7 @@ from ds_zero.offload.homes import Homes
 from ds_zero.offload.speculative import Speculation
 from ds_zero.offload.twin_flow import TwinFlow
 from ds_zero.offload.worker import HostWorker
+from ds_zero.offload.zenflow import ZenFlow, ZenFlowStep
 from ds_zero.plan import Selector, UnitSpec, plan_units
 from ds_zero.sharded_param import show_class
 from ds_zero.unit import Unit
@@ -60,6 +61,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         transport: Transport,
         offload: Offload,
         update_in_backward: bool,
+        zenflow: ZenFlow | None,
     ) -> None:
         specs = checks.parameters_of(model, optimizer, mesh.group("dp"))
         self._inner = optimizer
@@ -126,6 +128,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._ahead: Speculation | None = None
         #: What steps on the host and on the device at the same time, if both have states.
         self._twins: TwinFlow | None = None
+        #: What updates the important part at once and the rest now and then.
+        self._zenflow: ZenFlowStep | None = None
+        if zenflow is not None:
+            self._worker = HostWorker(beside=zenflow.overlap_step)
+            self._zenflow = ZenFlowStep(self._inner, self._trainable, zenflow, self._worker)
         if offload.speculative or offload.splits:
             beside = self._homes.leaves_device or offload.splits
             self._worker = HostWorker(beside=beside and offload.parameters != "nvme")
@@ -214,9 +221,22 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._ahead.expected_scale = value
 
     def take_back(self) -> None:
-        """Weights and states are as the last `step` left them, whatever was stepped ahead."""
+        """Weights and states are in their places, as the last `step` left them.
+
+        What was stepped ahead is taken back, what was begun is waited for.
+        """
         if self._ahead is not None:
             self._ahead.take_back()
+        if self._zenflow is not None:
+            self._zenflow.settle()
+
+    def _show_all(self) -> None:
+        """As `take_back`; with ZenFlow the model also sees all that is done, as one that resumes
+        does. Collective then.
+        """
+        self.take_back()
+        if self._zenflow is not None:
+            self.publish()
 
     def _begin_backward(self) -> None:
         self._agreed = None
@@ -332,7 +352,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         pending = []
         for unit in self._trainable:
             mine = used[unit.index]
-            if self._ahead is None or not self._ahead.settle(unit, mine, grad_scale):
+            if self._zenflow is not None:
+                self._zenflow.run(unit, mine, grad_scale, step)
+            elif self._ahead is None or not self._ahead.settle(unit, mine, grad_scale):
                 step.run(unit, mine)
             pending.append(unit.publish())
         for gather in pending:
@@ -344,7 +366,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._agreed = None
         if self._early is not None:
             self._early.forget()
-        self.take_back()
+        if self._ahead is not None:
+            self._ahead.take_back()
         self._reducer.forget()
         for unit in self._trainable:
             unit.clear_gradient()
@@ -461,7 +484,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Loads into any stage and world size. See `model_state` for the parameters.
         """
-        self.take_back()
+        self._show_all()
         return state.optimizer_state(self)
 
     def prepare_load(self) -> None:
@@ -475,6 +498,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 with unit.present(piece, edits=False):
                     allocate_state_of(self._inner, group, piece.weights)
                 unit.put_on_disk(piece, self._inner)
+            if self._zenflow is not None:
+                self._zenflow.allocate(unit.optimizer_pieces)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Adopt a `state_dict()` whose tensors DCP filled in place, and publish. Collective."""
@@ -485,7 +510,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def model_state(self) -> dict[str, Any]:
         """Parameters by name, each rank's share as `FlatShard`s of the most precise copy."""
-        self.take_back()
+        self._show_all()
         return state.model_state(self)
 
     def memory(self) -> dict[str, int]:
@@ -500,7 +525,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Undo the sharding: the model is whole again, with no hook of ours. Collective."""
-        self.take_back()
+        self._show_all()
         if self._worker is not None:
             self._worker.close()
         if self._gather is not None:

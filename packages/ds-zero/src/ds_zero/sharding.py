@@ -37,6 +37,7 @@ def from_config(
         prefetch=1 if section.stage3_prefetch_bucket_size else 0,
         offload=section.offload(),
         update_in_backward=section.update_in_backward,
+        zenflow=None if section.zenflow is None else section.zenflow.choice(),
     )
 
 

@@ -287,6 +287,19 @@ class Unit:
             self.master.untyped_storage().resize_(0)
 
     @torch.no_grad()
+    def separate_weights(self) -> None:
+        """Give the optimizer weights of its own, which may be ahead of what the model sees."""
+        if self.master is None:
+            with self.present(None, edits=False):
+                self.master = self.shard.clone()
+            for piece in self.optimizer_pieces:
+                piece.weights.data = self.master[piece.start : piece.stop]
+        elif self.crossing is not None and self._outgoing is None:
+            pin = self._homes.offload.pin_memory
+            self._outgoing = host_empty(self.shard.numel(), self.dtype, pin=pin)
+            self._outgoing.copy_(self.master)
+
+    @torch.no_grad()
     def move_states(self, states: Tier, optimizer: torch.optim.Optimizer) -> None:
         """Let weights and states of the optimizer live on the device, or on the host, from now on.
 
