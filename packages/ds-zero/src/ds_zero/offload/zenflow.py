@@ -7,7 +7,8 @@ beside the next steps, so that the model sees that update one interval later, an
 
 A block is `BLOCK` consecutive elements of a flat shard, not a column of a matrix as in the paper: a
 shard is cut anywhere. Adam's averages of the rest decay by `beta ** n` in a step that stands for n,
-so those of a block mean the same in either part, and a block that changes sides takes them along.
+so those of a block mean the same in either part, and a block that changes sides takes them along;
+the learning rate of such a step is `sqrt(n)` times as large, as for a batch n times as large.
 It does so only when the rest has just been stepped: no gradient waits then. What waits, and which
 elements are important, is part of the optimizer's state, and so of checkpoints.
 
@@ -20,6 +21,7 @@ Updates", arXiv 2505.12242, sections 3 and 4.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -266,7 +268,7 @@ class ZenFlowStep:
             twin.state = defaultdict(dict)
             if held:
                 twin.state[piece.weights] = held
-            with _slower(twin, interval):
+            with _standing_for(twin, interval):
                 rounded = None if to is None else mean.new_empty(mean.shape, dtype=to)
                 place = OptimizerPiece(piece.group_index, piece.weights, 0, mean.numel())
                 InnerStep(twin, 1.0).take(_Compact(mean), [place], rounded)
@@ -372,15 +374,19 @@ def _fill_gaps(unit: Unit, piece: OptimizerPiece, chosen: torch.Tensor) -> None:
 
 
 @contextmanager
-def _slower(optimizer: torch.optim.Optimizer, interval: int) -> Iterator[None]:
-    """Averages that decay in a step as they otherwise do in an interval."""
+def _standing_for(optimizer: torch.optim.Optimizer, steps: int) -> Iterator[None]:
+    """Inside, one step with a mean gradient stands for as many steps.
+
+    Averages decay as in all of them. The rate of optimizers that average, whose steps are as long
+    whatever the gradient's scale, grows with the root of their number, as for a larger batch; that
+    of others with the number itself, so that every gradient counts once.
+    """
     before: list[Mapping[str, Any]] = [dict(group) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        if "betas" in group:
-            group["betas"] = tuple(beta**interval for beta in group["betas"])
-        import os
-
-        group["lr"] = group["lr"] * interval ** float(os.environ.get("ZF_POWER", "1"))
+        averages = "betas" in group
+        if averages:
+            group["betas"] = tuple(beta**steps for beta in group["betas"])
+        group["lr"] = group["lr"] * (math.sqrt(steps) if averages else steps)
     try:
         yield
     finally:
