@@ -157,10 +157,10 @@ def clipped(stage: int) -> None:
         assert all(torch.isfinite(v).all() for v in first[-1].values() if torch.is_tensor(v))
 
 
-def test_it_learns_nearly_as_the_plain_step():
-    plain, ours, overlapped = run_ranks(1, learn)[0]
-    assert ours < plain + 0.15
-    assert overlapped < plain + 0.3
+def test_it_learns():
+    first, plain, ours, overlapped = run_ranks(1, learn)[0]
+    assert plain < ours < 0.1 * first
+    assert overlapped < 0.3 * first
 
 
 def learn() -> list[float]:
@@ -169,8 +169,52 @@ def learn() -> list[float]:
     for choice in (None, ZenFlow(), ZenFlow(overlap_step=True)):
         case = CASES["overfit"]
         model, optimizer = sharded(case, 2, offload=PLAIN, zenflow=choice)
-        found.append(sharded_steps(model, optimizer, case, 60)[-1])
+        losses = sharded_steps(model, optimizer, case, 60)
+        found += losses[-1:] if found else [losses[0], losses[-1]]
     return found
+
+
+def test_adam_is_as_written_in_the_docstring():
+    run_ranks(1, against_reference)
+
+
+def against_reference() -> None:
+    """Element by element, in fp64: blocks change sides with their averages."""
+    import ds_zero
+
+    zenflow.BLOCK, n, rate, betas = 4, 4, 0.01, (0.9, 0.99)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(24, 8, bias=False).double()
+    weight = model.weight.detach().clone()
+    inner = torch.optim.AdamW(model.parameters(), lr=rate, betas=betas, weight_decay=0.1)
+    choice = ZenFlow(topk_ratio=0.3, update_interval=n, select_interval=8)
+    optimizer = ds_zero.shard(model, inner, 2, offload=PLAIN, zenflow=choice)
+    mean, square, waiting = (torch.zeros_like(weight) for _ in range(3))
+
+    def update(where: torch.Tensor, gradient: torch.Tensor, step: int, many: int) -> None:
+        m = mean.lerp(gradient, 1 - betas[0] ** many)
+        v = square.lerp(gradient.square(), 1 - betas[1] ** many)
+        mean[where], square[where] = m[where], v[where]
+        lr = rate * many**0.5
+        root = (v / (1 - betas[1] ** step)).sqrt() + 1e-8
+        new = weight * (1 - lr * 0.1) - lr * m / (1 - betas[0] ** step) / root
+        weight[where] = new[where]
+
+    for step in range(1, 25):
+        x = torch.randn(5, 24, dtype=torch.float64)
+        y = torch.randn(5, 8, dtype=torch.float64)
+        (model(x) * y).sum().backward()
+        gradient = y.T @ x
+        if step % 8 == 1:
+            now = important(gradient.flatten(), 0.3).bool().view_as(weight)
+        optimizer.step()
+        optimizer.zero_grad()
+        update(now, gradient, step, 1)
+        waiting += gradient
+        if step % n == 0:
+            update(~now, waiting / n, step, n)
+            waiting.zero_()
+        torch.testing.assert_close(model.weight.detach(), weight, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -367,7 +368,7 @@ def important(gradient: torch.Tensor, ratio: float) -> torch.Tensor:
 def _fill_gaps(unit: Unit, piece: OptimizerPiece, chosen: torch.Tensor) -> None:
     """Let the padding after a parameter be as its last element: no checkpoint has it."""
     parts = unit.parts_of(piece)
-    for part, following in zip(parts, parts[1:], strict=False):
+    for part, following in pairwise(parts):
         end = part.offset + part.stop - part.start - piece.start
         if end > 0:
             chosen[end : following.offset - piece.start] = chosen[end - 1]
