@@ -43,7 +43,7 @@ def config(stage: int, precision: str, **offload: Any) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 8,
         "gradient_accumulation_steps": 2,
-        "gradient_clipping": 0.6,
+        "gradient_clipping": 0.7,
         "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01, "warmup_num_steps": 6}},
         "zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu", **offload}},
@@ -74,7 +74,12 @@ def weights(engine: Any) -> dict[str, torch.Tensor]:
 
 def compare(stage: int, precision: str, offload: dict[str, Any]) -> tuple[int, int, int]:
     plain, ours = (engine_of(config(stage, precision, **more)) for more in ({}, offload))
-    assert train(ours, 12) == train(plain, 12)
+    found, norms = [], []
+    for step in range(12):
+        found.append(train(ours, 1, step) == train(plain, 1, step))
+        norms.append(plain.grad_norm)
+    assert all(found)
+    assert min(norms) < 0.7 < max(norms), norms
     expected = weights(plain)
     for name, value in weights(ours).items():
         assert torch.equal(value, expected[name]), name
@@ -150,7 +155,6 @@ def zenflow_resumes(stage: int, precision: str, overlap: bool, folder: Path) -> 
     again = engine_of(settings)
     again.load_checkpoint(folder)
     assert train(again, 12, first=6) == expected
-    assert expected[-1] < 2.0
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["at-once", "overlapped"])
@@ -166,10 +170,11 @@ def start_zenflow_from_a_plain_run(folder: Path) -> None:
     plain.save_checkpoint(folder)
     settings["zero_optimization"]["zenflow"] = {"topk_ratio": 0.2}
     engine = engine_of(settings)
-    engine.load_checkpoint(folder)
+    # What waits is no part of the other's state.
+    engine.load_checkpoint(folder, load_module_strict=False)
     train(engine, 8, first=4)
     engine.save_checkpoint(folder, "zenflow")
-    plain.load_checkpoint(folder, "zenflow")
+    plain.load_checkpoint(folder, "zenflow", load_module_strict=False)
     train(plain, 2)
 
 

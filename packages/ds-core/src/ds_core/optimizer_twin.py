@@ -33,10 +33,9 @@ def twin_of(
     else:
         # Not by way of `__setstate__`, which prepares an optimizer that was pickled.
         twin = cls.__new__(cls)
-        twin.__dict__.update(
-            # A method of the instance, as schedulers put there, belongs to the original.
-            {k: v for k, v in vars(optimizer).items() if not callable(getattr(cls, k, None))}
-        )
+        twin.__dict__.update(vars(optimizer))
+    for name in [name for name in vars(twin) if callable(getattr(cls, name, None))]:
+        del twin.__dict__[name]  # a schedule's own `step`, bound to the original
     twin.param_groups = [{**group, "params": []} for group in groups or optimizer.param_groups]
     before = [_values(group) for group in twin.param_groups]
     yield twin
