@@ -35,6 +35,7 @@ BENCHMARKS = {
     "checkpoint": "what training waits for a checkpoint, and how fast it is written",
     "import_time": "what importing a package adds to `import torch`",
     "offload": "the largest model under a memory cap, states on disk, the rate of the disk",
+    "twin_flow": "a step of the optimizer by the share that the host takes; ratio auto",
     "autotuning": "`ds tune` against an exhaustive search of the same grid",
 }
 

@@ -92,8 +92,6 @@ def test_leaf_modules_may_be_one_string():
         ("zero_hpz_partition_size", 8),
         ("mics_shard_size", 4),
         ("mics_hierarchical_params_gather", True),
-        ("zenflow", {"topk_ratio": 0.1}),
-        ("offload_optimizer", {"super_offload": True}),
         ("load_from_fp32_weights", False),
         ("ignore_unused_parameters", False),
         ("save_muon_momentum_buffer_in_memory", True),

@@ -30,6 +30,7 @@ class Alone(WholeModel):
     accumulate_locally = False
     reduces_each_backward = False
     updates_in_backward = False
+    expected_scale: float | None = 1.0
 
     def __init__(
         self,

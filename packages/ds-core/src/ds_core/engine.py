@@ -194,6 +194,8 @@ class Engine(EngineFiles):
             self._before_update()
         early = not self._micro.is_boundary and not self.sharding.reduces_each_backward
         self.sharding.accumulate_locally = self._micro.held or early
+        is_last = self._micro.is_boundary and not self._micro.held
+        self.sharding.expected_scale = 1.0 / self.scaler.scale if is_last else None
 
     def _scaled(self, output: torch.Tensor) -> torch.Tensor:
         """The same values, whose gradient is scaled on its way back.

@@ -60,13 +60,27 @@ def step_in_one_pass(
     gradients: Mapping[torch.Tensor, torch.Tensor],
     copies: Mapping[torch.Tensor, torch.Tensor],
     grad_scale: float | torch.Tensor = 1.0,
+    *,
+    undo: bool = False,
 ) -> None:
-    """`optimizer.step()` of the parameters in `gradients`, which writes their `copies` as well."""
+    """`optimizer.step()` of the parameters in `gradients`, which writes their `copies` as well.
+
+    With `undo`, which not every optimizer has, `optimizer.rollback()` takes it back.
+    """
     is_one = isinstance(grad_scale, float) and grad_scale == 1.0
     target: Any = optimizer
+    more = {"undo": True} if undo else {}
     target.step(
-        gradients=gradients, copies=copies or None, grad_scale=None if is_one else grad_scale
+        gradients=gradients,
+        copies=copies or None,
+        grad_scale=None if is_one else grad_scale,
+        **more,
     )
+
+
+def can_undo(optimizer: Optimizer) -> bool:
+    """Whether a step in one pass can keep what takes it back."""
+    return is_one_pass(optimizer) and "undo" in getattr(optimizer, "step_options", frozenset())
 
 
 def fuses_scale(optimizer: Optimizer) -> bool:

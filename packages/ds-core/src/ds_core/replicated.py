@@ -104,6 +104,7 @@ class Replicated(WholeModel):
 
     reduces_each_backward = False
     updates_in_backward = False
+    expected_scale: float | None = 1.0
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from ds_zero.init import Init
 from ds_zero.memory import estimate_memory
 from ds_zero.memory_plan import MemoryPlan
 from ds_zero.offload import Offload
+from ds_zero.offload.zenflow import ZenFlow
 from ds_zero.optimizer import ZeroOptimizer
 from ds_zero.preflight import memory_plan
 from ds_zero.pretrained import load_pretrained
@@ -28,6 +29,7 @@ __all__ = [
     "TiledLinear",
     "TiledLinearReturnBias",
     "TiledMLP",
+    "ZenFlow",
     "ZeroOptimizer",
     "__version__",
     "estimate_memory",

@@ -14,6 +14,7 @@ from ds_core.seams import Dense, Transport
 from ds_zero.checks import OWNER
 from ds_zero.errors import ShardError
 from ds_zero.offload import Offload
+from ds_zero.offload.zenflow import ZenFlow
 from ds_zero.optimizer import ZeroOptimizer
 from ds_zero.plan import Selector
 
@@ -35,6 +36,7 @@ def shard(
     offload: Offload | None = None,
     update_in_backward: bool = False,
     check_memory: bool = True,
+    zenflow: ZenFlow | None = None,
 ) -> ZeroOptimizer:
     """Shard `model` and `optimizer` over the data-parallel ranks; returns the optimizer to use.
 
@@ -72,6 +74,8 @@ def shard(
             first; micro-batches before the last one belong under `no_sync`.
         check_memory: refuse, before anything is allocated, what this machine cannot hold: the
             error is the whole memory plan (see `memory_plan`), which is logged otherwise.
+        zenflow: update the most important part of every shard at each step, and the rest now and
+            then; needs `offload` of the optimizer to "cpu". Default: all at each step.
         broadcast: make all ranks start from rank 0's values (not for a model from `Init`).
 
     Raises ShardError for a stage, model or optimizer that cannot be sharded or does not fit,
@@ -91,6 +95,18 @@ def shard(
             f"update_in_backward: got True with max_grad_norm={max_grad_norm}, but the norm is "
             f"known only after backward, when every unit has been updated; leave out one of them"
         )
+    if update_in_backward and offload.speculative:
+        raise ShardError(
+            "update_in_backward: got True with offload.speculative, which keeps gradients to step "
+            "again; leave out one of them"
+        )
+    if zenflow is not None:
+        _check_zenflow(offload, update_in_backward)
+    if update_in_backward and offload.ratio == "auto":
+        raise ShardError(
+            'update_in_backward: got True with offload.ratio="auto", which measures a step after '
+            "backward; give the ratio as a number"
+        )
     sharded = ZeroOptimizer(
         model,
         optimizer,
@@ -107,6 +123,7 @@ def shard(
         offload=offload,
         update_in_backward=update_in_backward,
         check_memory=check_memory,
+        zenflow=zenflow,
     )
     reference = weakref.ref(sharded)
     for unit in sharded.units:
@@ -114,3 +131,20 @@ def shard(
             setattr(param, OWNER, reference)
             param._ds_zero_unit = unit.index  # type: ignore[attr-defined]
     return sharded
+
+
+def _check_zenflow(offload: Offload, update_in_backward: bool) -> None:
+    """Raise ShardError where there is no plain step on the host to be divided."""
+    reasons = {
+        f'the optimizer\'s states are on "{offload.optimizer}"': offload.optimizer != "cpu",
+        "offload.ratio leaves some of them on the device": offload.ratio != 1.0,
+        "offload.speculative steps everything in backward": offload.speculative,
+        "update_in_backward steps everything in backward": update_in_backward,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ShardError(
+                f"zenflow: it divides a step that the host takes after backward, but {reason}; "
+                f'shard with offload=Offload(optimizer="cpu") and without the other, or leave '
+                f"zenflow out"
+            )

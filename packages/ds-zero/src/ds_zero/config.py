@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ds_core.config import Auto, Only, Section, refusal
 from ds_zero.offload.choice import Offload
+from ds_zero.offload.zenflow import ZenFlow
 
 _LATER = "not in ds-zero 0.1"
 _NO_HIERARCHY = f"{_LATER}; every rank of the data-parallel group holds one shard"
@@ -78,8 +79,11 @@ class OffloadOptimizerSection(Section):
         description="Share of the optimizer's elements that leaves the device, in whole units; the "
         'rest is updated there at the same time. Not of DeepSpeed: "auto" measures both sides.',
     )
-    super_offload: Annotated[bool, Only(False, because=f"{_LATER}; remove the key")] = Field(
-        default=False, description="Only false."
+    super_offload: bool = Field(
+        default=False,
+        description='With "cpu": the host steps each unit while backward still runs, before the '
+        "gradient norm is known, and takes that back, to the bit, where gradients are clipped or "
+        "the step is left out. Weights and states need their memory twice, from backward to step.",
     )
     cpuadam_cores_perc: float = Field(
         default=0.8,
@@ -90,6 +94,11 @@ class OffloadOptimizerSection(Section):
 
     @model_validator(mode="after")
     def _check_path(self) -> OffloadOptimizerSection:
+        if self.super_offload and self.device != "cpu":
+            raise refusal(
+                f'super_offload: got true with device "{self.device}"; a step that may be taken '
+                f'back needs its states in host memory: set device to "cpu"'
+            )
         return _with_path(self)
 
 
@@ -133,6 +142,94 @@ class OffloadParamSection(Section):
         return _with_path(self)
 
 
+class ZenFlowSection(Section):
+    """The most important part of each shard steps at once, the rest every few steps.
+
+    With `offload_optimizer` on "cpu". Importance is that of blocks of a flat shard, not of columns.
+    """
+
+    topk_ratio: float = Field(
+        default=0.1, gt=0, le=1, description="Share of the blocks that step at once; 1.0: all."
+    )
+    select_strategy: Literal["auto", "step", "epoch"] = Field(
+        default="auto",
+        description='What select_interval counts: steps, or with "epoch" epochs of '
+        "steps_per_epoch.",
+    )
+    select_interval: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto",
+        description='From one choice of the important to the next. "auto": 4 update intervals, or '
+        "1 epoch. In steps a multiple of update_interval; epochs are rounded up to one.",
+    )
+    update_interval: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto",
+        json_schema_extra={"unit": "steps"},
+        description='From one update of the rest to the next. "auto": 4.',
+    )
+    overlap_step: bool = Field(
+        default=False,
+        description="Update the rest in a thread beside the next steps; the model sees it one "
+        "update_interval later.",
+    )
+    full_warm_up_rounds: int = Field(
+        default=0,
+        ge=0,
+        json_schema_extra={"unit": "steps"},
+        description="Plain steps at the beginning, up to a multiple of update_interval.",
+    )
+    offload: bool = Field(
+        default=False,
+        description="Makes no difference: the important part lives on the host with the rest.",
+    )
+    auto_ratio: float = Field(
+        default=0.99,
+        ge=0,
+        le=1,
+        description='Makes no difference: "auto" is a fixed interval, the same in every run.',
+    )
+    pt_reserved_cores_perc: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Makes no difference: the rest is stepped by a thread, not by a process with "
+        "cores of its own; set OMP_NUM_THREADS.",
+    )
+    steps_per_epoch: int | None = Field(
+        default=None, ge=1, json_schema_extra={"unit": "steps"}, description='For "epoch".'
+    )
+
+    def choice(self) -> ZenFlow:
+        """What `ds_zero.shard` is told."""
+        update = 4 if self.update_interval == "auto" else self.update_interval
+        if self.select_strategy == "epoch":
+            if self.steps_per_epoch is None:
+                raise refusal(
+                    'select_strategy: got "epoch" without steps_per_epoch; add it, or count in '
+                    "steps"
+                )
+            epochs = 1 if self.select_interval == "auto" else self.select_interval
+            select = -(-epochs * self.steps_per_epoch // update) * update
+        else:
+            select = 4 * update if self.select_interval == "auto" else self.select_interval
+        if select % update:
+            raise refusal(
+                f"select_interval: got {select}, which is no multiple of update_interval "
+                f"({update}): a block changes sides only when none of its gradients waits"
+            )
+        return ZenFlow(
+            topk_ratio=self.topk_ratio,
+            update_interval=update,
+            select_interval=select,
+            overlap_step=self.overlap_step,
+            full_warm_up_rounds=self.full_warm_up_rounds,
+        )
+
+    @model_validator(mode="after")
+    def _check(self) -> ZenFlowSection:
+        self.choice()
+        return self
+
+
 S = TypeVar("S", OffloadOptimizerSection, OffloadParamSection)
 
 
@@ -162,7 +259,6 @@ class ZeroSection(Section):
         "legacy_stage1": "the old implementation of stage 1 is gone; remove it",
         "grad_hooks": "documented by DeepSpeed but never a key of its code; remove it",
         "allgather_size": "renamed; use allgather_bucket_size",
-        "zenflow": f"{_LATER}; remove it: without offload there is nothing to hide",
         "zeropp_loco_param": f"{_LATER}; gradients travel dense, so there is no error to feed back",
     }
 
@@ -330,6 +426,9 @@ class ZeroSection(Section):
     offload_param: OffloadParamSection | None = Field(
         default=None, description="Where parameter shards live; null: on the device."
     )
+    zenflow: ZenFlowSection | None = Field(
+        default=None, description="Update a part of each shard less often; null: all at each step."
+    )
     save_muon_momentum_buffer_in_memory: Annotated[
         bool, Only(False, because=f"{_LATER}; all states of an optimizer live in one place")
     ] = Field(default=False, description="Only false: momentum lives where the other states do.")
@@ -373,6 +472,12 @@ class ZeroSection(Section):
                     f'{key}.device: got "{section.device}" at stage {self.stage}, where nothing of '
                     f"that is sharded; set stage to {least}" + (" or higher" if least < 3 else "")
                 )
+        offload = self.offload_optimizer
+        if self.zenflow is not None and (offload is None or offload.device != "cpu"):
+            raise refusal(
+                "zenflow: it divides a step that the host takes; add "
+                '"offload_optimizer": {"device": "cpu"}, or remove it'
+            )
         return self
 
     @property
@@ -394,6 +499,7 @@ class ZeroSection(Section):
             folder=states.nvme_path,
             parameters_folder=shards.nvme_path,
             ratio=states.ratio if states.device != "none" else 1.0,
+            speculative=states.super_offload,
             pin_memory=states.pin_memory,
             buffers=states.buffer_count,
             parameter_buffers=shards.buffer_count,

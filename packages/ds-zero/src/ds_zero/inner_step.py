@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -56,16 +56,41 @@ def number_pieces(optimizer: torch.optim.Optimizer, units: list[Unit]) -> None:
     )
 
 
+class Stepped(Protocol):
+    """What a step reads of a unit."""
+
+    @property
+    def grad(self) -> torch.Tensor:
+        """The averaged gradient, flat."""
+
+    @property
+    def states(self) -> str:
+        """Where the states live."""
+
+    def settle_gradient(self) -> None:
+        """Wait until `grad` is here."""
+
+    def present(self, piece: OptimizerPiece | None, *, edits: bool) -> AbstractContextManager[None]:
+        """Weights and states of a piece are in memory inside the block."""
+
+
 class InnerStep:
     """One step of the user's optimizer, taken unit by unit.
 
     Args:
         optimizer: the user's, whose groups hold flat shards.
         grad_scale: factor on every gradient.
+        undo: whether the optimizer keeps what takes the step back (`fused.can_undo`).
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, grad_scale: float | torch.Tensor) -> None:
-        self._optimizer = optimizer
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        grad_scale: float | torch.Tensor,
+        *,
+        undo: bool = False,
+    ) -> None:
+        self._optimizer, self._undo = optimizer, undo
         self._scale = grad_scale
         self._unit_scale = isinstance(grad_scale, float) and grad_scale == 1.0
         self._one_pass = fused.is_one_pass(optimizer)
@@ -78,19 +103,22 @@ class InnerStep:
         shard has the new values too.
         """
         pieces = self.due(unit, used)
-        everything = sum(piece.stop - piece.start for piece in unit.optimizer_pieces)
-        whole = sum(piece.stop - piece.start for piece in pieces) == everything
-        if not pieces:
-            return
+        if pieces:
+            with unit.updating(whole=is_all_of(unit, pieces)) as rounded:
+                self.take(unit, pieces, rounded)
+
+    def take(
+        self, unit: Stepped, pieces: list[OptimizerPiece], rounded: torch.Tensor | None
+    ) -> None:
+        """Update some pieces of `unit`, and leave their weights in `rounded` too."""
         unit.settle_gradient()
-        with unit.updating(whole=whole) as rounded:
-            # States on disk pass through memory a piece at a time.
-            turns = [[piece] for piece in pieces] if unit.states == "nvme" else [pieces]
-            for turn in turns:
-                with ExitStack() as stack:
-                    for piece in turn:
-                        stack.enter_context(unit.present(piece, edits=True))
-                    self._step(unit, turn, rounded)
+        # States on disk pass through memory a piece at a time.
+        turns = [[piece] for piece in pieces] if unit.states == "nvme" else [pieces]
+        for turn in turns:
+            with ExitStack() as stack:
+                for piece in turn:
+                    stack.enter_context(unit.present(piece, edits=True))
+                self._step(unit, turn, rounded)
 
     def due(self, unit: Unit, used: list[bool]) -> list[OptimizerPiece]:
         """The pieces that `run` updates."""
@@ -102,7 +130,9 @@ class InnerStep:
         groups = self._optimizer.param_groups
         return [p for p in pieces if not is_whole(self._optimizer, groups[p.group_index])]
 
-    def _step(self, unit: Unit, pieces: list[OptimizerPiece], rounded: torch.Tensor | None) -> None:
+    def _step(
+        self, unit: Stepped, pieces: list[OptimizerPiece], rounded: torch.Tensor | None
+    ) -> None:
         if self._one_pass:
             self._step_in_one_pass(unit, pieces, rounded)
             return
@@ -119,7 +149,7 @@ class InnerStep:
                 rounded[piece.start : piece.stop].copy_(piece.weights)
 
     def _step_in_one_pass(
-        self, unit: Unit, pieces: list[OptimizerPiece], rounded: torch.Tensor | None
+        self, unit: Stepped, pieces: list[OptimizerPiece], rounded: torch.Tensor | None
     ) -> None:
         gradients: dict[torch.Tensor, torch.Tensor] = {}
         copies: dict[torch.Tensor, torch.Tensor] = {}
@@ -128,9 +158,9 @@ class InnerStep:
             if rounded is not None:
                 copies[piece.weights] = rounded[piece.start : piece.stop]
         with self._only(pieces):
-            fused.step_in_one_pass(self._optimizer, gradients, copies, self._scale)
+            fused.step_in_one_pass(self._optimizer, gradients, copies, self._scale, undo=self._undo)
 
-    def _gradient(self, unit: Unit, piece: OptimizerPiece) -> torch.Tensor:
+    def _gradient(self, unit: Stepped, piece: OptimizerPiece) -> torch.Tensor:
         gradient = unit.grad[piece.start : piece.stop]
         if gradient.dtype != piece.weights.dtype:
             gradient = gradient.to(piece.weights.dtype)
@@ -150,6 +180,12 @@ class InnerStep:
         finally:
             for group, params in zip(groups, everything, strict=True):
                 group["params"] = params
+
+
+def is_all_of(unit: Unit, pieces: list[OptimizerPiece]) -> bool:
+    """Whether these pieces are all that the optimizer updates of `unit`."""
+    everything = sum(piece.stop - piece.start for piece in unit.optimizer_pieces)
+    return sum(piece.stop - piece.start for piece in pieces) == everything
 
 
 def is_whole(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:

@@ -27,6 +27,10 @@ from ds_zero.memory_plan import MemoryPlan
 from ds_zero.offload import Offload
 from ds_zero.offload.choice import is_host
 from ds_zero.offload.homes import Homes
+from ds_zero.offload.speculative import Speculation
+from ds_zero.offload.twin_flow import TwinFlow
+from ds_zero.offload.worker import HostWorker
+from ds_zero.offload.zenflow import ZenFlow, ZenFlowStep
 from ds_zero.parking import KINDS, Parking
 from ds_zero.plan import Selector, UnitSpec, plan_units
 from ds_zero.sharded_param import show_class
@@ -66,6 +70,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         offload: Offload,
         update_in_backward: bool,
         check_memory: bool,
+        zenflow: ZenFlow | None,
     ) -> None:
         specs = checks.parameters_of(model, optimizer, mesh.group("dp"))
         self._inner = optimizer
@@ -147,6 +152,24 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if update_in_backward:
             self._early = EarlyUpdates(self._inner, self._trainable, self._matrices, self._homes)
             self.reduces_each_backward = False
+        self._worker: HostWorker | None = None
+        #: Steps that are taken before they are asked for, of an optimizer that speculates.
+        self._ahead: Speculation | None = None
+        #: What steps on the host and on the device at the same time, if both have states.
+        self._twins: TwinFlow | None = None
+        #: What updates the important part at once and the rest now and then.
+        self._zenflow: ZenFlowStep | None = None
+        if zenflow is not None:
+            self._worker = HostWorker(beside=zenflow.overlap_step)
+            self._zenflow = ZenFlowStep(self._inner, self._trainable, zenflow, self._worker)
+        if offload.speculative or offload.splits:
+            beside = self._homes.leaves_device or offload.splits
+            self._worker = HostWorker(beside=beside and offload.parameters != "nvme")
+        if self._worker is not None and offload.splits:
+            ranks = mesh.group("dp")
+            self._twins = TwinFlow(self._inner, self._trainable, offload, ranks, self._worker)
+        if self._worker is not None and offload.speculative:
+            self._ahead = Speculation(self._inner, self._trainable, self._worker)
 
     def _put_on_disk(self, unit: Unit) -> dict[torch.Tensor, dict[str, Any]]:
         """Allocate the states of a unit that lives on disk, and write them; their small parts."""
@@ -197,6 +220,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     @property
     def state(self) -> Any:
         """The inner optimizer's state of this rank's flat shards."""
+        self.take_back()
         return self._inner.state
 
     @state.setter
@@ -213,10 +237,43 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------ backward
 
+    @property
+    def expected_scale(self) -> float | None:
+        """What the coming backward's gradients will be multiplied by, unless they are clipped.
+
+        None: more backwards follow before the step. Tells only an optimizer that speculates.
+        """
+        return 1.0 if self._ahead is None else self._ahead.expected_scale
+
+    @expected_scale.setter
+    def expected_scale(self, value: float | None) -> None:
+        if self._ahead is not None:
+            self._ahead.expected_scale = value
+
+    def take_back(self) -> None:
+        """Weights and states are in their places, as the last `step` left them.
+
+        What was stepped ahead is taken back, what was begun is waited for.
+        """
+        if self._ahead is not None:
+            self._ahead.take_back()
+        if self._zenflow is not None:
+            self._zenflow.settle()
+
+    def _show_all(self) -> None:
+        """As `take_back`; with ZenFlow the model also sees all that is done, as one that resumes
+        does. Collective then.
+        """
+        self.take_back()
+        if self._zenflow is not None:
+            self.publish()
+
     def _begin_backward(self) -> None:
         needs = {"lp_params", *_GRADIENTS} if self._early is None else KINDS
         self._parking.refuse("backward", needs)
         self._agreed = None
+        if self._ahead is not None:
+            self._ahead.begin_backward()
         self._reducer.begin()
         if self._gather is not None:
             self._gather.begin_backward()
@@ -225,6 +282,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self._gather is not None:
             self._gather.end_backward()
         self._reducer.finish()
+        if self._ahead is not None:
+            self._ahead.end_backward()
 
     def _gradients_complete(self, unit: Unit) -> None:
         if self._gather is not None and unit.stage == 3:
@@ -264,9 +323,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._parking.refuse("grad_norm", _GRADIENTS)
         self._reducer.settle()
         if self._agreed is None or self._agreed.norm is None:
-            squares = None if self._early is None else self._early.norm_squares
+            squares = {} if self._early is None else self._early.norm_squares
+            if self._ahead is not None:
+                squares = self._ahead.norm_squares()
             self._agreed = _agree(self._trainable, with_norm=True, squares=squares)
         assert self._agreed.norm is not None
+        if self._ahead is not None and not bool(torch.isfinite(self._agreed.norm)):
+            self._ahead.take_back()
         return self._agreed.norm
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
@@ -320,9 +383,16 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._homes.expect(
             piece.weights for unit in self._trainable for piece in step.due(unit, used[unit.index])
         )
+        if self._twins is not None:
+            self._twins.run(used, grad_scale, self._ahead)
+            return
         pending = []
         for unit in self._trainable:
-            step.run(unit, used[unit.index])
+            mine = used[unit.index]
+            if self._zenflow is not None:
+                self._zenflow.run(unit, mine, grad_scale, step)
+            elif self._ahead is None or not self._ahead.settle(unit, mine, grad_scale):
+                step.run(unit, mine)
             pending.append(unit.publish())
         for gather in pending:
             if gather is not None:
@@ -334,9 +404,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._agreed = None
         if self._early is not None:
             self._early.forget()
+        if self._ahead is not None:
+            self._ahead.take_back()
         self._reducer.forget()
         for unit in self._trainable:
             unit.clear_gradient()
+        if self._twins is not None:
+            self._twins.move()
+
+    @property
+    def host_ratio(self) -> float:
+        """Share of the trained elements that step on the host; with ratio "auto" it is found."""
+        on_host = sum(u.layout.numel for u in self._trainable if u.states != "device")
+        return on_host / max(1, sum(unit.layout.numel for unit in self._trainable))
 
     def first_nonfinite(self) -> str | None:
         """Name of the first parameter of which this rank's share has a non-finite gradient."""
@@ -398,21 +478,26 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def full_parameter(self, which: str | nn.Parameter) -> torch.Tensor:
         """Full value of one parameter, fp32 where a master copy exists. Collective."""
         self._parking.refuse("full_parameter", KINDS)
+        self.take_back()
         return state.full_value(self, which, "parameter")
 
     def full_gradient(self, which: str | nn.Parameter) -> torch.Tensor | None:
         """Full averaged gradient of one parameter; None before any backward. Collective."""
         self._parking.refuse("full_gradient", KINDS)
+        if self._ahead is not None:
+            self._ahead.wait()
         return state.full_value_or_none(self, which, "gradient")
 
     def full_optimizer_state(self, which: str | nn.Parameter, key: str) -> torch.Tensor:
         """Full optimizer state such as "exp_avg" of one parameter. Collective."""
         self._parking.refuse("full_optimizer_state", KINDS)
+        self.take_back()
         return state.full_value(self, which, key)
 
     def set_full_parameter(self, which: str | nn.Parameter, value: torch.Tensor) -> None:
         """Overwrite one parameter everywhere, master copy included. Collective."""
         self._parking.refuse("set_full_parameter", KINDS)
+        self.take_back()
         state.set_full_value(self, which, "parameter", value)
 
     def set_full_gradient(self, which: str | nn.Parameter, value: torch.Tensor) -> None:
@@ -424,6 +509,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 "ends; shard without it"
             )
         self._agreed = None
+        self.take_back()
         state.set_full_value(self, which, "gradient", value)
 
     def set_full_optimizer_state(
@@ -431,6 +517,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Overwrite an optimizer state such as "exp_avg" of one parameter. Collective."""
         self._parking.refuse("set_full_optimizer_state", KINDS)
+        self.take_back()
         state.set_full_value(self, which, key, value)
 
     def local_value(self, which: str | nn.Parameter, kind: str) -> torch.Tensor:
@@ -440,11 +527,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         parameter shows after the next step or `publish`.
         """
         self._parking.refuse("local_value", KINDS)
+        self.take_back()
         return state.local_value(self, which, kind)
 
     def publish(self) -> None:
         """Make parameters that were edited or loaded visible to the model. Collective."""
         self._parking.refuse("publish", KINDS)
+        self.take_back()
         for unit in self.units:
             unit.refresh()
             pending = unit.publish()
@@ -459,11 +548,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Loads into any stage and world size. See `model_state` for the parameters.
         """
         self._parking.refuse("state_dict", KINDS)
+        self._show_all()
         return state.optimizer_state(self)
 
     def prepare_load(self) -> None:
         """Allocate the optimizer state that loading a checkpoint fills in place."""
         self._parking.refuse("prepare_load", KINDS)
+        self.take_back()
         for unit in self._trainable:
             for piece in unit.optimizer_pieces:
                 group = self._inner.param_groups[piece.group_index]
@@ -472,10 +563,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 with unit.present(piece, edits=False):
                     allocate_state_of(self._inner, group, piece.weights)
                 unit.put_on_disk(piece, self._inner)
+            if self._zenflow is not None:
+                self._zenflow.allocate(unit.optimizer_pieces)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Adopt a `state_dict()` whose tensors DCP filled in place, and publish. Collective."""
         self._parking.refuse("load_state_dict", KINDS)
+        self.take_back()
         load_groups(self.param_groups, state_dict["groups"])
         state.adopt_loaded(self, state_dict["state"])
         self.publish()
@@ -483,14 +577,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def model_state(self) -> dict[str, Any]:
         """Parameters by name, each rank's share as `FlatShard`s of the most precise copy."""
         self._parking.refuse("model_state", KINDS)
+        self._show_all()
         return state.model_state(self)
 
     def memory(self) -> dict[str, int]:
         """Bytes of memory that this rank holds between steps, by kind; without what is on disk.
 
-        "padding" is part of the others; "buffers" is what offloaded state passes through.
+        "padding" is part of the others; "buffers" is what offloaded state passes through; "undo",
+        of an optimizer that speculates, is what it holds more from backward to step.
         """
-        return state.memory(self)
+        found = state.memory(self)
+        if self._ahead is not None:
+            found["undo"] = self._ahead.undo_bytes()
+        return found
 
     def memory_by_tier(self) -> dict[Place, dict[str, int]]:
         """The same by "device", "host" and "disk"; a model on the CPU has no device."""
@@ -535,6 +634,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def settle_states(self) -> None:
         """Wait for whatever moves between the places of state."""
+        self.take_back()
         self._reducer.settle()
         if self._gather is not None:
             self._gather.settle()
@@ -556,6 +656,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def close(self) -> None:
         """Undo the sharding: the model is whole again, with no hook of ours. Collective."""
         self.reload_states()
+        self._show_all()
+        if self._worker is not None:
+            self._worker.close()
         if self._gather is not None:
             with self._gather.hold():
                 pass
@@ -595,7 +698,7 @@ def _agree(
 ) -> _Agreement:
     """Exchange the ranks' squared gradient norms and the parameters that each of them used.
 
-    squares: by unit, norms that are known already; None: of the gradients that are here.
+    squares: by unit, squared norms that are known already; the others are of what is here.
     """
     norm_squared = torch.zeros((), dtype=torch.float64)
     used: dict[int, list[bool]] = {}
@@ -603,8 +706,9 @@ def _agree(
         members = [unit for unit in units if unit.group is group]
         local = torch.zeros(1, dtype=torch.float64, device=members[0].full.device)
         for unit in members if with_norm else ():
-            if squares is not None:
-                local += squares.get(unit.index, 0.0)
+            known = (squares or {}).get(unit.index)
+            if known is not None:
+                local += known.to(local.device)
             elif unit.has_grad:
                 unit.settle_gradient()
                 local += vector_norm(unit.grad).double().square_().to(local.device)

@@ -38,6 +38,7 @@ def from_config(
         offload=section.offload(),
         update_in_backward=section.update_in_backward,
         check_memory=section.check_memory,
+        zenflow=None if section.zenflow is None else section.zenflow.choice(),
     )
 
 

@@ -158,13 +158,10 @@ class Unit:
         self.shard_home: ShardHome | None = None
         self._fill(values, precision, broadcast)
         # Stage 1 keeps full-size gradients anyway, and one rank's part is all: the average is
-        # among them.
-        self._grad_in_twin = (
-            (stage == 1 or group.size == 1)
-            and self.trainable
-            and self.grad_dtype == self.dtype
-            and self.crossing is None
-        )
+        # among them, unless it leaves the device.
+        same = self.grad_dtype == self.dtype and self.trainable
+        self._may_be_in_twin = (stage == 1 or group.size == 1) and same
+        self._grad_in_twin = self._may_be_in_twin and self.crossing is None
         self.grad = torch.empty(0)
         self.optimizer_pieces: list[OptimizerPiece] = []
         if self.trainable:
@@ -174,6 +171,8 @@ class Unit:
         self.has_grad = False
         #: Called when the average of its gradients is complete.
         self.on_reduced: Callable[[Unit], None] = _nothing
+        #: Called before another average is added to one that is here.
+        self.on_added: Callable[[Unit], None] = _nothing
 
     # ------------------------------------------------------------------ parameters
 
@@ -207,10 +206,13 @@ class Unit:
 
     def _find_homes(self) -> None:
         """Let the shard live elsewhere, if that is asked for, until the unit is whole."""
-        #: Where the step of an optimizer on the host leaves what goes to the shard.
-        self._outgoing: torch.Tensor | None = None
         if self.stage == 3:
             self.shard_home = self._homes.shard_home(self.shard)
+        self._find_outgoing()
+
+    def _find_outgoing(self) -> None:
+        #: Where the step of an optimizer on the host leaves what goes to the shard.
+        self._outgoing: torch.Tensor | None = None
         if self.crossing is None or self.master is None:
             return
         if isinstance(self.shard_home, HostShard):
@@ -218,7 +220,12 @@ class Unit:
         elif self.master.dtype != self.dtype or self.states == "nvme":
             pin = self._homes.offload.pin_memory
             self._outgoing = host_empty(self.shard.numel(), self.dtype, pin=pin)
-            self._outgoing.copy_(self.shard)
+            self._outgoing.copy_(self.master)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether an update leaves rounded weights beside those of the optimizer."""
+        return self.master is not None and (self.crossing is None or self._outgoing is not None)
 
     def _own(self, flat: torch.Tensor) -> torch.Tensor:
         size = self.layout.shard_numel
@@ -317,6 +324,51 @@ class Unit:
         """The pieces have taken the master weights over: the flat copy has no memory any more."""
         if self.states == "nvme" and self.master is not None:
             self.master.untyped_storage().resize_(0)
+
+    @torch.no_grad()
+    def separate_weights(self) -> None:
+        """Give the optimizer weights of its own, which may be ahead of what the model sees."""
+        if self.master is None:
+            with self.present(None, edits=False):
+                self.master = self.shard.clone()
+            for piece in self.optimizer_pieces:
+                piece.weights.data = self.master[piece.start : piece.stop]
+        elif self.crossing is not None and self._outgoing is None:
+            pin = self._homes.offload.pin_memory
+            self._outgoing = host_empty(self.shard.numel(), self.dtype, pin=pin)
+            self._outgoing.copy_(self.master)
+
+    @torch.no_grad()
+    def move_states(self, states: Tier, optimizer: torch.optim.Optimizer) -> None:
+        """Let weights and states of the optimizer live on the device, or on the host, from now on.
+
+        They keep their bits. Only while there is no gradient.
+        """
+        if states == self.states:
+            return
+        assert not self.has_grad
+        own, before = self.layout.shard_numel, self.crossing
+        self.states = states
+        self.crossing = self._homes.crossing(states, own, self.grad_dtype)
+        if before is None and self.crossing is None:
+            return  # one memory
+        source = self.shard if self.master is None else self.master
+        if self.crossing is not None:
+            weights = host_empty(own, source.dtype, pin=self._homes.offload.pin_memory)
+            with self.present(None, edits=False):
+                weights.copy_(source)
+            self.master = weights
+        elif source.dtype != self.dtype:
+            weights = self.master = source.to(self.full.device, copy=True)
+        else:
+            weights, self.master = self.shard, None  # which has the same bits
+        self._find_outgoing()
+        self._grad_in_twin = self._may_be_in_twin and self.crossing is None
+        self._allocate_gradients()
+        for piece in self.optimizer_pieces:
+            piece.weights.data = weights[piece.start : piece.stop]
+            state = optimizer.state.get(piece.weights, {})
+            state.update({k: v.to(weights.device) for k, v in state.items() if _is_wide(v)})
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -467,6 +519,8 @@ class Unit:
 
     def finish_reduce(self) -> None:
         """The reduction is complete: what of the gradient is not here any more loses its memory."""
+        if self.has_grad:
+            self.on_added(self)
         if self.crossing is not None:
             self.crossing.send_gradient(self._reduced, accumulate=self.has_grad)
         self._reduced = self.grad

@@ -39,7 +39,7 @@ class Setup:
         accumulation: micro-batches per step.
         prefetch: units gathered ahead at stage 3.
         is_host: whether the model computes on the CPU, so that "cpu" is no other memory.
-        gap_bytes: what of `state_bytes` has elements of no parameter; default: the same per element.
+        gap_bytes: what of `state_bytes` elements of no parameter have; default: as others.
     """
 
     stage: int
@@ -223,7 +223,7 @@ class UnitPlan:
             return []
         wide = 0 if self.master is None else self.master.itemsize
         sizes = [
-            (stop - start) * wide + self._state(group, stop - start) + 256
+            (stop - start) * wide + self.setup.state_bytes(group, stop - start, self.stepped) + 256
             for group, start, stop in self.ranges()
         ]
         return [rounded_up(size) for size in sizes]

@@ -27,6 +27,9 @@ class Sharding(Protocol):
     reduces_each_backward: bool
     #: Whether backward itself takes the step, so that gradients cannot be scaled or left out.
     updates_in_backward: bool
+    #: What the coming backward's gradients will be multiplied by, unless they are clipped; None
+    #: where more backwards follow before the step. Whoever works ahead of a step may rely on it.
+    expected_scale: float | None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch.optim import Optimizer
@@ -105,6 +105,13 @@ class FusedOptimizer(Optimizer, ABC):
                 group.setdefault(key, value)
             self._check_group(group)
         self._number_new()
+
+    def __copy__(self) -> Self:
+        """A second handle: the same groups, states and places; what it undoes is its own."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._undos = {}
+        return twin
 
     def _forget_steps(self) -> None:
         self._undos: dict[torch.Tensor, _Undo] = {}

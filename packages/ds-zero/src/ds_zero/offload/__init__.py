@@ -7,7 +7,8 @@
 | gradients                          | the host, where the optimizer's states are not on device |
 
 `crossing` moves between device and host, `swap` and `shard_home` between memory and disk; the step
-of an optimizer is the same wherever its states are.
+of an optimizer is the same wherever its states are. `speculative`, `twin_flow` and `zenflow` are
+about when the host takes it: before the gradient norm is known, beside the device, or in parts.
 
 Source: Ren et al. 2021, "ZeRO-Offload"; Rajbhandari et al. 2021, "ZeRO-Infinity".
 """

@@ -29,6 +29,9 @@ class Offload:
         parameters_folder: the same for parameters; default: `folder`.
         ratio: share of the optimizer's elements that leave the device, in whole units; the rest
             is updated there. "auto": found by measuring both sides (Twin-Flow).
+        speculative: step the units on the host while backward runs, before the gradient norm is
+            known, and take the step back, to the bit, where it asks for clipping (SuperOffload).
+            Needs memory for weights and states a second time, from backward to step.
         pin_memory: whether host memory is page-locked, for copies beside the program.
         piece_numel: elements of one read or write of states on disk; a larger parameter is one.
         buffers: such pieces in memory at a time: one read, one updated, one written.
@@ -41,6 +44,7 @@ class Offload:
     folder: str | None = None
     parameters_folder: str | None = None
     ratio: float | Literal["auto"] = 1.0
+    speculative: bool = False
     pin_memory: bool = True
     piece_numel: int = 1 << 24
     buffers: int = 3
@@ -67,6 +71,21 @@ class Offload:
                 f"offload: ratio: got {self.ratio!r}, but nothing of the optimizer leaves the "
                 f'device; set optimizer="cpu"'
             )
+        if self.ratio == "auto" and self.optimizer != "cpu":
+            raise ShardError(
+                f'offload: ratio: got "auto" with optimizer={self.optimizer!r}; states are moved '
+                f'between the device and host memory only: set optimizer="cpu", or give a number'
+            )
+        if self.speculative and self.optimizer != "cpu":
+            why = (
+                "whose states on disk would have to be read again to be taken back"
+                if self.optimizer == "nvme"
+                else "where no step waits for the host"
+            )
+            raise ShardError(
+                f'offload: speculative: got True with optimizer="{self.optimizer}", {why}; set '
+                f'optimizer="cpu", or leave it out'
+            )
         for name, least in (
             ("piece_numel", 1),
             ("buffers", 2),
@@ -82,6 +101,11 @@ class Offload:
     def folder_of_parameters(self) -> str | None:
         """Where parameters on "nvme" are."""
         return self.parameters_folder or self.folder
+
+    @property
+    def splits(self) -> bool:
+        """Whether host and device may both have states to update."""
+        return self.optimizer != "device" and self.ratio not in (0.0, 1.0)
 
     def check_stage(self, stage: int) -> None:
         """Raise ShardError for a stage at which the parameters cannot leave the device."""
@@ -99,13 +123,20 @@ class Offload:
         """
         if self.optimizer == "device":
             return ["device"] * len(sizes)
-        ratio = 1.0 if self.ratio == "auto" else self.ratio
-        wanted, total, found = ratio * sum(sizes), 0, list[Tier]()
-        for size in reversed(sizes):
-            leaves = abs(total + size - wanted) <= abs(total - wanted)
-            total += size if leaves else 0
-            found.append(self.optimizer if leaves else "device")
-        return found[::-1]
+        # Half to begin with, so that both sides can be measured.
+        ratio = (0.5 if len(sizes) > 1 else 1.0) if self.ratio == "auto" else self.ratio
+        leaves = nearest_split(sizes, ratio * sum(sizes))
+        return [self.optimizer if leave else "device" for leave in leaves]
+
+
+def nearest_split(sizes: Sequence[int], wanted: float) -> list[bool]:
+    """Which units leave, from the last on, so that about `wanted` of all their elements do."""
+    total, found = 0, list[bool]()
+    for size in reversed(sizes):
+        leaves = abs(total + size - wanted) <= abs(total - wanted)
+        total += size if leaves else 0
+        found.append(leaves)
+    return found[::-1]
 
 
 def is_host(device: torch.device) -> bool:

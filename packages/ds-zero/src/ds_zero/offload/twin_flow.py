@@ -1,0 +1,202 @@
+"""A step that the host and the device take together, each of its own units.
+
+Part of the optimizer's states stays on the device (`Offload.ratio`), and both parts are updated at
+the same time, the host's in a thread of its own. The step is over when both are, so the best ratio
+is that at which they finish together. With "auto" it is found: half of the elements leave at first,
+a few steps are measured, and then states move once to where the step is shortest.
+
+A choice is of whole units: with U of the same size the step is at most 1 + 1/U times the shortest.
+
+Source: DeepSpeed 2023, "ZeRO-Offload++: 6x Higher Training Throughput via Collaborative CPU/GPU
+Twin-Flow" (blog); Ren et al. 2021, "ZeRO-Offload", section 4.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from functools import partial
+from statistics import median
+
+import torch
+
+from ds_core import comm
+from ds_core.optimizer_twin import twin_of
+from ds_zero.inner_step import InnerStep, is_all_of
+from ds_zero.offload.choice import Offload, Tier, nearest_split
+from ds_zero.offload.speculative import Speculation, refuse_random_rounding
+from ds_zero.offload.worker import HostWorker
+from ds_zero.unit import OptimizerPiece, Unit
+
+#: Steps that "auto" lets pass, since they allocate, and then measures.
+WARM_UP, MEASURED = 2, 5
+
+
+def best_split(sizes: Sequence[int], host_rate: float, device_rate: float) -> list[bool]:
+    """Which units the host should update, so that it and the device finish soonest.
+
+    Args:
+        sizes: elements of each unit.
+        host_rate, device_rate: seconds per element of each side.
+
+    Returns:
+        By unit; the last ones leave first, as in `Offload.states_of`. At equal times the device
+        keeps more: it has no copies to make.
+    """
+    total = sum(sizes)
+
+    def needed(leaves: list[bool]) -> float:
+        leaving = sum(size for size, leave in zip(sizes, leaves, strict=True) if leave)
+        return max(host_rate * leaving, device_rate * (total - leaving))
+
+    candidates = [[index >= first for index in range(len(sizes))] for first in range(len(sizes))]
+    # Where the last unit is too large to leave, smaller ones before it may.
+    wanted = total * device_rate / max(host_rate + device_rate, 1e-30)
+    candidates.append(nearest_split(sizes, wanted))
+    return min([[False] * len(sizes), *candidates], key=needed)
+
+
+class TwinFlow:
+    """Steps units on the host and on the device at the same time.
+
+    Args:
+        optimizer: the user's, whose groups hold flat shards.
+        units: the trained ones.
+        offload: what leaves the device, with its `ratio`.
+        group: ranks that choose one ratio, if it is "auto".
+        worker: the host's thread.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        units: list[Unit],
+        offload: Offload,
+        group: comm.Group,
+        worker: HostWorker,
+    ) -> None:
+        refuse_random_rounding(optimizer, "ratio", "give ratio 0 or 1")
+        self._optimizer, self._units, self._worker = optimizer, units, worker
+        self._offload, self._group = offload, group
+        self._measures = offload.ratio == "auto" and len(units) > 1
+        # Seconds per element of steps so far: of the host, and of the device.
+        self._rates: list[tuple[float, float]] = []
+        self._steps = 0
+        self._chosen: list[Tier] | None = None
+
+    def run(
+        self,
+        used: Mapping[int, list[bool]],
+        grad_scale: float | torch.Tensor,
+        ahead: Speculation | None,
+    ) -> None:
+        """Update all units and publish them. Collective; first those on the device, in order."""
+        step = InnerStep(self._optimizer, grad_scale)
+        pending: list[comm.Pending | None] = []
+        begun: list[tuple[Unit, Future[None] | None, ExitStack]] = []
+        host_seconds: list[float] = []
+        for unit in self._on("host"):
+            done, stack = None, ExitStack()
+            taken = ahead is not None and ahead.settle(unit, used[unit.index], grad_scale)
+            pieces = [] if taken else step.due(unit, used[unit.index])
+            if pieces:
+                whole = is_all_of(unit, pieces)
+                rounded = stack.enter_context(unit.updating(whole=whole))
+                work = partial(self._take, unit, pieces, rounded, grad_scale, host_seconds)
+                done = self._worker.start(work)
+            begun.append((unit, done, stack))
+        watch = _Stopwatch(self._units[0].full.device)
+        for unit in self._on("device"):
+            step.run(unit, used[unit.index])
+            watch.lap()
+            pending.append(unit.publish())
+        for unit, done, stack in begun:
+            if done is not None:
+                done.result()
+            begin = time.perf_counter()
+            stack.close()
+            host_seconds.append(time.perf_counter() - begin)
+            pending.append(unit.publish())
+        for gather in pending:
+            if gather is not None:
+                gather.wait()
+        if self._measures:
+            self._measure(sum(host_seconds), watch)
+
+    def _take(
+        self,
+        unit: Unit,
+        pieces: list[OptimizerPiece],
+        rounded: torch.Tensor | None,
+        grad_scale: float | torch.Tensor,
+        seconds: list[float],
+    ) -> None:
+        """The host's part of one unit, in the worker."""
+        begin = time.perf_counter()
+        with twin_of(self._optimizer) as twin:
+            InnerStep(twin, grad_scale).take(unit, pieces, rounded)
+        seconds.append(time.perf_counter() - begin)
+
+    def _on(self, side: str) -> list[Unit]:
+        return [unit for unit in self._units if (unit.states == "device") == (side == "device")]
+
+    # ------------------------------------------------------------------ auto
+
+    def _measure(self, host_seconds: float, watch: _Stopwatch) -> None:
+        """Note the rates of a step; after enough of them, choose. Collective then."""
+        self._steps += 1
+        if self._steps <= WARM_UP:
+            return
+        host, device = sum(_sizes(self._on("host"))), sum(_sizes(self._on("device")))
+        self._rates.append((host_seconds / max(1, host), watch.seconds() / max(1, device)))
+        if len(self._rates) < MEASURED:
+            return
+        self._measures = False
+        mine = torch.tensor([median(rates) for rates in zip(*self._rates, strict=True)])
+        mine = mine.double().to(self._units[0].full.device)
+        everybody = torch.empty(2 * self._group.size, dtype=mine.dtype, device=mine.device)
+        comm.all_gather(everybody, mine, self._group, caller="rates of host and device")
+        # A step ends with its slowest rank.
+        rates = everybody.view(-1, 2).amax(0).tolist()
+        leaves = best_split(_sizes(self._units), *rates)
+        self._chosen = [self._offload.optimizer if leave else "device" for leave in leaves]
+
+    def move(self) -> None:
+        """Let states move to where they were chosen to be; only while there are no gradients."""
+        chosen, self._chosen = self._chosen, None
+        for unit, tier in zip(self._units, chosen or (), strict=False):
+            unit.move_states(tier, self._optimizer)
+
+
+def _sizes(units: list[Unit]) -> list[int]:
+    return [sum(param.numel() for param in unit.params) for unit in units]
+
+
+class _Stopwatch:
+    """Time from now to the last lap, as the device's own work takes it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._begin = self._end = self._now()
+
+    def _now(self) -> float | torch.Event:
+        if self._device.type == "cpu":
+            return time.perf_counter()
+        event = torch.Event(self._device, enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self) -> None:
+        """The work queued so far counts."""
+        self._end = self._now()
+
+    def seconds(self) -> float:
+        """Waits until that work is done."""
+        if isinstance(self._begin, torch.Event):
+            assert isinstance(self._end, torch.Event)
+            self._end.synchronize()
+            return self._begin.elapsed_time(self._end) / 1e3
+        assert isinstance(self._end, float)
+        return self._end - self._begin
