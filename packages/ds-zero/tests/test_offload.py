@@ -356,3 +356,15 @@ def refuse_folder(path: Path) -> None:
     with pytest.raises(ds_zero.ShardError, match=r"offload: folder .*file.*nvme_path"):
         sharded(CASES["stack"], 2, offload=offload("nvme", 2, path))
     assert os.path.isfile(path)
+
+
+def test_states_on_disk_begin_from_zeros(tmp_path: Path):
+    run_ranks(1, refuse_dampening, tmp_path)
+
+
+def refuse_dampening(folder: Path) -> None:
+    def sgd(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=0.1, momentum=0.9, dampening=0.1)
+
+    with pytest.raises(ds_zero.ShardError, match=r"SGD: dampening: got 0\.1"):
+        sharded(CASES["stack"], 2, sgd, offload=offload("nvme", 2, folder))

@@ -13,7 +13,8 @@ from torch import nn
 from ds_core import fused
 from ds_core.optimizer_state import PortableState, number_parameters, state_of
 from ds_core.whole_matrices import WholeMatrices
-from ds_zero.unit import OptimizerPiece, Unit
+from ds_zero.unit import Unit
+from ds_zero.unit_piece import OptimizerPiece
 
 #: Above how many units, and elements of a shard, numbers of pieces may coincide.
 _MOST_UNITS, _MOST_NUMEL = 1 << 16, 1 << 36

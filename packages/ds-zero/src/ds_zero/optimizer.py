@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -13,16 +13,17 @@ from torch import nn
 from ds_core import comm
 from ds_core.backward import BackwardWatch
 from ds_core.fused import prefer_fused
-from ds_core.gradients import GradientReducer, vector_norm
-from ds_core.optimizer_state import allocate_state_of, load_groups
+from ds_core.gradients import GradientReducer
+from ds_core.optimizer_state import allocate_state_of
 from ds_core.precision import Precision
 from ds_core.seams import Transport
-from ds_zero import checks, inner_step, preflight, state
+from ds_zero import checks, inner_step, preflight
+from ds_zero.agreement import Agreement, agree
 from ds_zero.checks import OWNER
 from ds_zero.early_updates import EarlyUpdates
 from ds_zero.errors import ShardError
 from ds_zero.gather import GatherRuntime
-from ds_zero.holdings import Place
+from ds_zero.held_values import HeldValues
 from ds_zero.memory_plan import MemoryPlan
 from ds_zero.offload import Offload
 from ds_zero.offload.choice import is_host
@@ -42,7 +43,7 @@ from ds_zero.whole_matrices import matrix_steps
 _GRADIENTS = ("lp_grads", "contiguous_grad_buffer")
 
 
-class ZeroOptimizer(torch.optim.Optimizer):
+class ZeroOptimizer(HeldValues):
     """A `torch.optim.Optimizer` over a model that is sharded over ranks; made by `ds_zero.shard`.
 
     `loss.backward()` averages gradients over ranks while it runs; `step()` updates this rank's
@@ -146,7 +147,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             unit.grad_dtype != unit.dtype for unit in self._trainable
         )
         self._pending_scale: float | torch.Tensor = 1.0
-        self._agreed: _Agreement | None = None
+        self._agreed: Agreement | None = None
         #: What a backward has updated already, of an optimizer that updates in backward.
         self._early: EarlyUpdates | None = None
         if update_in_backward:
@@ -182,6 +183,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 self._inner.state[piece.weights] = initial[piece.weights]
             else:
                 group = self._inner.param_groups[piece.group_index]
+                checks.check_first_step(self._inner, group)
                 with unit.present(piece, edits=False):
                     allocate_state_of(self._inner, group, piece.weights)
             unit.put_on_disk(piece, self._inner)
@@ -326,7 +328,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             squares = {} if self._early is None else self._early.norm_squares
             if self._ahead is not None:
                 squares = self._ahead.norm_squares()
-            self._agreed = _agree(self._trainable, with_norm=True, squares=squares)
+            self._agreed = agree(self._trainable, with_norm=True, squares=squares)
         assert self._agreed.norm is not None
         if self._ahead is not None and not bool(torch.isfinite(self._agreed.norm)):
             self._ahead.take_back()
@@ -375,7 +377,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._early.finish(grad_scale)
             return
         if self._agreed is None:
-            self._agreed = _agree(self._trainable, with_norm=False)
+            self._agreed = agree(self._trainable, with_norm=False)
         used = self._agreed.used
         for matrices in self._matrices:
             matrices.run(used, grad_scale)
@@ -467,134 +469,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Note that a backward is under way; for whoever runs another one inside it."""
         self._watch.ensure_begun()
 
-    def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """What `model.state_dict()` would hold unsharded, parameters only, copied to the CPU.
-
-        Gathers unit by unit. Collective.
-        """
-        self._parking.refuse("full_state_dict", {"lp_params"})
-        return state.full_state_dict(self)
-
-    def full_parameter(self, which: str | nn.Parameter) -> torch.Tensor:
-        """Full value of one parameter, fp32 where a master copy exists. Collective."""
-        self._parking.refuse("full_parameter", KINDS)
-        self.take_back()
-        return state.full_value(self, which, "parameter")
-
-    def full_gradient(self, which: str | nn.Parameter) -> torch.Tensor | None:
-        """Full averaged gradient of one parameter; None before any backward. Collective."""
-        self._parking.refuse("full_gradient", KINDS)
-        if self._ahead is not None:
-            self._ahead.wait()
-        return state.full_value_or_none(self, which, "gradient")
-
-    def full_optimizer_state(self, which: str | nn.Parameter, key: str) -> torch.Tensor:
-        """Full optimizer state such as "exp_avg" of one parameter. Collective."""
-        self._parking.refuse("full_optimizer_state", KINDS)
-        self.take_back()
-        return state.full_value(self, which, key)
-
-    def set_full_parameter(self, which: str | nn.Parameter, value: torch.Tensor) -> None:
-        """Overwrite one parameter everywhere, master copy included. Collective."""
-        self._parking.refuse("set_full_parameter", KINDS)
-        self.take_back()
-        state.set_full_value(self, which, "parameter", value)
-
-    def set_full_gradient(self, which: str | nn.Parameter, value: torch.Tensor) -> None:
-        """Overwrite the averaged gradient of one parameter. Collective."""
-        self._parking.refuse("set_full_gradient", KINDS)
-        if self._early is not None:
-            raise ShardError(
-                "set_full_gradient: with update_in_backward a gradient is used up when backward "
-                "ends; shard without it"
-            )
-        self._agreed = None
-        self.take_back()
-        state.set_full_value(self, which, "gradient", value)
-
-    def set_full_optimizer_state(
-        self, which: str | nn.Parameter, key: str, value: torch.Tensor
-    ) -> None:
-        """Overwrite an optimizer state such as "exp_avg" of one parameter. Collective."""
-        self._parking.refuse("set_full_optimizer_state", KINDS)
-        self.take_back()
-        state.set_full_value(self, which, key, value)
-
-    def local_value(self, which: str | nn.Parameter, kind: str) -> torch.Tensor:
-        """This rank's part, as a 1-D view, of a "parameter", "gradient" or optimizer state.
-
-        Empty where this rank holds none of it. Writing to it changes the value; a changed
-        parameter shows after the next step or `publish`.
-        """
-        self._parking.refuse("local_value", KINDS)
-        self.take_back()
-        return state.local_value(self, which, kind)
-
-    def publish(self) -> None:
-        """Make parameters that were edited or loaded visible to the model. Collective."""
-        self._parking.refuse("publish", KINDS)
-        self.take_back()
-        for unit in self.units:
-            unit.refresh()
-            pending = unit.publish()
-            if pending is not None:
-                pending.wait()
-
-    # ------------------------------------------------------------------ state and memory
-
-    def state_dict(self) -> dict[str, Any]:
-        """Optimizer state by parameter name, each rank's share as `FlatShard`s, for DCP.
-
-        Loads into any stage and world size. See `model_state` for the parameters.
-        """
-        self._parking.refuse("state_dict", KINDS)
-        self._show_all()
-        return state.optimizer_state(self)
-
-    def prepare_load(self) -> None:
-        """Allocate the optimizer state that loading a checkpoint fills in place."""
-        self._parking.refuse("prepare_load", KINDS)
-        self.take_back()
-        for unit in self._trainable:
-            for piece in unit.optimizer_pieces:
-                group = self._inner.param_groups[piece.group_index]
-                unit.take_from_disk(piece)
-                self._inner.state.pop(piece.weights, None)
-                with unit.present(piece, edits=False):
-                    allocate_state_of(self._inner, group, piece.weights)
-                unit.put_on_disk(piece, self._inner)
-            if self._zenflow is not None:
-                self._zenflow.allocate(unit.optimizer_pieces)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Adopt a `state_dict()` whose tensors DCP filled in place, and publish. Collective."""
-        self._parking.refuse("load_state_dict", KINDS)
-        self.take_back()
-        load_groups(self.param_groups, state_dict["groups"])
-        state.adopt_loaded(self, state_dict["state"])
-        self.publish()
-
-    def model_state(self) -> dict[str, Any]:
-        """Parameters by name, each rank's share as `FlatShard`s of the most precise copy."""
-        self._parking.refuse("model_state", KINDS)
-        self._show_all()
-        return state.model_state(self)
-
-    def memory(self) -> dict[str, int]:
-        """Bytes of memory that this rank holds between steps, by kind; without what is on disk.
-
-        "padding" is part of the others; "buffers" is what offloaded state passes through; "undo",
-        of an optimizer that speculates, is what it holds more from backward to step.
-        """
-        found = state.memory(self)
-        if self._ahead is not None:
-            found["undo"] = self._ahead.undo_bytes()
-        return found
-
-    def memory_by_tier(self) -> dict[Place, dict[str, int]]:
-        """The same by "device", "host" and "disk"; a model on the CPU has no device."""
-        return state.memory_by_tier(self)
-
     def offload_states(
         self,
         include: Iterable[str] | None = None,
@@ -684,44 +558,6 @@ def _axes_of(plan: list[UnitSpec]) -> list[tuple[str, ...]]:
 def _reduce_lane(group: comm.Group, stage: int) -> comm.Group:
     """Where gradients travel: at stage 3 in an order of their own, since gathers come between."""
     return group.lane("gradients") if stage == 3 else group
-
-
-class _Agreement:
-    """What all ranks know after a backward: the gradient norm, and which parameters were used."""
-
-    def __init__(self, norm: torch.Tensor | None, used: dict[int, list[bool]]) -> None:
-        self.norm, self.used = norm, used
-
-
-def _agree(
-    units: list[Unit], *, with_norm: bool, squares: Mapping[int, torch.Tensor] | None = None
-) -> _Agreement:
-    """Exchange the ranks' squared gradient norms and the parameters that each of them used.
-
-    squares: by unit, squared norms that are known already; the others are of what is here.
-    """
-    norm_squared = torch.zeros((), dtype=torch.float64)
-    used: dict[int, list[bool]] = {}
-    for group in {id(unit.group): unit.group for unit in units}.values():
-        members = [unit for unit in units if unit.group is group]
-        local = torch.zeros(1, dtype=torch.float64, device=members[0].full.device)
-        for unit in members if with_norm else ():
-            known = (squares or {}).get(unit.index)
-            if known is not None:
-                local += known.to(local.device)
-            elif unit.has_grad:
-                unit.settle_gradient()
-                local += vector_norm(unit.grad).double().square_().to(local.device)
-        flags = torch.tensor([flag for unit in members for flag in unit.used], dtype=torch.float64)
-        mine = torch.cat([local, flags.to(local.device)])
-        everybody = torch.empty(group.size * mine.numel(), dtype=mine.dtype, device=mine.device)
-        comm.all_gather(everybody, mine, group, caller="gradient norm")
-        total = everybody.view(group.size, -1).sum(0).cpu()
-        norm_squared += total[0]
-        anywhere = iter((total[1:] > 0).tolist())
-        for unit in members:
-            used[unit.index] = [next(anywhere) for _ in unit.params]
-    return _Agreement(norm_squared.sqrt() if with_norm else None, used)
 
 
 def owners_of(params: Iterable[nn.Parameter]) -> dict[int, tuple[ZeroOptimizer, list[Unit]]]:

@@ -15,13 +15,14 @@ from ds_core.optimizer_state import PortableState, state_of
 from ds_zero.errors import ShardError
 from ds_zero.holdings import Holding, Place, by_place, in_memory
 from ds_zero.inner_step import split_by_parameter
-from ds_zero.unit import OptimizerPiece, Unit
+from ds_zero.unit import Unit
+from ds_zero.unit_piece import OptimizerPiece
 
 if TYPE_CHECKING:
-    from ds_zero.optimizer import ZeroOptimizer
+    from ds_zero.held_values import HeldValues
 
 
-def _find(optimizer: ZeroOptimizer, which: str | nn.Parameter) -> tuple[Unit, int]:
+def _find(optimizer: HeldValues, which: str | nn.Parameter) -> tuple[Unit, int]:
     for unit in optimizer.units:
         for position, spec in enumerate(unit.specs):
             if which is spec.param or (isinstance(which, str) and which == spec.name):
@@ -50,7 +51,7 @@ def _optimizer_piece(unit: Unit, piece: Piece) -> OptimizerPiece:
 
 @contextmanager
 def _held(
-    optimizer: ZeroOptimizer, unit: Unit, piece: Piece | None, kind: str, *, edits: bool
+    optimizer: HeldValues, unit: Unit, piece: Piece | None, kind: str, *, edits: bool
 ) -> Iterator[torch.Tensor]:
     """`_local` of what may live elsewhere; `edits` made inside the block are kept."""
     if piece is None or kind == "gradient":
@@ -62,7 +63,7 @@ def _held(
         yield _local(optimizer, unit, piece, kind)
 
 
-def _local(optimizer: ZeroOptimizer, unit: Unit, piece: Piece | None, kind: str) -> torch.Tensor:
+def _local(optimizer: HeldValues, unit: Unit, piece: Piece | None, kind: str) -> torch.Tensor:
     """This rank's elements of a parameter, gradient or state: a 1-D view, maybe empty."""
     if piece is None:
         return unit.full.new_empty(0, dtype=unit.weights_dtype)
@@ -92,14 +93,14 @@ def _is_wide(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
-def local_value(optimizer: ZeroOptimizer, which: str | nn.Parameter, kind: str) -> torch.Tensor:
+def local_value(optimizer: HeldValues, which: str | nn.Parameter, kind: str) -> torch.Tensor:
     """See `ZeroOptimizer.local_value`."""
     unit, position = _find(optimizer, which)
     with _held(optimizer, unit, _piece_of(unit, position), kind, edits=False) as value:
         return value if unit.is_resident else value.clone()
 
 
-def full_value(optimizer: ZeroOptimizer, which: str | nn.Parameter, kind: str) -> torch.Tensor:
+def full_value(optimizer: HeldValues, which: str | nn.Parameter, kind: str) -> torch.Tensor:
     """A parameter, gradient or state of any rank's share, whole, on every rank. Collective."""
     unit, position = _find(optimizer, which)
     slot = unit.layout.slots[position]
@@ -115,7 +116,7 @@ def full_value(optimizer: ZeroOptimizer, which: str | nn.Parameter, kind: str) -
 
 
 def _copied_or_error(
-    optimizer: ZeroOptimizer, unit: Unit, piece: Piece | None, kind: str
+    optimizer: HeldValues, unit: Unit, piece: Piece | None, kind: str
 ) -> torch.Tensor:
     """As `local_value`, but errors are raised on all ranks, also where there is no part to miss."""
     mine, complaint = unit.full.new_empty(0), None
@@ -134,7 +135,7 @@ def _copied_or_error(
 
 
 def full_value_or_none(
-    optimizer: ZeroOptimizer, which: str | nn.Parameter, kind: str
+    optimizer: HeldValues, which: str | nn.Parameter, kind: str
 ) -> torch.Tensor | None:
     """As `full_value`, but None for a gradient that does not exist."""
     unit, _ = _find(optimizer, which)
@@ -144,7 +145,7 @@ def full_value_or_none(
 
 
 def set_full_value(
-    optimizer: ZeroOptimizer, which: str | nn.Parameter, kind: str, value: torch.Tensor
+    optimizer: HeldValues, which: str | nn.Parameter, kind: str, value: torch.Tensor
 ) -> None:
     """Overwrite a parameter, gradient or state; every rank keeps its share of `value`."""
     unit, position = _find(optimizer, which)
@@ -175,7 +176,7 @@ def set_full_value(
 
 
 def _set_state(
-    optimizer: ZeroOptimizer, unit: Unit, piece: Piece, kind: str, part: torch.Tensor
+    optimizer: HeldValues, unit: Unit, piece: Piece, kind: str, part: torch.Tensor
 ) -> None:
     inner = optimizer._inner
     if not isinstance(inner, PortableState):
@@ -189,7 +190,7 @@ def _set_state(
     inner.load_portable_state(mine.weights, values)
 
 
-def full_state_dict(optimizer: ZeroOptimizer) -> dict[str, torch.Tensor]:
+def full_state_dict(optimizer: HeldValues) -> dict[str, torch.Tensor]:
     """See `ZeroOptimizer.full_state_dict`."""
     found: dict[str, torch.Tensor] = {}
     for unit in optimizer.units:
@@ -199,7 +200,7 @@ def full_state_dict(optimizer: ZeroOptimizer) -> dict[str, torch.Tensor]:
     return found
 
 
-def _stated(optimizer: ZeroOptimizer, unit: Unit, piece: Piece, kind: str) -> Any:
+def _stated(optimizer: HeldValues, unit: Unit, piece: Piece, kind: str) -> Any:
     """What a checkpoint holds of a parameter or state: `FlatShard`; a lazy one if it is away."""
     from ds_core.checkpoint import FlatShard
 
@@ -232,7 +233,7 @@ def _stated(optimizer: ZeroOptimizer, unit: Unit, piece: Piece, kind: str) -> An
     return FlatShard.lazy(_numel(piece), dtype, shape, start, read=read, write=write)
 
 
-def model_state(optimizer: ZeroOptimizer) -> dict[str, Any]:
+def model_state(optimizer: HeldValues) -> dict[str, Any]:
     """See `ZeroOptimizer.model_state`."""
     return {
         piece.slot.name: _stated(optimizer, unit, piece, "parameter")
@@ -241,7 +242,7 @@ def model_state(optimizer: ZeroOptimizer) -> dict[str, Any]:
     }
 
 
-def optimizer_state(optimizer: ZeroOptimizer) -> dict[str, Any]:
+def optimizer_state(optimizer: HeldValues) -> dict[str, Any]:
     """See `ZeroOptimizer.state_dict`: {"state": {key: {name: value}}, "groups": [...]}."""
     tensors: dict[str, dict[str, Any]] = {}
     for unit in optimizer.units:
@@ -270,7 +271,7 @@ def optimizer_state(optimizer: ZeroOptimizer) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def adopt_loaded(optimizer: ZeroOptimizer, loaded: dict[str, dict[str, Any]]) -> None:
+def adopt_loaded(optimizer: HeldValues, loaded: dict[str, dict[str, Any]]) -> None:
     """Take over from `loaded` what the optimizer keeps once per tensor, such as step counts.
 
     Where they differ within a piece, its parameters are given states of their own.
@@ -315,7 +316,7 @@ def _numel(piece: Piece) -> int:
 
 
 def _differ(
-    optimizer: ZeroOptimizer, unit: Unit, piece: OptimizerPiece, loaded: dict[str, dict[str, Any]]
+    optimizer: HeldValues, unit: Unit, piece: OptimizerPiece, loaded: dict[str, dict[str, Any]]
 ) -> bool:
     for key, own in state_of(optimizer._inner, piece.weights).items():
         if not _is_wide(own):
@@ -326,7 +327,7 @@ def _differ(
 
 
 def _loaded_values(
-    optimizer: ZeroOptimizer,
+    optimizer: HeldValues,
     unit: Unit,
     piece: OptimizerPiece,
     loaded: dict[str, dict[str, Any]],
@@ -337,17 +338,17 @@ def _loaded_values(
     return [loaded.get(key, {}).get(part.slot.name, own) for part in unit.parts_of(piece)]
 
 
-def memory(optimizer: ZeroOptimizer) -> dict[str, int]:
+def memory(optimizer: HeldValues) -> dict[str, int]:
     """See `ZeroOptimizer.memory`."""
     return in_memory(memory_by_tier(optimizer))
 
 
-def memory_by_tier(optimizer: ZeroOptimizer) -> dict[Place, dict[str, int]]:
+def memory_by_tier(optimizer: HeldValues) -> dict[Place, dict[str, int]]:
     """See `ZeroOptimizer.memory_by_tier`."""
     return by_place(_holdings(optimizer))
 
 
-def _holdings(optimizer: ZeroOptimizer) -> Iterator[Holding]:
+def _holdings(optimizer: HeldValues) -> Iterator[Holding]:
     for unit in optimizer.units:
         yield from unit.holdings()
         place = unit.states_place

@@ -20,15 +20,14 @@ Models", section 5; the flat layout is ours (docs/design.md, section 5).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 
 from ds_core import comm
-from ds_core.flat import FlatLayout, Piece
+from ds_core.flat import Piece
 from ds_core.flat_gradient import FlatGradient
 from ds_core.precision import Precision
 from ds_core.seams import Transport
@@ -38,69 +37,13 @@ from ds_zero.offload.choice import Offload, Tier
 from ds_zero.offload.crossing import Crossing, host_empty
 from ds_zero.offload.homes import Homes
 from ds_zero.offload.shard_home import HostShard, ShardHome, memory_of
-from ds_zero.plan import ParamSpec, UnitSpec
+from ds_zero.plan import UnitSpec
 from ds_zero.sharded_param import Keeper, hide, show
-
-#: Slots and shards start at multiples of this many bytes, so that vector units find them aligned.
-ALIGN_BYTES = 64
-
-
-@dataclass(frozen=True)
-class OptimizerPiece:
-    """The part of a unit's shard that one optimizer group updates.
-
-    Attributes:
-        group_index: which of the optimizer's parameter groups.
-        weights: the optimizer's own parameter: a view of `master` or `shard`.
-        start, stop: its range in the shard.
-        name: the model's parameter that it is a part of, if it is a part of only one.
-    """
-
-    group_index: int
-    weights: nn.Parameter
-    start: int
-    stop: int
-    name: str | None = None
+from ds_zero.unit_homes import UnitHomes
+from ds_zero.unit_piece import OptimizerPiece, optimizer_ranges, unit_layout
 
 
-def unit_layout(spec: UnitSpec, dtype: torch.dtype, num_shards: int) -> FlatLayout:
-    """Where the parameters of a unit lie in its flat buffer of `dtype`, cut into `num_shards`."""
-    return FlatLayout.pack(
-        [(s.name, tuple(s.param.shape)) for s in spec.params],
-        num_shards=num_shards,
-        align=max(1, ALIGN_BYTES // dtype.itemsize),
-    )
-
-
-def optimizer_ranges(
-    specs: Sequence[ParamSpec], layout: FlatLayout, rank: int, limit: int | None
-) -> list[tuple[int, int, int]]:
-    """(group, start, stop) in a rank's shard: one per optimizer group whose slots reach into it.
-
-    limit: elements of one; on disk more and smaller ones, so that one is read while another is
-    updated.
-    """
-    ranges: list[tuple[int, int, int]] = []
-    open_range: dict[int, int] = {}  # by group, which range takes its next part
-    groups = {s.name: s.group_index for s in specs}
-    for part in layout.pieces(rank):
-        group = groups[part.slot.name]
-        assert group is not None
-        start, stop = part.offset, part.offset + part.stop - part.start
-        index = open_range.get(group)
-        if index is None or (limit is not None and stop - ranges[index][1] > limit):
-            if index is not None:
-                # Up to the next, so that a kernel meets the elements before the gap as it
-                # would without a cut: its results do not depend on where states live.
-                ranges[index] = (group, ranges[index][1], start)
-            open_range[group] = len(ranges)
-            ranges.append((group, start, stop))
-        else:
-            ranges[index] = (group, ranges[index][1], stop)
-    return ranges
-
-
-class Unit:
+class Unit(UnitHomes):
     """Flat storage of one unit on this rank.
 
     Args:
@@ -204,203 +147,9 @@ class Unit:
         for param, view in zip(self.params, self._views, strict=True):
             show(param, view)
 
-    def _find_homes(self) -> None:
-        """Let the shard live elsewhere, if that is asked for, until the unit is whole."""
-        if self.stage == 3:
-            self.shard_home = self._homes.shard_home(self.shard)
-        self._find_outgoing()
-
-    def _find_outgoing(self) -> None:
-        #: Where the step of an optimizer on the host leaves what goes to the shard.
-        self._outgoing: torch.Tensor | None = None
-        if self.crossing is None or self.master is None:
-            return
-        if isinstance(self.shard_home, HostShard):
-            self._outgoing = self.shard_home.host
-        elif self.master.dtype != self.dtype or self.states == "nvme":
-            pin = self._homes.offload.pin_memory
-            self._outgoing = host_empty(self.shard.numel(), self.dtype, pin=pin)
-            self._outgoing.copy_(self.master)
-
-    @property
-    def rounds(self) -> bool:
-        """Whether an update leaves rounded weights beside those of the optimizer."""
-        return self.master is not None and (self.crossing is None or self._outgoing is not None)
-
     def _own(self, flat: torch.Tensor) -> torch.Tensor:
         size = self.layout.shard_numel
         return flat[self.group.rank * size : (self.group.rank + 1) * size]
-
-    @contextmanager
-    def updating(self, *, whole: bool) -> Iterator[torch.Tensor | None]:
-        """Around an update of the weights: afterwards the shard has them, wherever it lives.
-
-        Yields where to leave the rounded weights, `[shard_numel]` on the optimizer's device; None
-        if the optimizer updates the shard itself. Unless all of it is to be written (`whole`), it
-        has its present values.
-        """
-        comes = self.shard_home is not None and self.crossing is None
-        if comes:
-            self._bring_shard(fill=self.master is None or not whole)
-        if self.master is None:
-            yield None
-        else:
-            yield self.shard if self.crossing is None else self._outgoing
-        if self.crossing is not None:
-            source = self.master if self._outgoing is None else self._outgoing
-            assert source is not None
-            if self.shard_home is None:
-                self.crossing.send_weights(self.shard, source)
-            else:
-                self.shard_home.store(source)
-        elif self.shard_home is not None:
-            self.shard_home.store(self.shard)
-            self._leave_shard()
-
-    @property
-    def _shard_is_here(self) -> bool:
-        return self.shard.untyped_storage().size() > 0
-
-    def _bring_shard(self, *, fill: bool) -> None:
-        """Give a shard that lives elsewhere its memory, and its values."""
-        self.shard.untyped_storage().resize_(self.shard.nbytes)
-        if fill:
-            assert self.shard_home is not None
-            self.shard_home.fetch_into(self.shard)
-
-    def _leave_shard(self) -> None:
-        """Take the memory of a shard that lives elsewhere, unless a gather may still read it."""
-        if self.shard_home is not None and not self.is_full:
-            self.shard.untyped_storage().resize_(0)
-
-    def shard_memory(self) -> AbstractContextManager[None]:
-        """The shard has memory inside the block, so that views of it can be made."""
-        return nullcontext() if self._shard_is_here else memory_of(self.shard)
-
-    @contextmanager
-    def present(
-        self, piece: OptimizerPiece | None, *, edits: bool, weights: bool = True
-    ) -> Iterator[None]:
-        """States and `weights` of an optimizer piece are in memory inside the block; `edits` stay.
-
-        None: those of frozen parameters. Without `weights`, a shard that gathers read meanwhile is
-        left alone, so that a checkpoint may be written beside training.
-        """
-        swap = self._homes.swap
-        with ExitStack() as stack:
-            if piece is not None and swap is not None:
-                stack.enter_context(swap.present(piece.weights, edits=edits))
-            away = self.shard_home is not None and not self._shard_is_here
-            if weights and self.master is None and away:
-                self._bring_shard(fill=True)
-                stack.callback(self._leave_shard)
-                assert self.shard_home is not None
-                if edits:
-                    stack.callback(self.shard_home.store, self.shard)
-            yield
-
-    def put_on_disk(self, piece: OptimizerPiece, optimizer: torch.optim.Optimizer) -> None:
-        """Give a piece's states, which are in memory, to the disk, if that is where they live."""
-        swap = self._homes.swap
-        if self.states != "nvme" or swap is None:
-            return
-        has_master = self.master is not None
-
-        def tensors() -> dict[str, torch.Tensor]:
-            state = optimizer.state[piece.weights].items()
-            found = {key: value for key, value in state if _is_wide(value)}
-            return {"weights": piece.weights, **found} if has_master else found
-
-        swap.adopt(piece.weights, tensors)
-
-    def take_from_disk(self, piece: OptimizerPiece) -> None:
-        """Give a piece's states memory of their own, to be laid out anew."""
-        swap = self._homes.swap
-        if swap is not None and piece.weights in swap:
-            swap.bring(piece.weights)
-            swap.forget(piece.weights)
-
-    def drop_master(self) -> None:
-        """The pieces have taken the master weights over: the flat copy has no memory any more."""
-        if self.states == "nvme" and self.master is not None:
-            self.master.untyped_storage().resize_(0)
-
-    @torch.no_grad()
-    def separate_weights(self) -> None:
-        """Give the optimizer weights of its own, which may be ahead of what the model sees."""
-        if self.master is None:
-            with self.present(None, edits=False):
-                self.master = self.shard.clone()
-            for piece in self.optimizer_pieces:
-                piece.weights.data = self.master[piece.start : piece.stop]
-        elif self.crossing is not None and self._outgoing is None:
-            pin = self._homes.offload.pin_memory
-            self._outgoing = host_empty(self.shard.numel(), self.dtype, pin=pin)
-            self._outgoing.copy_(self.master)
-
-    @torch.no_grad()
-    def move_states(self, states: Tier, optimizer: torch.optim.Optimizer) -> None:
-        """Let weights and states of the optimizer live on the device, or on the host, from now on.
-
-        They keep their bits. Only while there is no gradient.
-        """
-        if states == self.states:
-            return
-        assert not self.has_grad
-        own, before = self.layout.shard_numel, self.crossing
-        self.states = states
-        self.crossing = self._homes.crossing(states, own, self.grad_dtype)
-        if before is None and self.crossing is None:
-            return  # one memory
-        source = self.shard if self.master is None else self.master
-        if self.crossing is not None:
-            weights = host_empty(own, source.dtype, pin=self._homes.offload.pin_memory)
-            with self.present(None, edits=False):
-                weights.copy_(source)
-            self.master = weights
-        elif source.dtype != self.dtype:
-            weights = self.master = source.to(self.full.device, copy=True)
-        else:
-            weights, self.master = self.shard, None  # which has the same bits
-        self._find_outgoing()
-        self._grad_in_twin = self._may_be_in_twin and self.crossing is None
-        self._allocate_gradients()
-        for piece in self.optimizer_pieces:
-            piece.weights.data = weights[piece.start : piece.stop]
-            state = optimizer.state.get(piece.weights, {})
-            state.update({k: v.to(weights.device) for k, v in state.items() if _is_wide(v)})
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Give the shard the rounded values of master weights that were edited or loaded."""
-        if self.master is None:
-            return
-        with self.updating(whole=True) as rounded:
-            for piece in self.optimizer_pieces if rounded is not None else ():
-                assert rounded is not None
-                with self.present(piece, edits=False):
-                    rounded[piece.start : piece.stop].copy_(piece.weights)
-
-    def weights_of(self, piece: OptimizerPiece | None, start: int, stop: int) -> torch.Tensor:
-        """The most precise weights of a range of the shard, within one piece; a view."""
-        if piece is None or self.master is None:
-            return self.shard[start:stop]
-        return piece.weights.detach()[start - piece.start : stop - piece.start]
-
-    @property
-    def is_resident(self) -> bool:
-        """Whether weights and states have memory of their own at all times."""
-        return self.states != "nvme" and (self.shard_home is None or self.master is not None)
-
-    @property
-    def weights_dtype(self) -> torch.dtype:
-        """Of the most precise weights."""
-        return self.dtype if self.master is None else self.master.dtype
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the full parameters are present on this rank."""
-        return self.full.untyped_storage().size() > 0
 
     def start_gather(self) -> comm.Pending:
         """Allocate the full parameters and start filling them. Collective over the group."""
@@ -616,10 +365,6 @@ class Unit:
         if self.states == "nvme":
             return "disk"
         return self._homes.near if self.states == "device" else "host"
-
-
-def _is_wide(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
 def _nothing(unit: Unit) -> None:

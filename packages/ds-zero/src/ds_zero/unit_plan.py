@@ -17,7 +17,7 @@ from ds_zero.holdings import Holding, Place
 from ds_zero.offload.choice import Offload
 from ds_zero.offload.swap import ALIGN_BYTES as PAGE_BYTES
 from ds_zero.plan import UnitSpec
-from ds_zero.unit import optimizer_ranges, unit_layout
+from ds_zero.unit_piece import optimizer_ranges, unit_layout
 
 #: Bytes of optimizer state of (group, number of elements, their dtype).
 StateBytes = Callable[[int, int, torch.dtype], int]

@@ -28,7 +28,8 @@ from ds_zero.inner_step import InnerStep, is_all_of
 from ds_zero.offload.choice import Offload, Tier, nearest_split
 from ds_zero.offload.speculative import Speculation, refuse_random_rounding
 from ds_zero.offload.worker import HostWorker
-from ds_zero.unit import OptimizerPiece, Unit
+from ds_zero.unit import Unit
+from ds_zero.unit_piece import OptimizerPiece
 
 #: Steps that "auto" lets pass, since they allocate, and then measures.
 WARM_UP, MEASURED = 2, 5

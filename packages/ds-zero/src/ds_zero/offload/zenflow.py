@@ -40,7 +40,8 @@ from ds_zero.errors import ShardError
 from ds_zero.inner_step import InnerStep, is_whole
 from ds_zero.offload.speculative import refuse_random_rounding
 from ds_zero.offload.worker import HostWorker
-from ds_zero.unit import OptimizerPiece, Unit
+from ds_zero.unit import Unit
+from ds_zero.unit_piece import OptimizerPiece
 
 #: Elements that are chosen together.
 BLOCK = 256
