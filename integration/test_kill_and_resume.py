@@ -48,17 +48,24 @@ def curve(out: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds all runs; the README's config, in fp32, with a batch for three ranks as well."""
+    """Holds all runs; the README's config, in fp32, with a batch for three ranks as well.
+
+    And the same with all of ZeRO-3's state on disk.
+    """
     folder = tmp_path_factory.mktemp("runs")
     settings = json.loads((GPT / "zero2.json").read_text())
     settings["bf16"]["enabled"] = False
     settings["train_batch_size"] = 12
     (folder / "config.json").write_text(json.dumps(settings))
+    disk = {"device": "nvme", "nvme_path": str(folder / "disk")}
+    zero = {"stage": 3, "offload_optimizer": disk, "offload_param": {**disk, "max_in_cpu": 0}}
+    offloaded = {**settings, "zero_optimization": zero}
+    (folder / "offload.json").write_text(json.dumps(offloaded))
     return folder
 
 
-def options(folder: Path, out: Path) -> list[str]:
-    return ["--config", str(folder / "config.json"), "--out", str(out), *QUICK]
+def options(folder: Path, out: Path, config: str = "config.json") -> list[str]:
+    return ["--config", str(folder / config), "--out", str(out), *QUICK]
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +76,13 @@ def undisturbed(folder: Path) -> list[float]:
     return curve(out)
 
 
-def start(folder: Path, out: Path, *launch_options: str) -> subprocess.Popen[str]:
+def start(
+    folder: Path, out: Path, *launch_options: str, config: str = "config.json"
+) -> subprocess.Popen[str]:
     """The README's command in the background."""
     command = [sys.executable, "-m", "ds_core.cli", "run", "--nproc", "2", *launch_options]
     return subprocess.Popen(
-        [*command, str(GPT / "train.py"), *options(folder, out), *NEW],
+        [*command, str(GPT / "train.py"), *options(folder, out, config), *NEW],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -98,15 +107,22 @@ def rank_processes(job: subprocess.Popen[str]) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("victim", "num_ranks"),
-    [("rank", (1, 3)), ("launcher", (4,))],
-    ids=["kill-a-rank", "kill-the-launcher"],
+    ("victim", "config", "goes_on"),
+    [
+        ("rank", "config.json", ((1, "config.json"), (3, "offload.json"))),
+        ("launcher", "offload.json", ((4, "config.json"), (1, "offload.json"))),
+    ],
+    ids=["kill-a-rank", "kill-the-launcher-of-a-run-on-disk"],
 )
 def test_killed_run_resumes_on_other_ranks_with_the_same_losses(
-    folder: Path, undisturbed: list[float], victim: str, num_ranks: tuple[int, ...]
+    folder: Path,
+    undisturbed: list[float],
+    victim: str,
+    config: str,
+    goes_on: tuple[tuple[int, str], ...],
 ) -> None:
     out = folder / f"killed-{victim}"
-    job = start(folder, out)
+    job = start(folder, out, config=config)
     wait_for_step(out, 2 * SAVE_EVERY + 5, job)
 
     os.kill(rank_processes(job)[1] if victim == "rank" else job.pid, signal.SIGKILL)
@@ -115,10 +131,10 @@ def test_killed_run_resumes_on_other_ranks_with_the_same_losses(
     if victim == "rank":
         assert job.returncode == 128 + signal.SIGKILL
         assert "rank 1 failed first: killed by SIGKILL" in told
-    for ranks in num_ranks:
+    for ranks, its_config in goes_on:
         resumed = folder / f"{victim}-on-{ranks}"
         shutil.copytree(out, resumed)
-        command = [*options(folder, resumed), "--resume"]
+        command = [*options(folder, resumed, its_config), "--resume"]
         codes = run_ranks(ranks, train_in_rank, command, initialized=False, timeout_s=120)
         assert codes == [0] * ranks
         assert curve(resumed) == pytest.approx(undisturbed, abs=1e-4)
