@@ -12,6 +12,8 @@
 #include <exception>
 #include <mutex>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 
 #include "common/float_type.h"
@@ -101,18 +103,26 @@ class FirstFailure {
   void guard(const Body& body) noexcept {
     try {
       body();
+    } catch (const std::exception& error) {
+      keep(error.what());
     } catch (...) {
-      const std::lock_guard<std::mutex> held(mutex_);
-      if (!error_) error_ = std::current_exception();
+      keep("an error that says nothing of itself");
     }
   }
   void rethrow() const {
-    if (error_) std::rethrow_exception(error_);
+    if (failed_) throw std::runtime_error(text_);
   }
 
  private:
+  void keep(const char* text) {
+    const std::lock_guard<std::mutex> held(mutex_);
+    if (!failed_) text_ = text;
+    failed_ = true;
+  }
+
   std::mutex mutex_;
-  std::exception_ptr error_;
+  std::string text_;
+  bool failed_ = false;
 };
 
 // `body(begin, end)` over parts of [0, count), by at most torch.get_num_threads() threads; parts
