@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 
@@ -126,3 +128,43 @@ def test_no_thread_of_the_backend_outlives_shutdown_or_the_program(last):
     done = subprocess.run([sys.executable, "-c", THREADS + last], capture_output=True, text=True)
 
     assert done.stdout.strip() == "[]", done.stderr
+
+
+#: A sharding that is alive as a global name, in a cycle, as engines are.
+HELD = """
+import torch
+from ds_core.replicated import Replicated
+from ds_core.precision import Precision
+from ds_core.seams import Dense
+model = torch.nn.Linear(2, 2)
+held = Replicated(
+    model=model,
+    optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+    mesh=comm.Mesh.world(),
+    precision=Precision(),
+    transport=Dense(),
+)
+held.itself = held
+model(torch.ones(1, 2)).sum().backward()
+held.update()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_thread_outlives_a_program_that_holds_groups_to_its_end():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", THREADS + HELD],
+            env={**os.environ, **names, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for told, errors in [rank.communicate(timeout=120) for rank in ranks]:
+        assert told.strip() == "[]", errors

@@ -13,7 +13,6 @@ from torch import nn
 from ds_core import comm, ops
 from ds_core.errors import DsError
 from ds_core.optimizer_state import allocate_state_of
-from ds_core.planning.optimizer_state import OptimizerState
 from ds_core.precision import Precision
 from ds_zero.errors import ShardError
 from ds_zero.fitting import least_change
@@ -201,6 +200,9 @@ def state_bytes_of(optimizer: torch.optim.Optimizer | None, device: torch.device
     counted, and a warning says so.
     """
     if optimizer is None:
+        # Imported here: it brings pydantic, which a loop of one's own does not need.
+        from ds_core.planning.optimizer_state import OptimizerState
+
         adamw = OptimizerState(None)
         return lambda group, numel, dtype: adamw.flat_bytes(numel, dtype)
     told = getattr(optimizer, "state_bytes", None)

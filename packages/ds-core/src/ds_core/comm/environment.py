@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import importlib.util
 import sys
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from ds_core import _env
 from ds_core.comm.discovery import World, find_world
+from ds_core.comm.group import let_go_of_process_groups
 from ds_core.errors import CommError
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -91,6 +93,10 @@ def _shutdown_at_exit() -> None:
     """
     if not hasattr(sys, "last_value"):
         shutdown()
+        # An engine that is still there, as a global name, holds groups; a backend's thread that
+        # lets go of a tensor while Python finalizes would end the process by SIGABRT.
+        let_go_of_process_groups()
+        gc.collect()
 
 
 def wants_check() -> bool:

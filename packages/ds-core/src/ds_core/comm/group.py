@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -22,6 +23,16 @@ _SEQUENCE_BITS = 30 - _SIZE_BITS
 
 #: Tags of callers are below this.
 MAX_TAG = 1 << 15
+
+
+#: Every group whose object still exists.
+_groups: weakref.WeakSet[Group] = weakref.WeakSet()
+
+
+def let_go_of_process_groups() -> None:
+    """For the end of the program: no group of ours keeps torch's alive, and with it threads."""
+    for group in list(_groups):
+        group.pg = None
 
 
 class Group:
@@ -60,6 +71,7 @@ class Group:
         self.num_barriers = 0
         self._num_lanes = 0
         self._sequence = 0
+        _groups.add(self)
 
     def __repr__(self) -> str:
         return f"Group({self.name!r}, ranks={list(self.ranks)}, backend={self.backend!r})"
