@@ -15,8 +15,8 @@ from zero_models import CASES
 from ds_core.errors import DsError
 from ds_core.testing import run_ranks
 from ds_zero import Offload
-from ds_zero.offload import twin_flow
-from ds_zero.offload.twin_flow import best_split
+from ds_zero.host_steps import twin_flow
+from ds_zero.host_steps.twin_flow import best_split
 
 RATIOS: tuple[Any, ...] = (0.0, 0.3, 0.7, "auto")
 

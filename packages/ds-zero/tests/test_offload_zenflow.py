@@ -17,8 +17,8 @@ from ds_core.errors import DsError
 from ds_core.testing import run_ranks
 from ds_zero import Offload, ZenFlow
 from ds_zero.config import ZeroSection
-from ds_zero.offload import zenflow
-from ds_zero.offload.zenflow import IMPORTANT, WAITING, important
+from ds_zero.host_steps import zenflow
+from ds_zero.host_steps.zenflow import IMPORTANT, WAITING, important
 
 PLAIN = Offload(optimizer="cpu")
 

@@ -6,11 +6,11 @@ from ds_zero._version import __version__
 from ds_zero.access import GatheredParameters
 from ds_zero.api import shard
 from ds_zero.errors import ShardError
+from ds_zero.host_steps.zenflow import ZenFlow
 from ds_zero.init import Init
 from ds_zero.memory import estimate_memory
 from ds_zero.memory_plan import MemoryPlan
 from ds_zero.offload import Offload
-from ds_zero.offload.zenflow import ZenFlow
 from ds_zero.optimizer import ZeroOptimizer
 from ds_zero.preflight import memory_plan
 from ds_zero.pretrained import load_pretrained

@@ -13,8 +13,8 @@ from ds_core.precision import Precision
 from ds_core.seams import Dense, Transport
 from ds_zero.checks import OWNER
 from ds_zero.errors import ShardError
+from ds_zero.host_steps.zenflow import ZenFlow
 from ds_zero.offload import Offload
-from ds_zero.offload.zenflow import ZenFlow
 from ds_zero.optimizer import ZeroOptimizer
 from ds_zero.plan import Selector
 

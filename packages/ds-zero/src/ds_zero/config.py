@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BeforeValidator, Field, model_validator
 
 from ds_core.config import Auto, Only, Section, refusal
+from ds_zero.host_steps.zenflow import ZenFlow
 from ds_zero.offload.choice import Offload
-from ds_zero.offload.zenflow import ZenFlow
 
 _LATER = "not in ds-zero 0.1"
 _NO_HIERARCHY = f"{_LATER}; every rank of the data-parallel group holds one shard"

@@ -29,8 +29,8 @@ from ds_core import fused
 from ds_core.gradients import vector_norm
 from ds_core.optimizer_twin import hyperparameters, twin_of
 from ds_zero.errors import ShardError
+from ds_zero.host_steps.worker import HostWorker
 from ds_zero.inner_step import InnerStep, is_all_of, is_whole
-from ds_zero.offload.worker import HostWorker
 from ds_zero.unit import Unit
 from ds_zero.unit_piece import OptimizerPiece
 
