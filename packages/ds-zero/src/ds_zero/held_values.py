@@ -14,9 +14,9 @@ from ds_zero.agreement import Agreement
 from ds_zero.early_updates import EarlyUpdates
 from ds_zero.errors import ShardError
 from ds_zero.holdings import Place
+from ds_zero.host_steps.speculative import Speculation
 from ds_zero.host_steps.zenflow import ZenFlowStep
 from ds_zero.offload.homes import Homes
-from ds_zero.host_steps.speculative import Speculation
 from ds_zero.parking import KINDS, Parking
 from ds_zero.unit import Unit
 

@@ -24,6 +24,7 @@ from ds_zero.early_updates import EarlyUpdates
 from ds_zero.errors import ShardError
 from ds_zero.gather import GatherRuntime
 from ds_zero.held_values import HeldValues
+from ds_zero.host_steps.speculative import Speculation
 from ds_zero.host_steps.twin_flow import TwinFlow
 from ds_zero.host_steps.worker import HostWorker
 from ds_zero.host_steps.zenflow import ZenFlow, ZenFlowStep
@@ -31,7 +32,6 @@ from ds_zero.memory_plan import MemoryPlan
 from ds_zero.offload import Offload
 from ds_zero.offload.choice import is_host
 from ds_zero.offload.homes import Homes
-from ds_zero.host_steps.speculative import Speculation
 from ds_zero.parking import KINDS, Parking
 from ds_zero.plan import Selector, UnitSpec, plan_units
 from ds_zero.sharded_param import show_class

@@ -24,10 +24,10 @@ import torch
 
 from ds_core import comm
 from ds_core.optimizer_twin import twin_of
+from ds_zero.host_steps.speculative import Speculation, refuse_random_rounding
 from ds_zero.host_steps.worker import HostWorker
 from ds_zero.inner_step import InnerStep, is_all_of
 from ds_zero.offload.choice import Offload, Tier, nearest_split
-from ds_zero.host_steps.speculative import Speculation, refuse_random_rounding
 from ds_zero.unit import Unit
 from ds_zero.unit_piece import OptimizerPiece
 

@@ -37,9 +37,9 @@ from torch import nn
 from ds_core.optimizer_state import PortableState, allocate_state_of
 from ds_core.optimizer_twin import noted_groups, twin_of
 from ds_zero.errors import ShardError
+from ds_zero.host_steps.speculative import refuse_random_rounding
 from ds_zero.host_steps.worker import HostWorker
 from ds_zero.inner_step import InnerStep, is_whole
-from ds_zero.host_steps.speculative import refuse_random_rounding
 from ds_zero.unit import Unit
 from ds_zero.unit_piece import OptimizerPiece
 
