@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,7 +22,7 @@ from ds_zero.parking import KINDS, Parking
 from ds_zero.unit import Unit
 
 
-class HeldValues(torch.optim.Optimizer):
+class HeldValues(torch.optim.Optimizer, ABC):
     """The part of a `ZeroOptimizer` that gives and takes what it holds."""
 
     units: list[Unit]
@@ -34,16 +35,17 @@ class HeldValues(torch.optim.Optimizer):
     _agreed: Agreement | None
     _homes: Homes
 
+    @abstractmethod
     def take_back(self) -> None:
         """Weights and states are in their places, as the last step left them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _show_all(self) -> None:
-        raise NotImplementedError
+        """As `take_back`, and the model sees all that is done."""
 
+    @abstractmethod
     def hold_units(self, units: list[Unit]) -> AbstractContextManager[None]:
         """Hold some units on every rank inside the block. Collective."""
-        raise NotImplementedError
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """What `model.state_dict()` would hold unsharded, parameters only, copied to the CPU.

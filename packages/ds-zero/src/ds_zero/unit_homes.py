@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
@@ -15,7 +16,7 @@ from ds_zero.offload.shard_home import HostShard, ShardHome, memory_of
 from ds_zero.unit_piece import OptimizerPiece
 
 
-class UnitHomes:
+class UnitHomes(ABC):
     """The part of a `Unit` that knows where its shard, its weights and their states are.
 
     What steps, saves or edits a unit asks for them through the context managers here, and need not
@@ -40,8 +41,9 @@ class UnitHomes:
     _may_be_in_twin: bool
     _grad_in_twin: bool
 
+    @abstractmethod
     def _allocate_gradients(self) -> None:
-        raise NotImplementedError
+        """Make the buffers of gradients anew, where they belong now."""
 
     def _find_homes(self) -> None:
         """Let the shard live elsewhere, if that is asked for, until the unit is whole."""
