@@ -1,0 +1,61 @@
+"""DeepSpeed's interface on ds-core, ds-ops and ds-zero: programs run as they are.
+
+    import deepspeed
+
+    engine, optimizer, loader, scheduler = deepspeed.initialize(model=model, config="ds_config.json")
+
+Nothing is done here but naming things as DeepSpeed does: README.md of this package says where each
+name lives. Importing it does no work; its parts come in on first use.
+"""
+
+from __future__ import annotations
+
+from deepspeed._names import names_of
+from deepspeed.version import __version__
+
+#: Whose package of this name it is, for programs that want to know.
+__provider__ = "ds"
+
+__getattr__, __dir__ = names_of(
+    __name__,
+    {
+        "initialize": "deepspeed.runtime.initialize:initialize",
+        "add_config_arguments": "deepspeed.runtime.arguments:add_config_arguments",
+        "DeepSpeedEngine": "deepspeed.runtime.engine:DeepSpeedEngine",
+        "DeepSpeedOptimizer": "deepspeed.runtime.base_optimizer:DeepSpeedOptimizer",
+        "DeepSpeedConfig": "deepspeed.runtime.config:DeepSpeedConfig",
+        "DeepSpeedConfigError": "deepspeed.runtime.config:DeepSpeedConfigError",
+        "DeepSpeedDataLoader": "deepspeed.runtime.dataloader:DeepSpeedDataLoader",
+        "init_distributed": "deepspeed.comm:init_distributed",
+        "get_accelerator": "deepspeed.accelerator:get_accelerator",
+        "zero": "deepspeed.runtime.zero",
+        "checkpointing": "deepspeed.runtime.activation_checkpointing.checkpointing",
+        "logger": "deepspeed.utils.logging:logger",
+        "log_dist": "deepspeed.utils.logging:log_dist",
+        "OnDevice": "deepspeed.utils.init_on_device:OnDevice",
+        "dist": "deepspeed.comm",
+        "version": "deepspeed.version:__version__",
+    },
+    submodules=(
+        *("accelerator", "checkpoint", "comm", "elasticity", "launcher", "monitor", "ops"),
+        *("profiling", "runtime", "utils"),
+    ),
+    missing={
+        "init_inference": "ds-inference will bring it; until then run the model itself under "
+        "torch.inference_mode()",
+        "tp_model_init": "ds-pipe will bring tensor parallelism; use ZeRO stage 3 for models that "
+        "do not fit",
+        "PipelineModule": "ds-pipe will bring pipelines; use ZeRO stage 3",
+        "PipelineEngine": "ds-pipe will bring pipelines; use ZeRO stage 3",
+        "InferenceEngine": "ds-inference will bring it",
+        "DeepSpeedInferenceConfig": "ds-inference will bring it",
+        "DeepSpeedHybridEngine": "ds-inference will bring it; generate with the module of a "
+        "stage 3 engine inside deepspeed.zero.GatheredParameters",
+        "DeepSpeedTransformerLayer": "use torch.nn.functional.scaled_dot_product_attention and "
+        "torch.compile",
+        "DeepSpeedTransformerConfig": "use torch.nn.functional.scaled_dot_product_attention and "
+        "torch.compile",
+    },
+)
+
+__all__ = ["__provider__", "__version__"]
