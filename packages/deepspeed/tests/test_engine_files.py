@@ -36,7 +36,7 @@ def goes_on(stage: int, folder: str) -> None:
     rng = torch.get_rng_state()
     client = {"epoch": 3, "best": 0.25, "rng": rng, "tuple": (1, 2), "nested": {"a": [1, None]}}
     assert engine.save_checkpoint(folder, client_state=client) is True
-    assert (Path(folder) / "latest").read_text() == "global_step2"
+    assert (Path(folder) / "latest").read_text().strip() == "global_step2"
     expected = train(engine, 2, first=2)
     other = made((stage + 1) % 4, scheduler=SCHEDULE)
     path, found = other.load_checkpoint(folder)
@@ -189,7 +189,17 @@ def loads_deepspeeds(folder: str) -> None:
     before = sorted(path.name for path in Path(folder).rglob("*"))
     expected = load_file(Path(folder) / "expected.safetensors")
     for stage in (1, 3):
-        engine, *_ = deepspeed.initialize(model=Tiny(), config=config(stage))
+        model = Tiny()
+        trained = [param for param in model.parameters() if param.requires_grad]
+        groups = [{"params": trained}]
+        if "stage0" not in folder:
+            groups = [
+                {"params": [param for param in trained if param.dim() > 1]},
+                {"params": [param for param in trained if param.dim() <= 1]},
+            ]
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=groups, config=config(stage)
+        )
         path, client = engine.load_checkpoint(folder)
         assert path is not None
         assert Path(path).parent == Path(folder)
