@@ -363,9 +363,8 @@ def test_an_engine_loads_a_folder_of_deepspeed_as_it_is(tmp_path):
     assert engine.global_step == 3
     assert engine.sharding.param_groups[0]["lr"] != 0.5
     assert sorted(path.name for path in folder.iterdir()) == before
-    (folder / "latest").write_text("global_step3")
-    for path in (folder / "global_step3").iterdir():
-        path.write_bytes(path.read_bytes()[:100])
+    (states,) = folder.rglob("*model_states.pt")
+    truncate(states, 100)
     with pytest.raises(CheckpointError, match="states"):
         engine.load_checkpoint(folder)
     assert not list(folder.glob(".import-*"))

@@ -61,11 +61,13 @@ def entry_points(*, group: str) -> EntryPoints:
     Every file of metadata is read for that, so it is done once: what is installed stays the same
     while a program runs, unless it changes where it looks for packages.
     """
-    return _all_entries(tuple(sys.path)).select(group=group)
+    found: EntryPoints = _all_entries(tuple(sys.path)).select(group=group)
+    return found
 
 
 @functools.lru_cache(maxsize=2)
-def _all_entries(search_path: tuple[str, ...]) -> EntryPoints:
+def _all_entries(search_path: tuple[str, ...]) -> Any:
+    """All of them, in what the standard library has for it: its class differs by version."""
     return metadata.entry_points()
 
 
