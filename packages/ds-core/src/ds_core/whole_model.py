@@ -119,7 +119,7 @@ class WholeModel:
         held = state_of(self.optimizer, self._target(which))
         value = held.get(key)
         if isinstance(value, torch.Tensor) and value.dim() > 0:
-            return value.detach()
+            return value.detach().clone()
         raise OptimizerError(
             f"optimizer state {key!r} of {which!r}: {type(self.optimizer).__name__} has "
             f"{', '.join(sorted(held)) or 'no state before its first step'}"

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ds_core import comm
+from ds_zero import state
 from ds_zero.errors import ShardError
 from ds_zero.init import record_of
 from ds_zero.optimizer import owners_of
@@ -62,6 +63,14 @@ class GatheredParameters:
             self._stack.callback(record.owner.let_go, [param])
         return self
 
+    def adopt_edits(self) -> None:
+        """Keep what this rank made of its own part of the parameters, which are still whole."""
+        for _, units in self._owners.values():
+            for unit in units:
+                unit.adopt_full()
+        for record, param in self._records:
+            record.store(param)
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -82,3 +91,33 @@ class GatheredParameters:
             value = param.detach().contiguous()
             comm.broadcast(value, record.owner.group, source=source, caller="Init")
             record.store(value)
+
+
+def local_part(param: nn.Parameter) -> torch.Tensor:
+    """This rank's part of a sharded parameter, 1-D and maybe empty; all of one that is not.
+
+    In the dtype that the model computes in, and a view where that part is in memory: writing to it
+    changes the parameter. `ZeroOptimizer.local_value` has the master copy.
+    """
+    record = record_of(param)
+    if record is not None:
+        return record.own
+    for _, units in owners_of([param]).values():
+        position = next(at for at, each in enumerate(units[0].params) if each is param)
+        if units[0].stage == 3:
+            return state.local_shard(units[0], position)
+    return param.detach().reshape(-1)
+
+
+def local_numel(param: nn.Parameter) -> int:
+    """How many numbers of a parameter this rank holds between uses."""
+    record = record_of(param)
+    if record is not None:
+        return record.own.numel()
+    for _, units in owners_of([param]).values():
+        unit = units[0]
+        name = next(each.name for each in unit.specs if each.param is param)
+        if unit.stage == 3:
+            parts = unit.layout.pieces(unit.group.rank)
+            return sum(part.stop - part.start for part in parts if part.slot.name == name)
+    return param.numel()

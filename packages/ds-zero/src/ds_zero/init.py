@@ -212,6 +212,10 @@ class Init:
                     self._keep(record, param)
                 setattr(param, _RECORD, record)
                 hide(param, self)
+                self.taken(param)
+
+    def taken(self, param: nn.Parameter) -> None:
+        """A parameter has been sharded: for subclasses that note something about it."""
 
     def _keep(self, record: _Record, param: nn.Parameter) -> None:
         """Keep this rank's part of what `param` holds now; of what rank 0's holds, if so told."""

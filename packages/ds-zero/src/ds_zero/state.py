@@ -100,6 +100,17 @@ def local_value(optimizer: HeldValues, which: str | nn.Parameter, kind: str) -> 
         return value if unit.is_resident else value.clone()
 
 
+def local_shard(unit: Unit, position: int) -> torch.Tensor:
+    """This rank's elements of a parameter of stage 3, as the model has them."""
+    piece = _piece_of(unit, position)
+    if piece is None:
+        return unit.shard.new_empty(0)
+    start, stop = piece.offset, piece.offset + _numel(piece)
+    if unit.shard_home is not None:
+        return unit.shard_home.read(start, stop)
+    return unit.shard[start:stop]
+
+
 def full_value(optimizer: HeldValues, which: str | nn.Parameter, kind: str) -> torch.Tensor:
     """A parameter, gradient or state of any rank's share, whole, on every rank. Collective."""
     unit, position = _find(optimizer, which)

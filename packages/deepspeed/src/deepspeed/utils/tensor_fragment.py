@@ -22,7 +22,9 @@ from ds_zero import ShardError, ZeroOptimizer
 def safe_get_full_fp32_param(param: nn.Parameter) -> torch.Tensor | None:
     """The most precise value, in fp32 (a master copy, where there is one)."""
     found = _full(param)
-    return None if found is None else found[0].full_parameter(found[1]).float()
+    if found is None:
+        return None
+    return found[0].full_parameter(found[1]).to(torch.float32, copy=True)
 
 
 def safe_set_full_fp32_param(param: nn.Parameter, value: torch.Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable, Iterable
 
 from torch import nn
@@ -122,3 +124,16 @@ def _mark_named(
     for module in found:
         set_z3_leaf_module(module, flag)
     return found, missing
+
+
+class _CallableModule(types.ModuleType):
+    """This module, which `deepspeed.utils.z3_leaf_module` is once it is imported: also a function.
+
+    The original gives that name to its function of the same name.
+    """
+
+    def __call__(self, model: nn.Module) -> bool:
+        return z3_leaf_module(model)
+
+
+sys.modules[__name__].__class__ = _CallableModule

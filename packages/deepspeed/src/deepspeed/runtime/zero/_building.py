@@ -77,10 +77,10 @@ def checked_world(group: Any) -> None:
     """
     comm.init()
     launched = find_world(_env.whole())
-    if group is None and dist.get_world_size() == 1 and launched and launched.world_size > 1:
+    if group is None and dist.get_world_size() == 1 and launched and launched.size > 1:
         raise ShardError(
             f"zero.Init: the process group has one rank, but the launcher started "
-            f"{launched.world_size}, each of which would hold the whole model; call "
+            f"{launched.size}, each of which would hold the whole model; call "
             f"deepspeed.init_distributed() before anything else starts a process group, or pass "
             f"data_parallel_group if this is meant"
         )

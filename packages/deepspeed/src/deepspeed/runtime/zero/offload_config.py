@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 from deepspeed._names import names_of
 
 
-class OffloadDeviceEnum(str, Enum):
+class OffloadDeviceEnum(StrEnum):
     """Homes of what is offloaded."""
 
     none = "none"
@@ -15,7 +15,7 @@ class OffloadDeviceEnum(str, Enum):
     nvme = "nvme"
 
 
-class OffloadStateTypeEnum(str, Enum):
+class OffloadStateTypeEnum(StrEnum):
     """What `offload_states` can park (`ds_zero.ZeroOptimizer.offload_states`)."""
 
     optim_states = "optim_states"

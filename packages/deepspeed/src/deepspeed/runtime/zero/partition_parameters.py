@@ -246,7 +246,7 @@ def _mesh_of(group: Any) -> comm.Mesh | None:
     checked_world(group)
     if group is None:
         return None
-    device = accelerator.current().type
+    device = accelerator.current().kind
     return comm.Mesh(DeviceMesh.from_group(group, device, mesh_dim_names=("dp",)))
 
 
