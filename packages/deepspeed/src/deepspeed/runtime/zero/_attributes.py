@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 import ds_zero
-from ds_zero.access import local_numel, local_part
 from ds_zero.optimizer import owners_of
 from ds_zero.sharded_param import ShardedMixin
 
@@ -146,7 +145,7 @@ def _teach_sharded_class() -> None:
 
 def _own_part(param: nn.Parameter) -> torch.Tensor:
     """This rank's part, of a parameter whose values are not here."""
-    return local_part(param)
+    return ds_zero.local_part(param)
 
 
 def _here(reference: Any) -> nn.Parameter:
@@ -188,7 +187,7 @@ def _partition(
 
 def _partition_numel(reference: Any) -> int:
     """How many numbers of it this rank holds."""
-    return local_numel(_here(reference))
+    return ds_zero.local_numel(_here(reference))
 
 
 def _summary(reference: Any, use_debug_name: bool = False) -> dict[str, Any]:
@@ -205,5 +204,5 @@ def _summary(reference: Any, use_debug_name: bool = False) -> dict[str, Any]:
         "grad_shape": None if param.grad is None else tuple(param.grad.shape),
         "persist": param.ds_persist,
         "active_sub_modules": param.ds_active_sub_modules,
-        "ds_tensor.shape": (local_numel(param),),
+        "ds_tensor.shape": (ds_zero.local_numel(param),),
     }
