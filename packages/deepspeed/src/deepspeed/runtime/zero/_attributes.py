@@ -17,12 +17,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 import ds_zero
 from ds_zero.optimizer import owners_of
 from ds_zero.sharded_param import ShardedMixin
 
-_HOLD, _OWNER = "_ds_hold", "_ds_owner"
+_HOLD = "_ds_hold"
 
 
 class ZeroParamType(Enum):
@@ -45,6 +46,15 @@ class _Ids:
     """Numbers of parameters, given in the same order on all ranks."""
 
     next: ClassVar[itertools.count[int]] = itertools.count()
+
+
+class _Names:
+    """What ds_core calls a parameter of stage 0, and who holds it.
+
+    Beside the parameters, which stay as they are and can be saved by `torch.save`.
+    """
+
+    of: ClassVar[WeakIdKeyDictionary] = WeakIdKeyDictionary()
 
 
 class _Gathered:
@@ -83,15 +93,17 @@ def mark_model(model: nn.Module, sharding: Any) -> None:
         model: the model of an engine.
         sharding: what holds its values: a `ds_zero.ZeroOptimizer`, or at stage 0 what ds_core has.
     """
-    owner = weakref.ref(sharding)
-    by_name = not isinstance(sharding, ds_zero.ZeroOptimizer)
-    for name, param in model.named_parameters():
-        param.__dict__[_OWNER] = (owner, name if by_name else None)
-        if not by_name and sharding.stage == 3:
+    if not isinstance(sharding, ds_zero.ZeroOptimizer):
+        for name, param in model.named_parameters():
+            _unmark(param)
+            _Names.of[param] = (weakref.ref(sharding), name)
+        return
+    for param in model.parameters():
+        if sharding.stage == 3:
             mark_parameter(param)
         else:
             _unmark(param)
-    for module in model.modules():
+    for module in model.modules() if sharding.stage == 3 else ():
         give_external_parameters(module)
         if ds_zero.is_leaf(module):
             for param in module.parameters():
@@ -100,13 +112,11 @@ def mark_model(model: nn.Module, sharding: Any) -> None:
 
 def owner_of(param: nn.Parameter) -> tuple[Any, Any] | None:
     """What holds the values of a parameter, and how it calls the parameter; None: nothing does."""
-    reference, name = param.__dict__.get(_OWNER, (None, None))
-    owner = None if reference is None else reference()
-    if owner is not None:
-        return owner, param if name is None else name
     for found, _ in owners_of([param]).values():
         return found, param
-    return None
+    reference, name = _Names.of.get(param, (None, None))
+    owner = None if reference is None else reference()
+    return None if owner is None else (owner, name)
 
 
 def give_external_parameters(module: nn.Module) -> None:
