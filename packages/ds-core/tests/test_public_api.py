@@ -37,7 +37,7 @@ NAMES = {
         "Group", "Ledger", "LedgerRow", "Mesh", "Pending", "Placement", "Span", "Traffic",
         "TrafficRow", "TrafficSummary", "UnevenBatches", "WeightedBatch", "all_gather",
         "all_gather_coalesced", "all_gather_object", "all_gather_uneven", "all_reduce",
-        "all_reduce_coalesced", "all_to_all", "all_to_all_uneven", "barrier", "broadcast",
+        "all_reduce_coalesced", "all_rows", "all_to_all", "all_to_all_uneven", "barrier", "broadcast",
         "broadcast_object", "exchange", "gather", "gather_object", "init", "is_initialized",
         "monitored_barrier", "place", "placement_of", "recv", "reduce", "reduce_scatter",
         "reduce_scatter_coalesced", "reduce_scatter_uneven", "scatter", "scatter_object", "send",

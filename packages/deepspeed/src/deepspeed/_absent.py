@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+# importlib.abc costs as much to import as all the rest of this package together.
+if TYPE_CHECKING:
+    from importlib.abc import Loader
+else:
+    Loader = object
 
 _MOE = "ds-moe will bring mixtures of experts; until then use the model's own experts"
 _PIPE = "ds-pipe will bring pipelines; use ZeRO stage 3 for models that do not fit"
@@ -30,6 +35,7 @@ _OFFLOAD = (
     "to disk"
 )
 _INTERNAL = "it is an inner part of the original package that nothing replaces one to one"
+
 
 def _below(package: str, modules: str, reason: str) -> dict[str, str]:
     return {f"{package}.{module}": reason for module in modules.split()}
@@ -145,7 +151,9 @@ ABSENT: Mapping[str, str] = {
         "config exceptions mixed_precision_linkage static_cache torch types",
         _INTERNAL,
     ),
-    **_below("deepspeed.utils", "pin_memory pin_memory_tracker", "use get_accelerator().pin_memory"),
+    **_below(
+        "deepspeed.utils", "pin_memory pin_memory_tracker", "use get_accelerator().pin_memory"
+    ),
     **_below("deepspeed", "compat constants", _INTERNAL),
     **_below(
         "deepspeed",
@@ -165,7 +173,7 @@ def reason_for(module: str) -> str | None:
     return None
 
 
-class AbsentFinder(MetaPathFinder):
+class AbsentFinder:
     """Finds, last of all, the modules of `ABSENT`; they have every name, and none can be used."""
 
     def find_spec(
