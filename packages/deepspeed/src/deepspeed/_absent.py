@@ -84,7 +84,7 @@ ABSENT: Mapping[str, str] = {
     **_below("deepspeed.elasticity", "config constants elastic_agent utils", _ELASTIC),
     **_below(
         "deepspeed.monitor",
-        "comet config csv_monitor tensorboard utils wandb",
+        "comet csv_monitor tensorboard utils wandb",
         "use the sinks of ds_core.observers, which the config sets up",
     ),
     **_below(

@@ -198,6 +198,6 @@ def _host_by_mpi(world: World) -> str:
 
 def _default_backend() -> str:
     device = torch.accelerator.current_accelerator(check_available=True)
-    if device is None:
+    if device is None or _env.accelerator() == "cpu":
         return "gloo"
     return str(dist.get_default_backend_for_device(device))
