@@ -34,11 +34,14 @@ def reductions():
         assert torch.equal(tensor, expected), op
     tensor = mine(rank)
     handle = dist.all_reduce(tensor, async_op=True)
-    assert handle.wait() and handle.is_completed() and handle.wait()
+    assert handle.wait()
+    assert handle.is_completed()
+    assert handle.wait()
     assert torch.equal(tensor, sum(everybody))
     tensors = [mine(rank), mine(rank, 3).double()]
     dist.all_reduce_coalesced(tensors)
-    assert torch.equal(tensors[0], sum(everybody)) and tensors[1].dtype == torch.float64
+    assert torch.equal(tensors[0], sum(everybody))
+    assert tensors[1].dtype == torch.float64
     tensor = mine(rank)
     dist.reduce(tensor, dst=1)
     assert torch.equal(tensor, sum(everybody) if rank == 1 else mine(rank))
@@ -60,7 +63,8 @@ def gathers():
     out = torch.empty(2 * size, 3)
     handle = dist.all_gather_into_tensor(out, own, async_op=True)
     handle.wait()
-    assert torch.equal(out.flatten(), torch.cat(everybody)) and not out.requires_grad
+    assert torch.equal(out.flatten(), torch.cat(everybody))
+    assert not out.requires_grad
     parts = [torch.empty(6) for _ in range(size)] if rank == 1 else None
     dist.gather(mine(rank), parts, dst=1)
     assert parts is None or all(map(torch.equal, parts, everybody))
@@ -142,7 +146,7 @@ def told_mistakes():
         dist.gather(tensor, dst=dist.get_rank())
     with pytest.raises(CommError, match="P2POp: op"):
         dist.P2POp(print, tensor, 0)
-    with pytest.raises(CommError, match="expected one of ReduceOp.SUM"):
+    with pytest.raises(CommError, match=r"expected one of ReduceOp\.SUM"):
         dist.all_reduce(tensor, op="sum of all")
     with pytest.raises(CommError, match="do not fit a group"):
         dist.all_gather_into_tensor(torch.empty(5), tensor)
@@ -157,7 +161,8 @@ def summed_up():
     assert found["summary"]["all_reduce"][4000]["count"] == 3
     assert found["metadata"] == {"world_size": 2, "rank": dist.get_rank()}
     assert found["straggler_analysis"]["all_reduce"][4000]["last_rank"] in (0, 1)
-    assert dist.get_comm_operation_count() == 3 and dist.get_logged_comm_ops() == ["all_reduce"]
+    assert dist.get_comm_operation_count() == 3
+    assert dist.get_logged_comm_ops() == ["all_reduce"]
     dist.reset_log()
     assert not dist.has_comm_data()
     dist.configure(deepspeed_config={"comms_logger": {"enabled": False}})
@@ -183,7 +188,7 @@ def test_log_summary_tells_what_was_sent():
 def alone():
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         del os.environ[name]
-    with pytest.raises(CommError, match="call deepspeed.init_distributed"):
+    with pytest.raises(CommError, match=r"call deepspeed\.init_distributed"):
         dist.all_reduce(torch.ones(3))
     with pytest.raises(CommError, match="dist_init_required: got False"):
         deepspeed.init_distributed(dist_init_required=False)
@@ -191,7 +196,8 @@ def alone():
     tensor = torch.ones(3)
     dist.all_reduce(tensor)
     dist.all_gather_into_tensor(torch.empty(3), tensor)
-    assert dist.is_initialized() and dist.is_available()
+    assert dist.is_initialized()
+    assert dist.is_available()
     return dist.get_rank(), dist.get_world_size(), dist.get_local_rank(), tensor.sum().item()
 
 

@@ -195,7 +195,9 @@ def test_all_ledgers_are_watched_those_made_later_too():
             listener(span())
     assert [row.num_calls for row in traffic.rows()] == [2]
     traffic.stop()
-    assert not before.listeners and not after.listeners and not Ledger().listeners
+    assert not before.listeners
+    assert not after.listeners
+    assert not Ledger().listeners
 
 
 def ledger_with_a_listener():

@@ -12,9 +12,7 @@ __getattr__, __dir__ = names_of(
         "is_current_accelerator_supported": (
             "deepspeed.accelerator.real_accelerator:is_current_accelerator_supported"
         ),
-        "DeepSpeedAccelerator": (
-            "deepspeed.accelerator.abstract_accelerator:DeepSpeedAccelerator"
-        ),
+        "DeepSpeedAccelerator": ("deepspeed.accelerator.abstract_accelerator:DeepSpeedAccelerator"),
     },
     submodules=("abstract_accelerator", "real_accelerator"),
 )

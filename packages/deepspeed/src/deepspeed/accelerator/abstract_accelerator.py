@@ -96,7 +96,9 @@ class DeepSpeedAccelerator:
 
     def device_name(self, device_index: int | None = None) -> str:
         """Such as "cuda:1", or "cuda" without an index; "cpu"."""
-        return self._name if self._is_cpu or device_index is None else f"{self._name}:{device_index}"
+        return (
+            self._name if self._is_cpu or device_index is None else f"{self._name}:{device_index}"
+        )
 
     def device(self, device_index: int | None = None) -> AbstractContextManager[Any]:
         """A context in which that device is the current one."""

@@ -25,7 +25,11 @@ __getattr__, __dir__ = names_of(
         **{
             name: f"{_FRAGMENT}:{name}"
             for name in (
-                *("safe_get_full_fp32_param", "safe_get_full_grad", "safe_get_full_optimizer_state"),
+                *(
+                    "safe_get_full_fp32_param",
+                    "safe_get_full_grad",
+                    "safe_get_full_optimizer_state",
+                ),
                 *("safe_set_full_fp32_param", "safe_set_full_optimizer_state"),
                 *("safe_set_full_grad", "safe_get_local_fp32_param", "safe_get_local_grad"),
                 *("safe_get_local_optimizer_state", "safe_set_local_fp32_param"),

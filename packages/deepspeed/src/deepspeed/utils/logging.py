@@ -116,7 +116,9 @@ def print_json_dist(
 
 def print_configuration(args: Namespace, name: str) -> None:
     """Log the values of parsed arguments."""
-    lines = [f"  {key} {'.' * (29 - len(key))} {value}" for key, value in sorted(vars(args).items())]
+    lines = [
+        f"  {key} {'.' * (29 - len(key))} {value}" for key, value in sorted(vars(args).items())
+    ]
     logger.info("%s:\n%s", name, "\n".join(lines))
 
 

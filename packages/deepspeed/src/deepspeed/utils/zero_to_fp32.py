@@ -94,10 +94,10 @@ def convert_zero_checkpoint_to_state_dict(
     if not safe_serialization:
         export_torch(state, output_dir, max_shard_bytes=limit, overwrite=True)
         return
-    whole = sum(state.dtype(name).itemsize * torch.Size(state.shape(name)).numel() for name in state)
-    write_weights(
-        Path(output_dir), state, max_shard_bytes=limit or max(whole, 1), overwrite=True
+    whole = sum(
+        state.dtype(name).itemsize * torch.Size(state.shape(name)).numel() for name in state
     )
+    write_weights(Path(output_dir), state, max_shard_bytes=limit or max(whole, 1), overwrite=True)
 
 
 def convert_zero_checkpoint_to_fp32_state_dict(
@@ -119,7 +119,9 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     )
 
 
-def load_state_dict_from_zero_checkpoint(model: M, checkpoint_dir: str, tag: str | None = None) -> M:
+def load_state_dict_from_zero_checkpoint(
+    model: M, checkpoint_dir: str, tag: str | None = None
+) -> M:
     """Move `model` to the CPU, put a checkpoint's weights into it, and return it.
 
     Names that only one of them has are passed over, as the original does.

@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from ds_core.errors import DsError
+from ds_core.observers.units import told_bytes
 from ds_core.profiling import FlopsProfiler as Counter
 from ds_core.profiling import Profile
 from ds_core.profiling.model_profile import write_report
 from ds_core.profiling.report import number, seconds
-from ds_core.observers.units import told_bytes
 
 
 class FlopsProfiler:
@@ -96,7 +96,9 @@ class FlopsProfiler:
     ) -> None:
         """Write the report to a file, or to standard output; see ds_core.profiling."""
         self._report(
-            self.profile.text(module_depth=module_depth, top_modules=top_modules, detailed=detailed),
+            self.profile.text(
+                module_depth=module_depth, top_modules=top_modules, detailed=detailed
+            ),
             output_file,
         )
 
