@@ -152,3 +152,6 @@ def test_the_report_can_be_shorter(capsys):
     out = capsys.readouterr().out
     assert "Versions" in out
     assert "Warnings" not in out
+    assert "rms_norm" not in out
+    env_report.cli_main([])
+    assert "rms_norm" in capsys.readouterr().out
