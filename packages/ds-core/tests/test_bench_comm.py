@@ -61,6 +61,6 @@ def test_the_command_starts_its_ranks_and_the_first_prints():
 
 
 def test_a_dtype_that_does_not_exist():
-    done = ds("--nproc", "1", "--dtype", "int3", "--op", "all_reduce")
+    done = ds("--nproc", "1", "--dtype", "int33", "--op", "all_reduce")
     assert done.returncode != 0
-    assert "got 'int3'" in done.stderr
+    assert "got 'int33'" in done.stderr

@@ -306,11 +306,11 @@ def test_the_report_says_where_packages_are_and_what_builds_kernels(report):
 def test_the_cuda_compiler_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert machine.toolkit() is None
+    assert machine.cuda_compiler() is None
     program = tmp_path / "nvcc"
     program.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.6, V12.6.20'\n")
     program.chmod(0o755)
-    assert machine.toolkit() == f"12.6 ({program})"
+    assert machine.cuda_compiler() == f"12.6 ({program})"
 
 
 def test_two_versions_of_a_package_in_one_folder_hurt(tmp_path, monkeypatch):

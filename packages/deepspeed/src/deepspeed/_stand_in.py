@@ -37,3 +37,8 @@ def not_provided(name: str, instead: str) -> type:
         "__module__": home,
     }
     return _NotProvidedType(own, (), body)
+
+
+def is_stand_in(value: object) -> bool:
+    """Whether this stands for a name that is not provided."""
+    return isinstance(value, _NotProvidedType)

@@ -90,7 +90,7 @@ def examine() -> Machine:
     )
 
 
-def toolkit() -> str | None:
+def cuda_compiler() -> str | None:
     """The release of the CUDA compiler and where it is; None if there is none."""
     program = shutil.which("nvcc") or _nvcc_of_torch()
     if program is None:

@@ -147,7 +147,7 @@ def _versions() -> dict[str, str]:
     }
     if dist.is_available() and dist.is_nccl_available():
         versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-    nvcc = toolkit()
+    nvcc = cuda_compiler()
     if nvcc is not None:
         versions["nvcc"] = nvcc
     if torch.backends.cudnn.is_available():
