@@ -2,17 +2,24 @@
 
     import deepspeed
 
-    engine, optimizer, _, scheduler = deepspeed.initialize(model=model, config="ds_config.json")
+    engine, optimizer, loader, _ = deepspeed.initialize(model=model, config="ds_config.json")
 
 Nothing is done here but naming things as DeepSpeed does: README.md of this package says where each
-name lives. Importing it does no work; its parts come in on first use.
+name lives. Importing it does no work but to look whether files of the original package lie beside
+its own; its parts come in on first use.
 """
 
 from __future__ import annotations
 
+from deepspeed import _absent, _installation
 from deepspeed._names import names_of
 from deepspeed.version import __version__
 
+_installation.check(__path__)
+_absent.install()
+
+#: The same as `__version__`.
+version = __version__
 #: Whose package of this name it is, for programs that want to know.
 __provider__ = "ds"
 
@@ -34,7 +41,6 @@ __getattr__, __dir__ = names_of(
         "log_dist": "deepspeed.utils.logging:log_dist",
         "OnDevice": "deepspeed.utils.init_on_device:OnDevice",
         "dist": "deepspeed.comm",
-        "version": "deepspeed.version:__version__",
     },
     submodules=(
         *("accelerator", "checkpoint", "comm", "elasticity", "launcher", "monitor", "ops"),
@@ -58,4 +64,4 @@ __getattr__, __dir__ = names_of(
     },
 )
 
-__all__ = ["__provider__", "__version__"]
+__all__ = ["__provider__", "__version__", "version"]
