@@ -131,9 +131,10 @@ def test_elastic_job_goes_on_when_a_node_is_lost(tmp_path: Path, undisturbed: li
     words = ["--nnodes", "1:2", "--nproc", "1", "--rdzv-endpoint", endpoint, *conf]
     words += ["--local-addr", "localhost", "--max-restarts", "3"]
     words += [str(JOB), str(folder), "--steps", str(NUM_STEPS), "--timeout-s", "20"]
-    nodes = [ds_run(*words)]
-    time.sleep(1.0)  # the first holds the rendezvous
-    nodes.append(ds_run(*words))
+    # The first holds the rendezvous: on one machine either could, and the second is killed.
+    nodes = [
+        ds_run("--rdzv-conf", f"is_host={int(is_first)}", *words) for is_first in (True, False)
+    ]
     try:
         deadline = time.monotonic() + 90
         while not any(

@@ -83,6 +83,22 @@ def resume(folder, changes):
     return path
 
 
+def test_a_save_within_a_step_warns_and_a_load_forgets_what_was_begun(tmp_path):
+    engine = make(gradient_accumulation_steps=2, train_micro_batch_size_per_gpu=2)
+    losses_of(engine, 2)
+    engine.save_checkpoint(tmp_path, "between")
+    expected = losses_of(engine, 2)
+    x = torch.full((2, 3), 100.0)
+    engine.backward(engine(x))
+    engine.step()
+    with pytest.warns(UserWarning, match="1 micro-batches of the present step are done"):
+        engine.save_checkpoint(tmp_path, "within")
+
+    engine.load_checkpoint(tmp_path, "between")
+
+    assert losses_of(engine, 2) == expected
+
+
 def without_statistics(engine):
     """Batch norms see their own rank's data, and a checkpoint holds those of rank 0."""
     return {name: v for name, v in engine.state_dict().items() if "running" not in name}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -92,6 +93,16 @@ class Accumulation:
             raise DsError(
                 f"{what}: {self._done} micro-batches of the present step are done; call it right "
                 f"after a step() that returned True, or before the first forward"
+            )
+
+    def warn_of_loss(self, what: str) -> None:
+        """Warn if micro-batches of the present step are done, whose gradients `what` leaves out."""
+        if self._done:
+            warnings.warn(
+                f"{what}: {self._done} micro-batches of the present step are done, and their "
+                f"gradients are not part of a checkpoint: whoever resumes goes on behind them. "
+                f"Save right after a step() that returned True",
+                stacklevel=3,
             )
 
 

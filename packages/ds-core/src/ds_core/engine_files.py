@@ -17,6 +17,7 @@ from ds_core.buffers import persistent_buffers
 from ds_core.seams import EventKind, Sharding
 
 if TYPE_CHECKING:
+    from ds_core.accumulation import Accumulation
     from ds_core.checkpoint import AsyncSaver, LoadedWeights, PendingSave
     from ds_core.engine import Engine
 
@@ -47,6 +48,7 @@ class EngineFiles(nn.Module):
     sharding: Sharding
     mesh: comm.Mesh
     global_step: int
+    _micro: Accumulation
     _saving: SavePolicy
     _saver: AsyncSaver | None
     _pending: PendingSave | None = None
@@ -118,11 +120,13 @@ class EngineFiles(nn.Module):
                 the one that `latest` names, and any that is in use. Default: `checkpoint.keep_last`
                 of the configuration, and that none is deleted.
 
-        Atomic: until it is complete, the previous checkpoint stays the one that loads. Collective.
+        Atomic: until it is complete, the previous checkpoint stays the one that loads. Gradients
+        are not part of it: in the middle of a step's micro-batches it warns. Collective.
         """
         from ds_core import checkpoint
         from ds_core.engine_state import state_to_save
 
+        self._micro.warn_of_loss("save_checkpoint")
         self.wait_for_checkpoint()
         tag = tag or f"step{self.global_step}"
         tag = agree_on_tag(tag, self._saving.tag_validation, self.mesh.group(*self.mesh.axes))

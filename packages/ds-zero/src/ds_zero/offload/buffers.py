@@ -2,24 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
-from ds_core.seams import TensorFiles
-
-
-class Tenant(Protocol):
-    """Whoever holds a buffer."""
-
-    def is_writing(self) -> bool:
-        """Whether it holds the buffer only until a write is done."""
-
-    def is_written(self) -> bool:
-        """Whether that write is over."""
-
-    def vacate(self) -> None:
-        """Wait for that write and give the buffer back."""
+from ds_core.seams import TensorFile, TensorFiles, Transfer
 
 
 class BufferPool:
@@ -37,19 +22,19 @@ class BufferPool:
     def __init__(self, files: TensorFiles, count: int) -> None:
         self._files, self._count = files, count
         self._free: list[torch.Tensor] = []
-        self._lent: list[tuple[torch.Tensor, Tenant]] = []
+        self._lent: list[tuple[torch.Tensor, Staging]] = []
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, lent or not."""
         return sum(b.nbytes for b in self._free) + sum(b.nbytes for b, _ in self._lent)
 
-    def take(self, size: int, *, owner: Tenant, wait: bool = True) -> torch.Tensor | None:
+    def take(self, size: int, *, owner: Staging, wait: bool = True) -> torch.Tensor | None:
         """A buffer of at least `size` bytes; without `wait`, None if there is no room now."""
         if not self._free and len(self._lent) >= self._count:
-            for _, tenant in self._lent:
-                if tenant.is_writing() and (wait or tenant.is_written()):
-                    tenant.vacate()
+            for _, holder in self._lent:
+                if holder.is_writing and (wait or holder.is_done):
+                    holder.vacate()
                     break
         if not self._free and len(self._lent) >= self._count and not wait:
             return None
@@ -73,3 +58,71 @@ class BufferPool:
     def clear(self) -> None:
         """Free the buffers that nobody has."""
         self._free.clear()
+
+
+class Staging:
+    """One party's buffer of a pool, and the transfer between it and a file that is under way.
+
+    Attributes:
+        buffer: what it holds now, of at least the size that it took; None if nothing.
+    """
+
+    def __init__(self, file: TensorFile, pool: BufferPool) -> None:
+        self._file, self._pool = file, pool
+        self.buffer: torch.Tensor | None = None
+        self._transfer: Transfer | None = None
+        self._writes = False
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether a read has begun that nobody has waited for."""
+        return self._transfer is not None and not self._writes
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether it holds its buffer only until a write is done."""
+        return self._transfer is not None and self._writes
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is under way."""
+        return self._transfer is None or self._transfer.done()
+
+    def take(self, size: int, *, wait: bool = True) -> bool:
+        """Get a buffer, if it has none; without `wait`, False if there is no room now."""
+        if self.buffer is None:
+            self.buffer = self._pool.take(size, owner=self, wait=wait)
+        return self.buffer is not None
+
+    def read(self, size: int, offset: int) -> None:
+        """Begin to fill the buffer from the file."""
+        self._transfer, self._writes = self._file.read(self._first(size), offset), False
+
+    def write(self, size: int, offset: int) -> None:
+        """Begin to write the buffer to the file."""
+        self._transfer, self._writes = self._file.write(self._first(size), offset), True
+
+    def arrive(self) -> None:
+        """Wait for what is under way; the buffer stays. Raises its OSError."""
+        transfer, self._transfer = self._transfer, None
+        if transfer is not None:
+            transfer.wait()
+
+    def wait_for_write(self) -> None:
+        """Wait for a write; from any thread, since nothing changes for whoever holds the buffer."""
+        transfer = self._transfer
+        if transfer is not None and self._writes:
+            transfer.wait()
+
+    def vacate(self) -> None:
+        """Wait for what is under way and give the buffer back. Raises its OSError."""
+        try:
+            self.arrive()
+        finally:
+            buffer, self.buffer = self.buffer, None
+            if buffer is not None:
+                self._pool.give(buffer)
+
+    def _first(self, size: int) -> torch.Tensor:
+        assert self.buffer is not None
+        return self.buffer[:size]

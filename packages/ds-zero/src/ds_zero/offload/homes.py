@@ -175,15 +175,14 @@ class Homes:
     def settle(self) -> None:
         """Wait for what is being written."""
         for home in self._disk_shards:
-            if home.is_writing():
-                home.vacate()
+            home.settle()
         if self.swap is not None:
             self.swap.settle()
 
     def close(self) -> None:
         """Wait for what is under way, and close the files; what they held is gone."""
         for home in self._disk_shards:
-            home.vacate()
+            home.close()
         if self._shard_file is not None:
             self._shard_file.close()
         if self.swap is not None:

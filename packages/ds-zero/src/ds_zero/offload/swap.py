@@ -16,12 +16,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from ds_core.seams import TensorFile, Transfer
-from ds_zero.offload.buffers import BufferPool
+from ds_core.seams import TensorFile
+from ds_zero.offload.buffers import BufferPool, Staging
 
 #: Records and fields begin at multiples of this, which direct transfers ask for.
 ALIGN_BYTES = 4096
@@ -40,37 +40,18 @@ class _Field:
 
 @dataclass
 class _Record:
-    """The states of one piece, on disk or in memory."""
+    """The states of one piece, on disk or in memory.
+
+    Attributes:
+        staging: its memory while it is there, or on its way.
+    """
 
     tensors: Callable[[], dict[str, torch.Tensor]]
+    staging: Staging
     fields: tuple[_Field, ...] = ()
     offset: int = 0
     size: int = 0
-    buffer: torch.Tensor | None = None
-    transfer: Transfer | None = None
-    writes: bool = False
     is_here: bool = False
-    pool: BufferPool | None = field(default=None, repr=False)
-
-    def is_writing(self) -> bool:
-        """Whether its buffer comes free without anybody's doing."""
-        return self.writes and self.transfer is not None
-
-    def is_written(self) -> bool:
-        """Whether that is the case by now."""
-        return self.transfer is None or self.transfer.done()
-
-    def vacate(self) -> None:
-        """Wait for what is under way and give the buffer back."""
-        transfer, self.transfer, self.writes = self.transfer, None, False
-        buffer, self.buffer = self.buffer, None
-        try:
-            if transfer is not None:
-                transfer.wait()
-        finally:
-            if buffer is not None:
-                assert self.pool is not None
-                self.pool.give(buffer)
 
 
 class Swap:
@@ -119,8 +100,8 @@ class Swap:
             weights: the optimizer's parameter.
             tensors: gives what of it is to be on disk, by key; asked anew whenever it goes.
         """
-        record = self._records[weights] = _Record(tensors, pool=self._pool)
-        record.is_here = True
+        staging = Staging(self._file, self._pool)
+        self._records[weights] = _Record(tensors, staging, is_here=True)
         self.put_back(weights)
 
     def forget(self, weights: torch.Tensor) -> None:
@@ -130,7 +111,7 @@ class Swap:
         self._vacant.setdefault(record.size, []).append(record.offset)
         for tensor in record.tensors().values():
             tensor.data = tensor.detach().clone()
-        record.vacate()
+        record.staging.vacate()
 
     def expect(self, order: Iterable[torch.Tensor]) -> None:
         """These pieces will be brought, in this order: begin to read the first."""
@@ -142,15 +123,10 @@ class Swap:
         record = self._records[weights]
         if record.is_here:
             return
-        if record.is_writing():
-            record.vacate()
-        if record.transfer is None:
-            buffer = self._pool.take(record.size, owner=record)
-            assert buffer is not None
-            self._begin_read(record, buffer)
-        assert record.transfer is not None
-        transfer, record.transfer = record.transfer, None
-        transfer.wait()
+        if record.staging.is_writing:
+            record.staging.vacate()
+        self._begin_read(record, wait=True)
+        record.staging.arrive()
         self._show(record)
         while self._upcoming and self._records[self._upcoming[0]].is_here:
             self._upcoming.popleft()
@@ -163,17 +139,14 @@ class Swap:
         fields = _laid_out(tensors)
         if fields != record.fields:
             self._move(record, fields)
-        if record.buffer is None:
-            record.buffer = self._pool.take(record.size, owner=record)
-        assert record.buffer is not None
+        record.staging.take(record.size)
         for each in record.fields:
-            tensor, place = tensors[each.key], _view(record.buffer, each)
+            tensor, place = tensors[each.key], _view(record.staging, each)
             if tensor.data_ptr() != place.data_ptr():
                 place.copy_(tensor)
             _hide(tensor)
         record.is_here = False
-        record.writes = True
-        record.transfer = self._file.write(record.buffer[: record.size], record.offset)
+        record.staging.write(record.size, record.offset)
         self.bytes_written += sum(each.nbytes for each in record.fields)
 
     def leave(self, weights: torch.Tensor) -> None:
@@ -182,7 +155,7 @@ class Swap:
         for tensor in record.tensors().values():
             _hide(tensor)
         record.is_here = False
-        record.vacate()
+        record.staging.vacate()
 
     @contextmanager
     def present(self, weights: torch.Tensor, *, edits: bool) -> Iterator[None]:
@@ -203,8 +176,8 @@ class Swap:
     def settle(self) -> None:
         """Wait for what is being written, and free the buffers. Raises the error of a write."""
         for record in self._records.values():
-            if record.is_writing():
-                record.vacate()
+            if record.staging.is_writing:
+                record.staging.vacate()
 
     def close(self) -> None:
         """Wait for everything, and close the file."""
@@ -218,33 +191,33 @@ class Swap:
         """Begin to read what comes next, as far as there are buffers."""
         for weights in self._upcoming:
             record = self._records[weights]
-            if record.is_here or (record.transfer is not None and not record.writes):
+            if record.is_here or record.staging.is_reading:
                 continue
-            if record.is_writing():
+            if record.staging.is_writing or not self._begin_read(record, wait=False):
                 return
-            buffer = self._pool.take(record.size, owner=record, wait=False)
-            if buffer is None:
-                return
-            self._begin_read(record, buffer)
 
-    def _begin_read(self, record: _Record, buffer: torch.Tensor) -> None:
-        record.buffer = buffer
-        record.transfer = self._file.read(buffer[: record.size], record.offset)
+    def _begin_read(self, record: _Record, *, wait: bool) -> bool:
+        """Begin to read, if that has not begun; without `wait`, False if there is no room now."""
+        if record.staging.is_reading:
+            return True
+        if not record.staging.take(record.size, wait=wait):
+            return False
+        record.staging.read(record.size, record.offset)
         self.bytes_read += sum(each.nbytes for each in record.fields)
+        return True
 
     def _show(self, record: _Record) -> None:
-        assert record.buffer is not None
         tensors = record.tensors()
         for each in record.fields:
-            tensors[each.key].data = _view(record.buffer, each)
+            tensors[each.key].data = _view(record.staging, each)
         record.is_here = True
 
     def _move(self, record: _Record, fields: tuple[_Field, ...]) -> None:
         """Give a record a new layout, in a new place of the file; its tensors keep their values."""
         for tensor in record.tensors().values():
-            if record.buffer is not None:
+            if record.staging.buffer is not None:
                 tensor.data = tensor.detach().clone()  # it may lie in the buffer
-        record.vacate()
+        record.staging.vacate()
         size = max((each.start + each.nbytes for each in fields), default=0)
         fits = size <= record.size
         record.fields, record.size = fields, -(-size // ALIGN_BYTES) * ALIGN_BYTES
@@ -268,8 +241,9 @@ def _laid_out(tensors: dict[str, torch.Tensor]) -> tuple[_Field, ...]:
     return tuple(fields)
 
 
-def _view(buffer: torch.Tensor, of: _Field) -> torch.Tensor:
-    return buffer[of.start : of.start + of.nbytes].view(of.dtype).view(of.shape)
+def _view(staging: Staging, of: _Field) -> torch.Tensor:
+    assert staging.buffer is not None
+    return staging.buffer[of.start : of.start + of.nbytes].view(of.dtype).view(of.shape)
 
 
 def _hide(tensor: torch.Tensor) -> None:
