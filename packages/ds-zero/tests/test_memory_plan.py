@@ -17,6 +17,7 @@ import ds_zero
 from ds_core import comm
 from ds_core.precision import Precision
 from ds_core.testing import run_ranks
+from ds_zero import ZenFlow
 from ds_zero import room as rooms
 from ds_zero.holdings import KINDS
 from ds_zero.memory_plan import complaints
@@ -56,6 +57,26 @@ RUNS = {
     "states-on-disk": ("untied", adamw, BF16, {"optimizer": "nvme", "piece_numel": 300}, {}),
     "moments-on-disk": ("groups", adamw, None, {"optimizer": "nvme"}, {}),
     "half-on-disk": ("untied", adamw, BF16, {"optimizer": "nvme", "ratio": 0.5}, {}),
+    "speculative": ("untied", adamw, BF16, {"optimizer": "cpu", "speculative": True}, {}),
+    "speculative-fp32": ("groups", momentum, None, {"optimizer": "cpu", "speculative": True}, {}),
+    "half-speculative": (
+        "untied",
+        adamw,
+        None,
+        {"optimizer": "cpu", "speculative": True, "ratio": 0.5},
+        {},
+    ),
+    "twin-flow": ("untied", adamw, BF16, {"optimizer": "cpu", "ratio": 0.5}, {}),
+    "twin-flow-auto": ("untied", adamw, BF16, {"optimizer": "cpu", "ratio": "auto"}, {}),
+    "zenflow": ("untied", adamw, BF16, {"optimizer": "cpu"}, {"zenflow": ZenFlow(0.3, 2, 4)}),
+    "zenflow-fp32": (
+        "untied",
+        momentum,
+        None,
+        {"optimizer": "cpu"},
+        {"zenflow": ZenFlow(1.0, 2, 4, overlap_step=True)},
+    ),
+    "early-on-host": ("untied", adamw, BF16, {"optimizer": "cpu"}, {"update_in_backward": True}),
     "early-on-disk": (
         "untied",
         adamw,
@@ -107,7 +128,10 @@ def compare_runs(stage: int, runs: dict, folder: str) -> list:
         sharded_steps(model, optimizer, case, 2)
         found = optimizer.memory_by_tier()
         buffers = found.get("host", {}).get("buffers", 0)
-        in_memory = sum(size for kind, size in optimizer.memory().items() if kind != "padding")
+        in_memory = optimizer.memory()
+        if in_memory.pop("undo", 0) != plan.undo["host"]:
+            wrong.append((name, "undo", optimizer.memory(), plan.undo))
+        in_memory = sum(size for kind, size in in_memory.items() if kind != "padding")
         if held(found) != held(plan.held) or held(found) != held(optimizer.memory_plan.held):
             wrong.append((name, held(found), held(plan.held)))
         if buffers > plan.buffers["host"]:
@@ -116,6 +140,68 @@ def compare_runs(stage: int, runs: dict, folder: str) -> list:
             wrong.append((name, "lives", live_bytes() - before, in_memory))
         optimizer.close()
         del model, optimizer
+    return wrong
+
+
+STEPS_ON_HOST = {
+    "plain": ({}, {}),
+    "speculative": ({"speculative": True}, {}),
+    "half": ({"ratio": 0.5}, {}),
+    "half-speculative": ({"ratio": 0.5, "speculative": True}, {}),
+    "auto": ({"ratio": "auto"}, {}),
+    "zenflow": ({}, {"zenflow": ZenFlow(0.3, 2, 4)}),
+    "zenflow-all": ({}, {"zenflow": ZenFlow(1.0, 2, 4)}),
+    "early": ({}, {"update_in_backward": True}),
+}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_way_to_step_on_the_host_holds_what_was_planned(world_size: int, stage: int):
+    for wrong in run_ranks(world_size, compare_steps_on_host, stage):
+        assert wrong == []
+
+
+def compare_steps_on_host(stage: int) -> list:
+    """Count as beside an accelerator, with and without accumulation."""
+    wrong, case = [], CASES["untied"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(homes, "is_host", lambda device: False)
+        for name, (offload, options) in STEPS_ON_HOST.items():
+            for precision in (None, BF16):
+                for micros in (1, 2) if name in ("plain", "half-speculative", "early") else (1,):
+                    kwargs = {"precision": precision, "accumulation": micros, **options}
+                    kwargs["offload"] = Offload(optimizer="cpu", **offload)
+                    plan = ds_zero.memory_plan(
+                        case.build(),
+                        stage,
+                        world_size=dist.get_world_size(),
+                        rank=dist.get_rank(),
+                        min_unit_numel=0,
+                        device="cuda",
+                        room=PLENTY,
+                        **kwargs,
+                    )
+                    model, optimizer = sharded(case, stage, **kwargs)
+                    quiet = "update_in_backward" in options
+                    sharded_steps(model, optimizer, case, 3, accumulate=micros, no_sync=quiet)
+                    found = optimizer.memory_by_tier()
+                    own = found["host"].get("buffers", 0)
+                    undo = optimizer.memory().get("undo", 0)
+                    checks = {
+                        "held": (held(found), held(plan.held)),
+                        "undo": (undo, plan.undo["host"]),
+                    }
+                    if name != "zenflow":  # which elements are chosen is found in training
+                        checks["buffers"] = (own, plan.buffers["host"])
+                    elif own > plan.buffers["host"]:
+                        wrong.append((name, "buffers", own, plan.buffers))
+                    told = (name, precision is None, micros)
+                    wrong += [
+                        (told, key, *pair)
+                        for key, pair in checks.items()
+                        if len({*map(str, pair)}) > 1
+                    ]
+                    optimizer.close()
     return wrong
 
 

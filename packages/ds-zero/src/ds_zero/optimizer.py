@@ -72,6 +72,8 @@ class ZeroOptimizer(HeldValues):
         update_in_backward: bool,
         check_memory: bool,
         zenflow: ZenFlow | None,
+        accumulation: int = 1,
+        scales_gradients: bool = False,
     ) -> None:
         specs = checks.parameters_of(model, optimizer, mesh.group("dp"))
         self._inner = optimizer
@@ -90,10 +92,12 @@ class ZeroOptimizer(HeldValues):
                 preflight.state_bytes_of(optimizer, device),
                 offload,
                 update_in_backward,
+                accumulation=accumulation,
+                zenflow=zenflow,
                 prefetch=prefetch,
                 is_host=is_host(device),
             )
-            clips, group = max_grad_norm is not None, mesh.group("dp")
+            clips, group = scales_gradients or max_grad_norm is not None, mesh.group("dp")
             self.memory_plan = preflight.check_memory(
                 plan, setup, group, device=device, clips=clips
             )

@@ -113,5 +113,19 @@ class ShardingFactory(Protocol):
         mesh: comm.Mesh,
         precision: Precision,
         transport: Transport,
+        accumulation: int,
+        scales_gradients: bool,
     ) -> Sharding | None:
-        """Shard the model, or return None if the section asks for nothing."""
+        """Shard the model, or return None if the section asks for nothing.
+
+        Args:
+            section: of the config, as the entry's name says.
+            model: on its device.
+            optimizer: on the model's parameters, before its first step.
+            mesh: the ranks.
+            precision: dtypes of parameters, master copy and gradients.
+            transport: how gradients travel.
+            accumulation: micro-batches per step.
+            scales_gradients: whether gradients are multiplied before the step, as for clipping or
+                a loss scale.
+        """

@@ -126,7 +126,7 @@ class ZenFlowStep:
         for unit in units:
             unit.separate_weights()
         self._parts: dict[torch.Tensor, _Part] = {}
-        self._done: list[tuple[Unit, OptimizerPiece, Future[None]]] = []
+        self._done: list[_Rest] = []
 
     def run(
         self, unit: Unit, used: list[bool], grad_scale: float | torch.Tensor, plain: InnerStep
@@ -251,7 +251,7 @@ class ZenFlowStep:
         to = unit.dtype if self._rounds[unit.index] else None
         groups = noted_groups(self._optimizer)
         work = partial(self._step_rest, piece, mean, count, to, groups)
-        self._done.append((unit, piece, self._worker.start(work)))
+        self._done.append(_Rest(piece, self._worker.start(work), mean.nbytes))
 
     def _step_rest(
         self,
@@ -282,16 +282,21 @@ class ZenFlowStep:
 
     def _finish(self, piece: OptimizerPiece) -> None:
         """Wait for the step of the rest of a piece."""
-        for entry in [e for e in self._done if e[1] is piece]:
+        for entry in [each for each in self._done if each.piece is piece]:
             self._done.remove(entry)
-            entry[2].result()
+            entry.done.result()
 
     def settle(self) -> None:
         """Wait for what is under way; weights and states of the optimizer are all in place."""
         while self._done:
-            self._done.pop()[2].result()
+            self._done.pop().done.result()
         for part in list(self._parts.values()):
             self._close(part.piece)
+
+    def buffer_bytes(self) -> int:
+        """Bytes of what is stepped apart now, and of the mean gradients of steps under way."""
+        own = sum(part.nbytes for part in self._parts.values())
+        return own + sum(rest.nbytes for rest in self._done)
 
     def allocate(self, pieces: list[OptimizerPiece]) -> None:
         """Give states that a checkpoint is to fill ours too."""
@@ -302,13 +307,22 @@ class ZenFlowStep:
     def _allocate(self, piece: OptimizerPiece) -> None:
         state, shape = self._state(piece), piece.weights.shape
         if not state:
-            for _, _, done in self._done:
-                done.result()  # or it could see the groups of a step that is none
+            for rest in self._done:
+                rest.done.result()  # or it could see the groups of a step that is none
             group = self._optimizer.param_groups[piece.group_index]
             allocate_state_of(self._optimizer, group, piece.weights)
             state = self._state(piece)
         state.setdefault(WAITING, torch.zeros(shape, dtype=torch.float32))
         state.setdefault(IMPORTANT, torch.zeros(shape, dtype=torch.uint8))
+
+
+@dataclass(frozen=True, eq=False)
+class _Rest:
+    """A step of the rest of a piece that was begun; `nbytes` of its mean gradient."""
+
+    piece: OptimizerPiece
+    done: Future[None]
+    nbytes: int
 
 
 @dataclass
@@ -330,6 +344,12 @@ class _Part:
     def rest(self) -> bool:
         """Whether there are others."""
         return self.index.numel() < self.piece.weights.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Of its memory."""
+        states = sum(value.nbytes for value in self.state.values() if _is_wide(value))
+        return self.weights.nbytes + self.index.nbytes + states
 
 
 class _Compact:
@@ -364,6 +384,17 @@ def important(gradient: torch.Tensor, ratio: float) -> torch.Tensor:
     chosen = torch.zeros(count, dtype=torch.uint8, device=gradient.device)
     chosen[norms.topk(min(count, max(1, round(ratio * count)))).indices] = 1
     return chosen.repeat_interleave(BLOCK)[:numel].cpu()
+
+
+def at_most_important(numel: int, ratio: float, gap: int) -> int:
+    """The most elements that `important` chooses, with gaps filled as their neighbours."""
+    count = -(-numel // BLOCK)
+    return min(numel, min(count, max(1, round(ratio * count))) * BLOCK + gap)
+
+
+def state_itemsize() -> int:
+    """Bytes per element of the states that are ours: gradients that wait, and the choice."""
+    return torch.float32.itemsize + torch.uint8.itemsize
 
 
 def _fill_gaps(unit: Unit, piece: OptimizerPiece, chosen: torch.Tensor) -> None:
