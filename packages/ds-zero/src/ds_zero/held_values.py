@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_core import comm
 from ds_core.optimizer_state import allocate_state_of, load_groups
 from ds_zero import state
 from ds_zero.agreement import Agreement
@@ -38,10 +39,6 @@ class HeldValues(torch.optim.Optimizer, ABC):
     @abstractmethod
     def take_back(self) -> None:
         """Weights and states are in their places, as the last step left them."""
-
-    @abstractmethod
-    def _show_all(self) -> None:
-        """As `take_back`, and the model sees all that is done."""
 
     @abstractmethod
     def hold_units(self, units: list[Unit]) -> AbstractContextManager[None]:
@@ -116,9 +113,7 @@ class HeldValues(torch.optim.Optimizer, ABC):
         self.take_back()
         for unit in self.units:
             unit.refresh()
-            pending = unit.publish()
-            if pending is not None:
-                pending.wait()
+            _wait(unit.publish())
 
     # ------------------------------------------------------------------ state and memory
 
@@ -128,13 +123,22 @@ class HeldValues(torch.optim.Optimizer, ABC):
         Loads into any stage and world size. See `model_state` for the parameters.
         """
         self._parking.refuse("state_dict", KINDS)
-        self._show_all()
-        return state.optimizer_state(self)
+        self.take_back()
+        found = state.optimizer_state(self)
+        if self._zenflow is not None:
+            found["state"].update(self._zenflow.shown_state())
+        return found
+
+    def passing_state(self) -> dict[str, str]:
+        """Keys of `state_dict` that a run of another kind need not know; what is lost with each."""
+        return {} if self._zenflow is None else self._zenflow.passing_state()
 
     def prepare_load(self) -> None:
         """Allocate the optimizer state that loading a checkpoint fills in place."""
         self._parking.refuse("prepare_load", KINDS)
         self.take_back()
+        if self._zenflow is not None:
+            self._zenflow.loads = True
         for unit in self._trainable:
             for piece in unit.optimizer_pieces:
                 group = self._inner.param_groups[piece.group_index]
@@ -152,12 +156,18 @@ class HeldValues(torch.optim.Optimizer, ABC):
         self.take_back()
         load_groups(self.param_groups, state_dict["groups"])
         state.adopt_loaded(self, state_dict["state"])
-        self.publish()
+        if self._zenflow is None or not self._zenflow.adopts_shown(state_dict["state"]):
+            self.publish()
+            return
+        for unit in self.units:
+            with unit.updating(whole=False):
+                pass  # what the model saw has been written where updates leave it
+            _wait(unit.publish())
 
     def model_state(self) -> dict[str, Any]:
         """Parameters by name, each rank's share as `FlatShard`s of the most precise copy."""
         self._parking.refuse("model_state", KINDS)
-        self._show_all()
+        self.take_back()
         return state.model_state(self)
 
     def memory(self) -> dict[str, int]:
@@ -174,3 +184,8 @@ class HeldValues(torch.optim.Optimizer, ABC):
     def memory_by_tier(self) -> dict[Place, dict[str, int]]:
         """The same by "device", "host" and "disk"; a model on the CPU has no device."""
         return state.memory_by_tier(self)
+
+
+def _wait(pending: comm.Pending | None) -> None:
+    if pending is not None:
+        pending.wait()

@@ -266,14 +266,6 @@ class ZeroOptimizer(HeldValues):
         if self._zenflow is not None:
             self._zenflow.settle()
 
-    def _show_all(self) -> None:
-        """As `take_back`; with ZenFlow the model also sees all that is done, as one that resumes
-        does. Collective then.
-        """
-        self.take_back()
-        if self._zenflow is not None:
-            self.publish()
-
     def _begin_backward(self) -> None:
         needs = {"lp_params", *_GRADIENTS} if self._early is None else KINDS
         self._parking.refuse("backward", needs)
@@ -534,7 +526,9 @@ class ZeroOptimizer(HeldValues):
     def close(self) -> None:
         """Undo the sharding: the model is whole again, with no hook of ours. Collective."""
         self.reload_states()
-        self._show_all()
+        self.take_back()
+        if self._zenflow is not None:
+            self.publish()  # the model sees all that is done
         if self._worker is not None:
             self._worker.close()
         if self._gather is not None:

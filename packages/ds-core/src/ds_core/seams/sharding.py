@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
@@ -76,6 +76,14 @@ class Sharding(Protocol):
 
     def close(self) -> None:
         """Leave the model whole and free of hooks."""
+
+
+@runtime_checkable
+class PassingState(Protocol):
+    """A `Sharding` with optimizer state that other runs of the same model need not know."""
+
+    def passing_state(self) -> Mapping[str, str]:
+        """By key of such state, what a run loses now that does not take it over; "" for nothing."""
 
 
 @runtime_checkable

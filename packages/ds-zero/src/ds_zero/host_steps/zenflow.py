@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_core.flat import Piece
 from ds_core.optimizer_state import PortableState, allocate_state_of
 from ds_core.optimizer_twin import noted_groups, twin_of
 from ds_zero.errors import ShardError
@@ -47,6 +48,8 @@ from ds_zero.unit_piece import OptimizerPiece
 BLOCK = 256
 #: Keys of ours in the state of the optimizer.
 WAITING, IMPORTANT, STEPS = "zenflow_waiting", "zenflow_important", "zenflow_steps"
+#: In checkpoints: weights as the model saw them, which an update in a thread may be ahead of.
+SHOWN = "zenflow_shown"
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,8 @@ class ZenFlowStep:
             unit.separate_weights()
         self._parts: dict[torch.Tensor, _Part] = {}
         self._done: list[_Rest] = []
+        #: Whether a checkpoint is being loaded, of the optimizer's state too.
+        self.loads = False
 
     def run(
         self, unit: Unit, used: list[bool], grad_scale: float | torch.Tensor, plain: InnerStep
@@ -293,6 +298,36 @@ class ZenFlowStep:
         for part in list(self._parts.values()):
             self._close(part.piece)
 
+    def shown_state(self) -> dict[str, dict[str, Any]]:
+        """The weights that the model sees, by `SHOWN` and parameter, where others may be ahead.
+
+        With them a run that resumes sees each update when the run that saved does, and saving
+        changes nothing for either.
+        """
+        if not self._choice.overlap_step or self._choice.topk_ratio == 1.0:
+            return {}
+        found: dict[str, Any] = {}
+        for unit in self._units:
+            for part in unit.layout.pieces(unit.group.rank):
+                if self._optimizer.state.get(unit.piece_at(part.offset).weights):
+                    found[part.slot.name] = _shown(unit, part)
+        return {SHOWN: found}
+
+    def adopts_shown(self, loaded: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint that was loaded has written what the model is to see."""
+        loads, self.loads = self.loads, False
+        return loads and bool(self.shown_state()) and SHOWN in loaded
+
+    def passing_state(self) -> dict[str, str]:
+        """Our keys, and what is lost now without each."""
+        waits = 0
+        for piece in (piece for unit in self._units for piece in unit.optimizer_pieces):
+            steps = self._steps(piece)
+            if steps > self._choice.warm_up and self._choice.topk_ratio < 1.0:
+                waits = max(waits, steps % self._choice.update_interval)
+        told = f"the gradients of {waits} steps, which the less important part waited with"
+        return {WAITING: told if waits else "", IMPORTANT: "", STEPS: "", SHOWN: ""}
+
     def buffer_bytes(self) -> int:
         """Bytes of what is stepped apart now, and of the mean gradients of steps under way."""
         own = sum(part.nbytes for part in self._parts.values())
@@ -425,6 +460,25 @@ def _standing_for(optimizer: torch.optim.Optimizer, steps: int) -> Iterator[None
     finally:
         for group, values in zip(optimizer.param_groups, before, strict=True):
             group.update({key: value for key, value in values.items() if key != "params"})
+
+
+def _shown(unit: Unit, part: Piece) -> Any:
+    """A `FlatShard` of the weights of a part that the model sees."""
+    from ds_core.checkpoint import FlatShard
+
+    source, shape = unit.shown, part.slot.shape
+    start, stop = part.offset, part.offset + part.stop - part.start
+    if isinstance(source, torch.Tensor):
+        return FlatShard(source[start:stop], shape, part.start)
+    home = source
+    return FlatShard.lazy(
+        stop - start,
+        unit.dtype,
+        shape,
+        part.start,
+        read=lambda: home.read(start, stop),
+        write=lambda values: home.write(start, values),
+    )
 
 
 def _is_wide(value: object) -> bool:
