@@ -348,6 +348,83 @@ def test_the_least_change_that_fits_is_named(options: dict, room: dict, advice: 
     assert advice in told
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"offload": Offload(optimizer="cpu", speculative=True)},
+        {"offload": Offload(optimizer="cpu", ratio="auto")},
+        {"offload": Offload(optimizer="cpu"), "zenflow": ZenFlow()},
+    ],
+    ids=["speculative", "auto", "zenflow"],
+)
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_advice_is_what_shard_takes(options: dict, place: str):
+    with torch.device("meta"):
+        model = nn.ModuleList(nn.ModuleList([nn.Linear(600, 600)]) for _ in range(20))
+    needs = ds_zero.memory_plan(model, 2, world_size=4, device="cuda", room=PLENTY, **options)
+    told = []
+    for share in (0.9, 0.5, 0.2, 0.05):
+        free = Room(**{place: int(needs.needed(place) * share)})
+        plan = ds_zero.memory_plan(model, 2, world_size=4, device="cuda", room=free, **options)
+        told.append(plan.advice)
+    assert all(told), "what does not fit has advice"
+    text = " ".join(told)
+    assert "It would fit with" in text
+    assert "update_in_backward" not in text or 'the optimizer on "nvme"' in text
+    assert '"nvme"' not in text or "speculative" not in str(options)
+
+
+def test_twin_flow_that_measures_needs_room_for_either_end():
+    with torch.device("meta"):
+        model = nn.ModuleList(nn.ModuleList([nn.Linear(600, 600)]) for _ in range(20))
+    plans = {
+        ratio: ds_zero.memory_plan(
+            model, 2, device="cuda", room=PLENTY, offload=Offload(optimizer="cpu", ratio=ratio)
+        )
+        for ratio in ("auto", 0.0, 1.0)
+    }
+    moving = plans["auto"].moving
+    for place, ratio in (("device", 0.0), ("host", 1.0)):
+        most = plans[ratio].persistent(place) + plans[ratio].buffers["host"] * (place == "host")
+        now = plans["auto"].persistent(place) + plans["auto"].buffers["host"] * (place == "host")
+        assert now + moving[place] == most
+    assert "if states move" in plans["auto"].table()
+
+
+def test_local_accumulation_keeps_the_gradients_of_all_units():
+    with torch.device("meta"):
+        model = nn.ModuleList(nn.ModuleList([nn.Linear(600, 600)]) for _ in range(20))
+    options = {"world_size": 2, "device": "cuda", "room": PLENTY, "update_in_backward": True}
+    one = ds_zero.memory_plan(model, 2, **options).transient["device"]
+    two = ds_zero.memory_plan(model, 2, accumulation=2, **options).transient["device"]
+    assert two > 10 * one
+
+
+@pytest.mark.parametrize(
+    ("scales", "advice"), [(False, "update_in_backward"), (True, "stage 2")], ids=["plain", "clips"]
+)
+def test_who_scales_gradients_is_not_told_to_update_in_backward(scales: bool, advice: str):
+    assert advice in run_ranks(1, refused_with_clipping, scales)[0]
+
+
+def refused_with_clipping(scales: bool) -> str:
+    model = nn.ModuleList(nn.ModuleList([nn.Linear(300, 300)]) for _ in range(20))
+    psi = sum(p.numel() for p in model.parameters())
+    with pytest.MonkeyPatch.context() as patch:
+        room = Room(host=int(9.0 * psi), host_name="here")
+        patch.setattr(ds_zero.preflight, "measure", lambda device, folders: room)
+        with pytest.raises(ds_zero.ShardError) as caught:
+            ds_zero.shard(model, adamw(model.parameters()), 1, scales_gradients=scales)
+    return str(caught.value).rpartition("It would fit")[2]
+
+
+def test_a_plan_of_choices_that_exclude_each_other_is_refused():
+    with pytest.raises(ds_zero.ShardError, match="zenflow: it divides a step that the host takes"):
+        ds_zero.memory_plan(Stack(), 2, zenflow=ZenFlow(), room=PLENTY)
+    with pytest.raises(ds_zero.ShardError, match="accumulation: got 0, expected at least 1"):
+        ds_zero.memory_plan(Stack(), 2, accumulation=0, room=PLENTY)
+
+
 def test_the_plan_is_logged(caplog):
     (text,) = run_ranks(1, logged)
     assert "Memory of one rank: ZeRO stage 2, " in text

@@ -76,6 +76,8 @@ def memory_plan(
         raise ShardError(f"stage: got {stage!r}, expected 1, 2 or 3")
     if not 0 <= rank < world_size:
         raise ShardError(f"rank: got {rank} of world_size {world_size}, expected 0 or more, below")
+    if accumulation < 1:
+        raise ShardError(f"accumulation: got {accumulation}, expected at least 1")
     offload = offload or Offload()
     check_combination(stage, offload, update_in_backward=update_in_backward, zenflow=zenflow)
     group_of: dict[int, int] = {}
