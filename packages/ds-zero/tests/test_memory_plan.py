@@ -371,7 +371,7 @@ def test_advice_is_what_shard_takes(options: dict, place: str):
     text = " ".join(told)
     assert "It would fit with" in text
     assert "update_in_backward" not in text or 'the optimizer on "nvme"' in text
-    assert '"nvme"' not in text or "speculative" not in str(options)
+    assert '"nvme"' not in text or options["offload"].ratio == "auto"
 
 
 def test_twin_flow_that_measures_needs_room_for_either_end():
@@ -400,18 +400,16 @@ def test_local_accumulation_keeps_the_gradients_of_all_units():
     assert two > 10 * one
 
 
-@pytest.mark.parametrize(
-    ("scales", "advice"), [(False, "update_in_backward"), (True, "stage 2")], ids=["plain", "clips"]
-)
-def test_who_scales_gradients_is_not_told_to_update_in_backward(scales: bool, advice: str):
-    assert advice in run_ranks(1, refused_with_clipping, scales)[0]
+def test_who_scales_gradients_is_not_told_to_update_in_backward():
+    assert "with update_in_backward." in run_ranks(1, refused_with_clipping, False)[0]
+    assert "update_in_backward" not in run_ranks(1, refused_with_clipping, True)[0]
 
 
 def refused_with_clipping(scales: bool) -> str:
     model = nn.ModuleList(nn.ModuleList([nn.Linear(300, 300)]) for _ in range(20))
     psi = sum(p.numel() for p in model.parameters())
     with pytest.MonkeyPatch.context() as patch:
-        room = Room(host=int(9.0 * psi), host_name="here")
+        room = Room(host=10 * psi, host_name="here")
         patch.setattr(ds_zero.preflight, "measure", lambda device, folders: room)
         with pytest.raises(ds_zero.ShardError) as caught:
             ds_zero.shard(model, adamw(model.parameters()), 1, scales_gradients=scales)
