@@ -184,7 +184,7 @@ def _moving(units: Sequence[UnitPlan]) -> dict[Place, int]:
 
 def _held(units: Sequence[UnitPlan]) -> dict[Place, int]:
     """Bytes by place that outlive a step, buffers and what takes it back included."""
-    found = {"host": buffer_bytes(units) + sum(unit.undo() for unit in units)}
+    found: dict[Place, int] = {"host": buffer_bytes(units) + sum(unit.undo() for unit in units)}
     for each in (each for unit in units for each in unit.holdings()):
         found[each.place] = found.get(each.place, 0) + each.nbytes
     return found
