@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -34,14 +35,21 @@ class HeldValues(torch.optim.Optimizer, ABC):
     _zenflow: ZenFlowStep | None
     _agreed: Agreement | None
     _homes: Homes
+    _is_loading: bool
+    torn: str | None
+    before_change: Callable[[], None]
 
     @abstractmethod
     def take_back(self) -> None:
         """Weights and states are in their places, as the last step left them."""
 
     @abstractmethod
-    def _show_all(self) -> None:
-        """As `take_back`, and the model sees all that is done."""
+    def _settle_whole(self, operation: str) -> None:
+        """As `take_back`; ShardError on every rank if what one holds is no whole step."""
+
+    @abstractmethod
+    def _drop_unsettled(self) -> None:
+        """As `take_back`; of what is torn, errors do not matter any more."""
 
     @abstractmethod
     def hold_units(self, units: list[Unit]) -> AbstractContextManager[None]:
@@ -77,6 +85,7 @@ class HeldValues(torch.optim.Optimizer, ABC):
     def set_full_parameter(self, which: str | nn.Parameter, value: torch.Tensor) -> None:
         """Overwrite one parameter everywhere, master copy included. Collective."""
         self._parking.refuse("set_full_parameter", KINDS)
+        self.before_change()
         self.take_back()
         state.set_full_value(self, which, "parameter", value)
 
@@ -97,6 +106,7 @@ class HeldValues(torch.optim.Optimizer, ABC):
     ) -> None:
         """Overwrite an optimizer state such as "exp_avg" of one parameter. Collective."""
         self._parking.refuse("set_full_optimizer_state", KINDS)
+        self.before_change()
         self.take_back()
         state.set_full_value(self, which, key, value)
 
@@ -111,9 +121,16 @@ class HeldValues(torch.optim.Optimizer, ABC):
         return state.local_value(self, which, kind)
 
     def publish(self) -> None:
-        """Make parameters that were edited or loaded visible to the model. Collective."""
+        """Make parameters that were edited or loaded visible to the model. Collective.
+
+        Raises ShardError on every rank if one has `torn` a step.
+        """
         self._parking.refuse("publish", KINDS)
-        self.take_back()
+        self.before_change()
+        self._settle_whole("publish")
+        self._publish()
+
+    def _publish(self) -> None:
         for unit in self.units:
             unit.refresh()
             pending = unit.publish()
@@ -125,20 +142,28 @@ class HeldValues(torch.optim.Optimizer, ABC):
     def state_dict(self) -> dict[str, Any]:
         """Optimizer state by parameter name, each rank's share as `FlatShard`s, for DCP.
 
-        Loads into any stage and world size. See `model_state` for the parameters.
+        Loads into any stage and world size. See `model_state` for the parameters. Collective.
+
+        Raises ShardError on every rank if one has `torn` a step, but for `prepare_load`.
         """
         self._parking.refuse("state_dict", KINDS)
-        self._show_all()
+        self._show_all("state_dict")
         return state.optimizer_state(self)
 
     def prepare_load(self) -> None:
-        """Allocate the optimizer state that loading a checkpoint fills in place."""
+        """Allocate the optimizer state that loading a checkpoint fills in place.
+
+        Until `load_state_dict` nothing that is held belongs to a step: it is `torn`.
+        """
         self._parking.refuse("prepare_load", KINDS)
-        self.take_back()
+        self.before_change()
+        self._drop_unsettled()
+        self._is_loading = True
+        self.torn = self.torn or "prepare_load() dropped states, and no load_state_dict() followed"
         for unit in self._trainable:
             for piece in unit.optimizer_pieces:
                 group = self._inner.param_groups[piece.group_index]
-                unit.take_from_disk(piece)
+                unit.take_from_disk(piece, rescues=True)
                 self._inner.state.pop(piece.weights, None)
                 with unit.present(piece, edits=False):
                     allocate_state_of(self._inner, group, piece.weights)
@@ -147,18 +172,36 @@ class HeldValues(torch.optim.Optimizer, ABC):
                 self._zenflow.allocate(unit.optimizer_pieces)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Adopt a `state_dict()` whose tensors DCP filled in place, and publish. Collective."""
+        """Adopt a `state_dict()` whose tensors DCP filled in place, and publish. Collective.
+
+        Nothing is `torn` any more.
+        """
         self._parking.refuse("load_state_dict", KINDS)
-        self.take_back()
+        self.before_change()
+        self._drop_unsettled()
         load_groups(self.param_groups, state_dict["groups"])
         state.adopt_loaded(self, state_dict["state"])
-        self.publish()
+        self._publish()
+        self._is_loading, self._agreed, self.torn = False, None, None
+        if self._early is not None:
+            self._early.mend()
+        if self._ahead is not None:
+            self._ahead.torn = None
 
     def model_state(self) -> dict[str, Any]:
-        """Parameters by name, each rank's share as `FlatShard`s of the most precise copy."""
+        """Parameters by name, each rank's share as `FlatShard`s of the most precise copy.
+
+        Collective. Raises ShardError as `state_dict` does.
+        """
         self._parking.refuse("model_state", KINDS)
-        self._show_all()
+        self._show_all("model_state")
         return state.model_state(self)
+
+    def _show_all(self, operation: str) -> None:
+        """What is held is a whole step, and with ZenFlow the model sees it, as one that resumes."""
+        self._settle_whole(operation)
+        if self._zenflow is not None:
+            self._publish()
 
     def memory(self) -> dict[str, int]:
         """Bytes of memory that this rank holds between steps, by kind; without what is on disk.

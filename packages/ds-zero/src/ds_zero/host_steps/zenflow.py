@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_core.optimizer_state import PortableState, allocate_state_of
+from ds_core.optimizer_state import PortableState, allocate_state_of, is_wide
 from ds_core.optimizer_twin import noted_groups, twin_of
 from ds_zero.errors import ShardError
 from ds_zero.host_steps.speculative import refuse_random_rounding
@@ -200,7 +200,7 @@ class ZenFlowStep:
         index = state[IMPORTANT].nonzero().flatten()
         own = nn.Parameter(weights[index])
         held = {
-            key: value[index] if _is_wide(value) else _copied(value)
+            key: value[index] if is_wide(value) else _copied(value)
             for key, value in state.items()
             if key not in (WAITING, IMPORTANT, STEPS)
         }
@@ -215,7 +215,7 @@ class ZenFlowStep:
         state = self._state(piece)
         piece.weights.detach()[part.index] = part.weights.detach()
         for key, value in part.state.items():
-            if _is_wide(value):
+            if is_wide(value):
                 if key not in state:
                     state[key] = torch.zeros_like(piece.weights.detach(), dtype=value.dtype)
                 state[key][part.index] = value
@@ -292,6 +292,12 @@ class ZenFlowStep:
             self._done.pop()[2].result()
         for part in list(self._parts.values()):
             self._close(part.piece)
+
+    def drop(self) -> None:
+        """Wait for what is under way, whatever becomes of it; all of it is about to be replaced."""
+        wait([entry[2] for entry in self._done])
+        self._done.clear()
+        self._parts.clear()
 
     def allocate(self, pieces: list[OptimizerPiece]) -> None:
         """Give states that a checkpoint is to fill ours too."""
@@ -394,10 +400,6 @@ def _standing_for(optimizer: torch.optim.Optimizer, steps: int) -> Iterator[None
     finally:
         for group, values in zip(optimizer.param_groups, before, strict=True):
             group.update({key: value for key, value in values.items() if key != "params"})
-
-
-def _is_wide(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
 def _copied(value: Any) -> Any:
