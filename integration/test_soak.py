@@ -96,8 +96,15 @@ def test_a_fault_of_the_soak_is_survived(
     assert (len(outcome.attempts) > 1) == (number % 6 == 0)
 
 
-def test_a_sample_has_every_kind_of_fault(soak: Any) -> None:
-    assert {trial.fault.kind for trial in soak.plan(12, seed=11)} == set(soak.KINDS)
+def test_a_sample_has_every_kind_of_fault_and_every_home_of_states(soak: Any) -> None:
+    sample = soak.plan(12, seed=11)
+    assert {trial.fault.kind for trial in sample} == set(soak.KINDS)
+    assert {trial.offload for trial in sample} == set(soak.OFFLOADS)
+    assert {trial.asynchronous for trial in sample} == {False, True}
+    assert all(trial.stage > 0 for trial in sample if trial.offload != "none")
+    for trial in soak.plan(200, seed=11):
+        assert trial.fault.kind != "swap error" or trial.offload == "nvme"
+        assert trial.fault.kind != "stopped writer" or trial.asynchronous
     assert soak.plan(12, seed=11) == soak.plan(200, seed=11)[:12]
 
 

@@ -416,7 +416,8 @@ class Engine(EngineFiles):
             self.sharding.torn = self.sharding.torn or torn
             raise NonFiniteError(
                 f"{begin} ({found}), and part of the step was taken before that was known: {torn}. "
-                f"Load a checkpoint with its optimizer state (engine.load_checkpoint); then {advice}"
+                f"Load a checkpoint with its optimizer state (engine.load_checkpoint); then "
+                f"{advice}"
             )
         raise NonFiniteError(
             f"{begin}, so the step was not taken ({found}); {advice}, or use fp16 with its loss "

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_core import comm
 from ds_core.optimizer_state import allocate_state_of, load_groups
 from ds_zero import state
 from ds_zero.agreement import Agreement
@@ -133,9 +134,7 @@ class HeldValues(torch.optim.Optimizer, ABC):
     def _publish(self) -> None:
         for unit in self.units:
             unit.refresh()
-            pending = unit.publish()
-            if pending is not None:
-                pending.wait()
+            _wait(unit.publish())
 
     # ------------------------------------------------------------------ state and memory
 
@@ -147,8 +146,15 @@ class HeldValues(torch.optim.Optimizer, ABC):
         Raises ShardError on every rank if one has `torn` a step, but for `prepare_load`.
         """
         self._parking.refuse("state_dict", KINDS)
-        self._show_all("state_dict")
-        return state.optimizer_state(self)
+        self._settle_whole("state_dict")
+        found = state.optimizer_state(self)
+        if self._zenflow is not None:
+            found["state"].update(self._zenflow.shown_state())
+        return found
+
+    def passing_state(self) -> dict[str, str]:
+        """Keys of `state_dict` that a run of another kind need not know; what is lost with each."""
+        return {} if self._zenflow is None else self._zenflow.passing_state()
 
     def prepare_load(self) -> None:
         """Allocate the optimizer state that loading a checkpoint fills in place.
@@ -160,6 +166,8 @@ class HeldValues(torch.optim.Optimizer, ABC):
         self._drop_unsettled()
         self._is_loading = True
         self.torn = self.torn or "prepare_load() dropped states, and no load_state_dict() followed"
+        if self._zenflow is not None:
+            self._zenflow.loads = True
         for unit in self._trainable:
             for piece in unit.optimizer_pieces:
                 group = self._inner.param_groups[piece.group_index]
@@ -181,7 +189,13 @@ class HeldValues(torch.optim.Optimizer, ABC):
         self._drop_unsettled()
         load_groups(self.param_groups, state_dict["groups"])
         state.adopt_loaded(self, state_dict["state"])
-        self._publish()
+        if self._zenflow is not None and self._zenflow.adopts_shown(state_dict["state"]):
+            for unit in self.units:
+                with unit.updating(whole=False):
+                    pass  # what the model saw has been written where updates leave it
+                _wait(unit.publish())
+        else:
+            self._publish()
         self._is_loading, self._agreed, self.torn = False, None, None
         if self._early is not None:
             self._early.mend()
@@ -194,14 +208,8 @@ class HeldValues(torch.optim.Optimizer, ABC):
         Collective. Raises ShardError as `state_dict` does.
         """
         self._parking.refuse("model_state", KINDS)
-        self._show_all("model_state")
+        self._settle_whole("model_state")
         return state.model_state(self)
-
-    def _show_all(self, operation: str) -> None:
-        """What is held is a whole step, and with ZenFlow the model sees it, as one that resumes."""
-        self._settle_whole(operation)
-        if self._zenflow is not None:
-            self._publish()
 
     def memory(self) -> dict[str, int]:
         """Bytes of memory that this rank holds between steps, by kind; without what is on disk.
@@ -217,3 +225,8 @@ class HeldValues(torch.optim.Optimizer, ABC):
     def memory_by_tier(self) -> dict[Place, dict[str, int]]:
         """The same by "device", "host" and "disk"; a model on the CPU has no device."""
         return state.memory_by_tier(self)
+
+
+def _wait(pending: comm.Pending | None) -> None:
+    if pending is not None:
+        pending.wait()

@@ -75,6 +75,8 @@ class ZeroOptimizer(HeldValues):
         update_in_backward: bool,
         check_memory: bool,
         zenflow: ZenFlow | None,
+        accumulation: int = 1,
+        scales_gradients: bool = False,
     ) -> None:
         specs = checks.parameters_of(model, optimizer, mesh.group("dp"))
         self._inner = optimizer
@@ -93,10 +95,12 @@ class ZeroOptimizer(HeldValues):
                 preflight.state_bytes_of(optimizer, device),
                 offload,
                 update_in_backward,
+                accumulation=accumulation,
+                zenflow=zenflow,
                 prefetch=prefetch,
                 is_host=is_host(device),
             )
-            clips, group = max_grad_norm is not None, mesh.group("dp")
+            clips, group = scales_gradients or max_grad_norm is not None, mesh.group("dp")
             self.memory_plan = preflight.check_memory(
                 plan, setup, group, device=device, clips=clips
             )
@@ -634,7 +638,7 @@ class ZeroOptimizer(HeldValues):
         self.reload_states()
         self._drop_unsettled()
         if self._zenflow is not None and self.torn is None:
-            self._publish()
+            self._publish()  # the model sees all that is done
         if self._worker is not None:
             self._worker.close()
         if self._gather is not None:

@@ -361,9 +361,12 @@ def _holdings(optimizer: HeldValues) -> Iterator[Holding]:
             if unit.master is not None and unit.states == "nvme":
                 size = weights.element_size()
                 yield Holding("disk", "master", weights.numel() * size, gap * size)
-            for value in optimizer.state.get(weights, {}).values():
+            # Not `optimizer.state`: to ask for it is to want all states in their places.
+            for value in optimizer._inner.state.get(weights, {}).values():
                 if is_wide(value):
                     size = value.element_size()
                     padding = gap * size if value.shape == weights.shape else 0
                     yield Holding(place, "optimizer", value.numel() * size, padding)
     yield Holding("host", "buffers", optimizer._homes.buffer_bytes)
+    if optimizer._zenflow is not None:
+        yield Holding("host", "buffers", optimizer._zenflow.buffer_bytes())

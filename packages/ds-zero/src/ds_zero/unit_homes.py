@@ -96,6 +96,13 @@ class UnitHomes(ABC):
             self._leave_shard()
 
     @property
+    def shown(self) -> torch.Tensor | ShardHome:
+        """The shard that the model computes with, where an update leaves it."""
+        if self._outgoing is not None:
+            return self._outgoing
+        return self.shard if self.shard_home is None else self.shard_home
+
+    @property
     def _shard_is_here(self) -> bool:
         return self.shard.untyped_storage().size() > 0
 

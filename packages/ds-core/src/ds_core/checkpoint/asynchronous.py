@@ -173,7 +173,8 @@ class AsyncSaver:
 
         Raises:
             CheckpointError: on every rank, if the save before failed, this state cannot be saved,
-                or ranks differ in directory or tag.
+                or ranks differ in tag. Directories are not compared: ranks may see one under two
+                names.
         """
         if self._is_closed:
             raise CheckpointError("save: this AsyncSaver is closed; make another one")

@@ -20,6 +20,7 @@ from ds_core.seams.op import Implementation, Op, OpTools
 from ds_core.seams.runner import Runner, Sequential
 from ds_core.seams.sharding import (
     ParkableSharding,
+    PassingState,
     Sharding,
     ShardingFactory,
     change_freely,
@@ -38,6 +39,7 @@ __all__ = [
     "Op",
     "OpTools",
     "ParkableSharding",
+    "PassingState",
     "Runner",
     "Sequential",
     "Sharding",

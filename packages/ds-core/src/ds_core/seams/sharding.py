@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -119,6 +119,14 @@ def change_freely() -> None:
 
 
 @runtime_checkable
+class PassingState(Protocol):
+    """A `Sharding` with optimizer state that other runs of the same model need not know."""
+
+    def passing_state(self) -> Mapping[str, str]:
+        """By key of such state, what a run loses now that does not take it over; "" for nothing."""
+
+
+@runtime_checkable
 class ParkableSharding(Protocol):
     """A `Sharding` whose state can leave its memory between two phases of a job. Collective."""
 
@@ -153,5 +161,19 @@ class ShardingFactory(Protocol):
         mesh: comm.Mesh,
         precision: Precision,
         transport: Transport,
+        accumulation: int,
+        scales_gradients: bool,
     ) -> Sharding | None:
-        """Shard the model, or return None if the section asks for nothing."""
+        """Shard the model, or return None if the section asks for nothing.
+
+        Args:
+            section: of the config, as the entry's name says.
+            model: on its device.
+            optimizer: on the model's parameters, before its first step.
+            mesh: the ranks.
+            precision: dtypes of parameters, master copy and gradients.
+            transport: how gradients travel.
+            accumulation: micro-batches per step.
+            scales_gradients: whether gradients are multiplied before the step, as for clipping or
+                a loss scale.
+        """
