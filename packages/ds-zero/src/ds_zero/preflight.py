@@ -12,7 +12,7 @@ from torch import nn
 
 from ds_core import comm, ops
 from ds_core.errors import DsError
-from ds_core.optimizer_state import allocate_state_of
+from ds_core.optimizer_state import allocate_state_of, is_wide
 from ds_core.precision import Precision
 from ds_zero.errors import ShardError
 from ds_zero.fitting import least_change
@@ -241,7 +241,7 @@ def _probed(
     if optimizer.state and shaped:
         # It allocates before its first step, as Adagrad does.
         held = optimizer.state.get(shaped[0], {}).values()
-        return dtype.itemsize * sum(isinstance(v, torch.Tensor) and v.dim() > 0 for v in held)
+        return dtype.itemsize * sum(is_wide(v) for v in held)
     twin = object.__new__(type(optimizer))
     # Without what a schedule put in its place, and without hooks: nobody shall see the step.
     own = {key: value for key, value in optimizer.__dict__.items() if key != "step"}

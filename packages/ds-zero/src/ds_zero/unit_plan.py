@@ -15,8 +15,8 @@ from ds_core.flat import FlatLayout
 from ds_core.precision import Precision
 from ds_zero.holdings import Holding, Place
 from ds_zero.host_steps.zenflow import ZenFlow, at_most_important, state_itemsize
+from ds_zero.offload.buffers import PAGE_BYTES
 from ds_zero.offload.choice import Offload
-from ds_zero.offload.swap import ALIGN_BYTES as PAGE_BYTES
 from ds_zero.plan import UnitSpec
 from ds_zero.unit_piece import optimizer_ranges, unit_layout
 

@@ -18,7 +18,14 @@ Each is a Protocol; a package registers its own under the entry-point group `ds_
 from ds_core.seams.observer import Event, EventKind, InputAdjuster, Observer
 from ds_core.seams.op import Implementation, Op, OpTools
 from ds_core.seams.runner import Runner, Sequential
-from ds_core.seams.sharding import ParkableSharding, PassingState, Sharding, ShardingFactory
+from ds_core.seams.sharding import (
+    ParkableSharding,
+    PassingState,
+    Sharding,
+    ShardingFactory,
+    change_freely,
+    tearing,
+)
 from ds_core.seams.tensor_files import TensorFile, TensorFiles, TensorFilesFactory, Transfer
 from ds_core.seams.transport import Dense, Transport
 
@@ -42,4 +49,6 @@ __all__ = [
     "TensorFilesFactory",
     "Transfer",
     "Transport",
+    "change_freely",
+    "tearing",
 ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -30,6 +30,19 @@ class Sharding(Protocol):
     #: What the coming backward's gradients will be multiplied by, unless they are clipped; None
     #: where more backwards follow before the step. Whoever works ahead of a step may rely on it.
     expected_scale: float | None
+    #: Why parameters and optimizer state do not belong to one step: an error ended an update, or
+    #: what took part of it early, in the middle, or what it wrote is lost. None if they do. Set by
+    #: the sharding (see `tearing`), on the rank that met the error; `load_state_dict` clears it.
+    #: Whoever would use such values (a step, a save) refuses, naming it; members of this protocol
+    #: that a load needs go on working.
+    torn: str | None
+    #: Called before parameters or optimizer state change on the sharding's own initiative (a step
+    #: that is taken in backward, or ahead of time) or by its setters (`set_full_parameter`,
+    #: `set_full_optimizer_state`, `prepare_load`, `load_state_dict`, `offload_states`), on the
+    #: thread that runs backward or the setter. Not before `update`, whose caller sees to it. Does
+    #: nothing unless someone, as the engine, lets it wait for a checkpoint that still reads them.
+    #: May be called often; must not communicate.
+    before_change: Callable[[], None]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -69,13 +82,40 @@ class Sharding(Protocol):
         """Allocate whatever state a checkpoint may fill in."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Adopt the loaded `state_dict()`, whose tensors were filled in place, and publish."""
+        """Adopt the loaded `state_dict()`, whose tensors were filled in place, and publish.
+
+        Nothing is torn afterwards: whoever fills only part of the tensors of one that is refuses.
+        """
 
     def memory(self) -> dict[str, int]:
         """Bytes that this rank holds between steps, by kind."""
 
     def close(self) -> None:
         """Leave the model whole and free of hooks."""
+
+
+class Tearable(Protocol):
+    """What an error can leave between two steps."""
+
+    torn: str | None
+
+
+@contextmanager
+def tearing(sharding: Tearable, doing: str) -> Iterator[None]:
+    """An error in the block leaves `sharding.torn` telling it; the first one counts.
+
+    doing: what was done, for the sentence "doing ended in the middle: ...".
+    """
+    try:
+        yield
+    except BaseException as error:  # an interrupt from the keyboard tears as well
+        if sharding.torn is None:
+            sharding.torn = f"{doing} ended in the middle: {type(error).__name__}: {error}"
+        raise
+
+
+def change_freely() -> None:
+    """The `before_change` of a sharding that nobody reads beside its own thread."""
 
 
 @runtime_checkable

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,12 +35,13 @@ import torch
 from torch import nn
 
 from ds_core.flat import Piece
-from ds_core.optimizer_state import PortableState, allocate_state_of
+from ds_core.optimizer_state import PortableState, allocate_state_of, is_wide
 from ds_core.optimizer_twin import noted_groups, twin_of
 from ds_zero.errors import ShardError
 from ds_zero.host_steps.speculative import refuse_random_rounding
 from ds_zero.host_steps.worker import HostWorker
 from ds_zero.inner_step import InnerStep, is_whole
+from ds_zero.offload.shard_home import DiskShard
 from ds_zero.unit import Unit
 from ds_zero.unit_piece import OptimizerPiece
 
@@ -205,7 +206,7 @@ class ZenFlowStep:
         index = state[IMPORTANT].nonzero().flatten()
         own = nn.Parameter(weights[index])
         held = {
-            key: value[index] if _is_wide(value) else _copied(value)
+            key: value[index] if is_wide(value) else _copied(value)
             for key, value in state.items()
             if key not in (WAITING, IMPORTANT, STEPS)
         }
@@ -220,7 +221,7 @@ class ZenFlowStep:
         state = self._state(piece)
         piece.weights.detach()[part.index] = part.weights.detach()
         for key, value in part.state.items():
-            if _is_wide(value):
+            if is_wide(value):
                 if key not in state:
                     state[key] = torch.zeros_like(piece.weights.detach(), dtype=value.dtype)
                 state[key][part.index] = value
@@ -297,6 +298,12 @@ class ZenFlowStep:
             self._done.pop().done.result()
         for part in list(self._parts.values()):
             self._close(part.piece)
+
+    def drop(self) -> None:
+        """Wait for what is under way, whatever becomes of it; all of it is about to be replaced."""
+        wait([entry.done for entry in self._done])
+        self._done.clear()
+        self._parts.clear()
 
     def shown_state(self) -> dict[str, dict[str, Any]]:
         """The weights that the model sees, by `SHOWN` and parameter, where others may be ahead.
@@ -383,7 +390,7 @@ class _Part:
     @property
     def nbytes(self) -> int:
         """Of its memory."""
-        states = sum(value.nbytes for value in self.state.values() if _is_wide(value))
+        states = sum(value.nbytes for value in self.state.values() if is_wide(value))
         return self.weights.nbytes + self.index.nbytes + states
 
 
@@ -471,6 +478,7 @@ def _shown(unit: Unit, part: Piece) -> Any:
     if isinstance(source, torch.Tensor):
         return FlatShard(source[start:stop], shape, part.start)
     home = source
+    assert isinstance(home, DiskShard)
     return FlatShard.lazy(
         stop - start,
         unit.dtype,
@@ -479,10 +487,6 @@ def _shown(unit: Unit, part: Piece) -> Any:
         read=lambda: home.read(start, stop),
         write=lambda values: home.write(start, values),
     )
-
-
-def _is_wide(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
 def _copied(value: Any) -> Any:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import suppress
+
 import torch
 
 from ds_core.seams import TensorFile, TensorFiles, Transfer
+
+#: Places in files begin at multiples of this many bytes, which direct transfers ask for.
+PAGE_BYTES = 4096
+
+
+def whole_pages(nbytes: int) -> int:
+    """So many bytes, up to the next page."""
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
 
 
 class BufferPool:
@@ -17,10 +28,17 @@ class BufferPool:
     Args:
         files: whose memory suits transfers.
         count: buffers that are kept.
+
+    Attributes:
+        lock: held by whoever uses the pool or a `Staging` of it: the thread that writes a
+            checkpoint reads beside the program.
+        failed: parties whose last write did not reach its file.
     """
 
     def __init__(self, files: TensorFiles, count: int) -> None:
         self._files, self._count = files, count
+        self.lock = threading.RLock()
+        self.failed: list[Staging] = []
         self._free: list[torch.Tensor] = []
         self._lent: list[tuple[torch.Tensor, Staging]] = []
 
@@ -63,6 +81,10 @@ class BufferPool:
 class Staging:
     """One party's buffer of a pool, and the transfer between it and a file that is under way.
 
+    A write that fails leaves bytes of before in the file, which must not be taken for those that
+    were meant: whatever would read them raises the error of the write, again and again, until other
+    values are written, or `rescue` is called. The buffer stays, for it is all that is left of them.
+
     Attributes:
         buffer: what it holds now, of at least the size that it took; None if nothing.
     """
@@ -72,6 +94,12 @@ class Staging:
         self.buffer: torch.Tensor | None = None
         self._transfer: Transfer | None = None
         self._writes = False
+        self._error: BaseException | None = None
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why the last write failed, if it did; it may not be known before it was waited for."""
+        return self._error
 
     @property
     def is_reading(self) -> bool:
@@ -96,32 +124,62 @@ class Staging:
 
     def read(self, size: int, offset: int) -> None:
         """Begin to fill the buffer from the file."""
+        self._raise_error()
         self._transfer, self._writes = self._file.read(self._first(size), offset), False
 
     def write(self, size: int, offset: int) -> None:
         """Begin to write the buffer to the file."""
+        self.rescue()
         self._transfer, self._writes = self._file.write(self._first(size), offset), True
 
     def arrive(self) -> None:
-        """Wait for what is under way; the buffer stays. Raises its OSError."""
-        transfer, self._transfer = self._transfer, None
-        if transfer is not None:
-            transfer.wait()
+        """Wait for what is under way; the buffer stays, unless it could not be filled.
 
-    def wait_for_write(self) -> None:
-        """Wait for a write; from any thread, since nothing changes for whoever holds the buffer."""
-        transfer = self._transfer
-        if transfer is not None and self._writes:
-            transfer.wait()
+        Raises the OSError of what failed.
+        """
+        self._raise_error()
+        if self._transfer is None:
+            return
+        try:
+            self._transfer.wait()
+        except OSError as error:
+            self._transfer = None
+            if self._writes:
+                self._error = error
+                self._pool.failed.append(self)
+            else:
+                self._give_back()
+            raise
+        self._transfer = None
 
     def vacate(self) -> None:
-        """Wait for what is under way and give the buffer back. Raises its OSError."""
-        try:
-            self.arrive()
-        finally:
-            buffer, self.buffer = self.buffer, None
-            if buffer is not None:
-                self._pool.give(buffer)
+        """Wait for what is under way and give the buffer back. Raises as `arrive` does."""
+        self.arrive()
+        self._give_back()
+
+    def rescue(self) -> None:
+        """Forget that a write failed: what the buffer holds, or is about to, counts."""
+        if self._error is not None:
+            self._error = None
+            self._pool.failed = [each for each in self._pool.failed if each is not self]
+
+    def drop(self) -> None:
+        """Wait for what is under way and give the buffer back, whatever has failed."""
+        transfer, self._transfer = self._transfer, None
+        if transfer is not None:
+            with suppress(OSError):
+                transfer.wait()
+        self.rescue()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        buffer, self.buffer = self.buffer, None
+        if buffer is not None:
+            self._pool.give(buffer)
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error.with_traceback(None)
 
     def _first(self, size: int) -> torch.Tensor:
         assert self.buffer is not None

@@ -25,12 +25,6 @@ class ShardHome(Protocol):
     def store(self, shard: torch.Tensor) -> None:
         """Keep the values of `shard`, which may be freed once this returns."""
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """A copy of some elements in host memory; from any thread, while nothing is stored."""
-
-    def write(self, start: int, values: torch.Tensor) -> None:
-        """Replace the elements from `start` on."""
-
 
 class HostShard:
     """Lives in host memory, beside an accelerator."""
@@ -53,14 +47,6 @@ class HostShard:
         if shard.data_ptr() != self.host.data_ptr():
             self._side.copy(self.host, shard).wait()
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """See `ShardHome.read`."""
-        return self.host[start:stop].clone()
-
-    def write(self, start: int, values: torch.Tensor) -> None:
-        """See `ShardHome.write`."""
-        self.host[start : start + values.numel()].copy_(values)
-
 
 class DiskShard:
     """Lives in a file.
@@ -76,14 +62,16 @@ class DiskShard:
         self, shard: torch.Tensor, file: TensorFile, offset: int, pool: BufferPool
     ) -> None:
         self._file, self._offset = file, offset
-        self._staging = Staging(file, pool)
+        self._staging, self._lock = Staging(file, pool), pool.lock
         self._bytes, self._dtype = shard.nbytes, shard.dtype
         self.bytes_read = self.bytes_written = 0
         self.store(shard)
 
     def ahead(self) -> None:
         """See `ShardHome.ahead`."""
-        self._begin_read(wait=False)
+        with self._lock:
+            if self._staging.error is None:  # or whoever wants the shard is told
+                self._begin_read(wait=False)
 
     def _begin_read(self, *, wait: bool) -> None:
         """Begin to read, unless the values are in the buffer or on their way already."""
@@ -97,18 +85,24 @@ class DiskShard:
         """See `ShardHome.fetch_into`."""
         if self._bytes == 0:
             return
-        self._begin_read(wait=True)
-        self._staging.arrive()  # of a write: what is being written is what is wanted
-        shard.copy_(self._values())
-        self._staging.vacate()
+        with self._lock:
+            self._begin_read(wait=True)
+            self._staging.arrive()  # of a write: what is being written is what is wanted
+            shard.copy_(self._values())
+            self._staging.vacate()
 
     def store(self, shard: torch.Tensor) -> None:
         """See `ShardHome.store`."""
         if self._bytes == 0:
             return
-        self._staging.vacate()
-        self._staging.take(self._bytes)
-        self._values().copy_(shard)
+        with self._lock:
+            if self._staging.error is None:  # of the values before, which are wanted no more
+                self._staging.vacate()
+            self._staging.take(self._bytes)
+            self._values().copy_(shard)
+            self._write()
+
+    def _write(self) -> None:
         self._staging.write(self._bytes, self._offset)
         self.bytes_written += self._bytes
 
@@ -117,26 +111,34 @@ class DiskShard:
         return self._staging.buffer[: self._bytes].view(self._dtype)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """See `ShardHome.read`."""
-        self._staging.wait_for_write()
+        """A copy of some elements; from any thread, while nothing is stored."""
+        self.settle()
         found = torch.empty(stop - start, dtype=self._dtype)
         self._file.read(found, self._offset + start * self._dtype.itemsize).wait()
         return found
 
     def write(self, start: int, values: torch.Tensor) -> None:
-        """See `ShardHome.write`."""
-        self._staging.vacate()
+        """Replace the elements from `start` on; a write that failed before is made good."""
         own = values.to("cpu", self._dtype).contiguous()
-        self._file.write(own, self._offset + start * self._dtype.itemsize).wait()
+        with self._lock:
+            if self._staging.error is not None:
+                # The buffer has all that was to be written: once more, with what is new.
+                self._values()[start : start + own.numel()].copy_(own)
+                self._write()
+                return
+            self._staging.vacate()
+            self._file.write(own, self._offset + start * self._dtype.itemsize).wait()
 
     def settle(self) -> None:
-        """Wait for a write that is under way. Raises its OSError."""
-        if self._staging.is_writing:
-            self._staging.vacate()
+        """Wait for a write that is under way. Raises the OSError of one that failed."""
+        with self._lock:
+            if self._staging.is_writing or self._staging.error is not None:
+                self._staging.vacate()
 
     def close(self) -> None:
-        """Wait for whatever is under way. Raises its OSError."""
-        self._staging.vacate()
+        """Wait for whatever is under way, of which nobody wants to know any more."""
+        with self._lock:
+            self._staging.drop()
 
 
 @contextmanager
