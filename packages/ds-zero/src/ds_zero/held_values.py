@@ -166,8 +166,6 @@ class HeldValues(torch.optim.Optimizer, ABC):
         self._drop_unsettled()
         self._is_loading = True
         self.torn = self.torn or "prepare_load() dropped states, and no load_state_dict() followed"
-        if self._zenflow is not None:
-            self._zenflow.loads = True
         for unit in self._trainable:
             for piece in unit.optimizer_pieces:
                 group = self._inner.param_groups[piece.group_index]
@@ -189,18 +187,23 @@ class HeldValues(torch.optim.Optimizer, ABC):
         self._drop_unsettled()
         load_groups(self.param_groups, state_dict["groups"])
         state.adopt_loaded(self, state_dict["state"])
-        if self._zenflow is not None and self._zenflow.adopts_shown(state_dict["state"]):
-            for unit in self.units:
-                with unit.updating(whole=False):
-                    pass  # what the model saw has been written where updates leave it
-                _wait(unit.publish())
-        else:
-            self._publish()
+        self._publish_loaded(state_dict["state"])
         self._is_loading, self._agreed, self.torn = False, None, None
         if self._early is not None:
             self._early.mend()
         if self._ahead is not None:
             self._ahead.torn = None
+
+    def _publish_loaded(self, loaded: dict[str, Any]) -> None:
+        """Let the model see what was loaded: with ZenFlow what that of the checkpoint saw."""
+        has_shown = self._zenflow is not None and self._zenflow.has_shown(loaded)
+        if not (has_shown and self._is_loading):
+            self._publish()
+            return
+        for unit in self.units:
+            with unit.updating(whole=False):
+                pass  # it was written where updates leave it
+            _wait(unit.publish())
 
     def model_state(self) -> dict[str, Any]:
         """Parameters by name, each rank's share as `FlatShard`s of the most precise copy.

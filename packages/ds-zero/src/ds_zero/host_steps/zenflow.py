@@ -131,8 +131,6 @@ class ZenFlowStep:
             unit.separate_weights()
         self._parts: dict[torch.Tensor, _Part] = {}
         self._done: list[_Rest] = []
-        #: Whether a checkpoint is being loaded, of the optimizer's state too.
-        self.loads = False
 
     def run(
         self, unit: Unit, used: list[bool], grad_scale: float | torch.Tensor, plain: InnerStep
@@ -320,10 +318,9 @@ class ZenFlowStep:
                     found[part.slot.name] = _shown(unit, part)
         return {SHOWN: found}
 
-    def adopts_shown(self, loaded: Mapping[str, Any]) -> bool:
+    def has_shown(self, loaded: Mapping[str, Any]) -> bool:
         """Whether a checkpoint that was loaded has written what the model is to see."""
-        loads, self.loads = self.loads, False
-        return loads and bool(self.shown_state()) and SHOWN in loaded
+        return bool(self.shown_state()) and SHOWN in loaded
 
     def passing_state(self) -> dict[str, str]:
         """Our keys, and what is lost now without each."""
