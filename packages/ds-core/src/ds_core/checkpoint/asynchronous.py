@@ -298,14 +298,19 @@ class _Work:
     source: Snapshot | None
     trouble: Exception | None
 
+    def copied(self) -> Snapshot:
+        """The copy; raises why there is none."""
+        _raise(self.trouble)
+        assert self.source is not None
+        return self.source
+
 
 def _run(work: _Work, pending: PendingSave) -> None:
     """The thread: write, publish, and say how it went."""
     begin = time.perf_counter()
     try:
-        source = work.source if work.source is not None else _Failed(work.trouble)
         write_and_publish(
-            work.ranks, work.to, work.items, source, work.metadata, pending._reads_done.set
+            work.ranks, work.to, work.items, work.copied, work.metadata, pending._reads_done.set
         )
     except BaseException as error:
         pending._error = error
@@ -314,21 +319,6 @@ def _run(work: _Work, pending: PendingSave) -> None:
         pending.figures = pending.figures._replace(write_s=time.perf_counter() - begin)
         pending._reads_done.set()
         pending._done.set()
-
-
-class _Failed(Snapshot):
-    """Stands for a copy that could not be made: the error is raised when it is to be written."""
-
-    def __init__(self, error: Exception | None) -> None:
-        self._error = error
-        self.state_dict = {}
-
-    def resolve_data(self, write_item: Any) -> torch.Tensor:
-        _raise(self._error)
-        raise AssertionError("unreachable")
-
-    def lookup_object(self, index: Any) -> Any:
-        _raise(self._error)
 
 
 def _raise(error: Exception | None) -> None:

@@ -53,7 +53,7 @@ def write_and_publish(
     ranks: Ranks,
     destination: Destination,
     items: SavePlan,
-    source: SavePlanner,
+    source: Callable[[], SavePlanner],
     metadata: Metadata | None,
     when_read: Callable[[], object] = lambda: None,
 ) -> Place:
@@ -64,7 +64,8 @@ def write_and_publish(
 
     Args:
         items: what this rank writes.
-        source: hands out the tensors and values of the items.
+        source: returns what hands out the tensors and values of the items, or raises why there is
+            none, which every rank is told then.
         metadata: of all ranks, on rank 0.
         when_read: called when this rank's part is written, and no source is read any more.
     """
@@ -74,7 +75,7 @@ def write_and_publish(
 
     def write() -> list[WriteResult]:
         name = data_file_name(ranks.rank, draft.suffix)
-        results = writer.write_data(replace(items, storage_data=name), source).value()
+        results = writer.write_data(replace(items, storage_data=name), source()).value()
         when_read()
         return results
 

@@ -122,7 +122,7 @@ class SafetensorsWriter(StorageWriter):
         """Give every rank its file name; remove what is to be overwritten."""
         with _as_checkpoint_errors(f"cannot overwrite {self.path}"):
             (self.path / INDEX_NAME).unlink(missing_ok=True)
-            for old in _inside(self.path):
+            for old in list(self.path.iterdir()):
                 if old.name.startswith("rank_") and old.name.endswith(".safetensors"):
                     old.unlink()
         return [replace(plan, storage_data=data_file_name(n)) for n, plan in enumerate(plans)]
@@ -343,10 +343,6 @@ def held_state(planner: SavePlanner | LoadPlanner) -> Mapping[str, Any]:
     """The state that a planner hands out, by name, as far as it tells."""
     held = getattr(planner, "state_dict", None)
     return held if isinstance(held, Mapping) else {}
-
-
-def _inside(folder: Place) -> list[Place]:
-    return list(folder.iterdir())
 
 
 def _reading_order(

@@ -178,7 +178,7 @@ def commit(draft: Draft, directory: Place, tag: str) -> Place:
     """Give a complete checkpoint its tag, durably; remove what it replaces."""
     target = directory / tag
     if draft.suffix:
-        for path in _inside(target):  # its index is there already, and names none of these
+        for path in list(target.iterdir()):  # its index is there already, and names none of these
             is_data = path.name.endswith(".safetensors")
             if is_data and not path.name.endswith(f"{draft.suffix}.safetensors"):
                 path.unlink(missing_ok=True)
@@ -255,10 +255,6 @@ def _is_complete(path: Place) -> bool:
 def _is_remainder(path: Place) -> bool:
     """Whether a folder holds nothing, or what is left of a checkpoint that has lost its index."""
     return path.is_dir() and all(_DATA_FILE.fullmatch(entry.name) for entry in path.iterdir())
-
-
-def _inside(folder: Place) -> list[Place]:
-    return list(folder.iterdir())
 
 
 def _siblings(directory: Place, tag: str, mark: str) -> list[Place]:
