@@ -167,9 +167,9 @@ def test_where_backward_updates_it_is_refused_as_well():
     engine.sharding.updates_in_backward = True
     loss = engine(torch.ones(2, 3)).square().mean()
     engine.sharding.torn = "it is broken"
-    with pytest.raises(TornError, match="backward: .*it is broken"):
+    with pytest.raises(TornError, match=r"backward: .*it is broken"):
         engine.backward(loss)
-    with pytest.raises(TornError, match="backward: .*it is broken"):
+    with pytest.raises(TornError, match=r"backward: .*it is broken"):
         engine(torch.ones(2, 3))  # a plain loss.backward() would follow
 
 

@@ -415,8 +415,8 @@ class Engine(EngineFiles):
             # A rank whose share was finite has taken a step that others have not.
             self.sharding.torn = self.sharding.torn or torn
             raise NonFiniteError(
-                f"{begin} ({found}), and part of the step was taken before that was known: {torn}. "
-                f"Load a checkpoint with its optimizer state (engine.load_checkpoint); then {advice}"
+                f"{begin} ({found}), and part of the step was taken before that was known: {torn}; "
+                f"load a checkpoint with its optimizer state (engine.load_checkpoint), then {advice}"
             )
         raise NonFiniteError(
             f"{begin}, so the step was not taken ({found}); {advice}, or use fp16 with its loss "

@@ -432,12 +432,14 @@ def _asks_before_changes(factory: Factory, folder: str) -> None:
     run.sharding.before_change = lambda: asked.append(doing)
     doing = "prepare_load"
     run.sharding.prepare_load()
+    assert run.sharding.torn is not None, "what was dropped is not loaded yet"
     state = _checkpoint_state(run.sharding)
     state["optimizer"] = known_to(checkpoint.find(folder), state["optimizer"])
     loaded = checkpoint.load(folder, state=state)
     doing = "load_state_dict"
     run.sharding.load_state_dict({"state": loaded["optimizer"], "groups": loaded["groups"]})
     assert {"prepare_load", "load_state_dict"} <= set(asked)
+    assert run.sharding.torn is None
     if isinstance(run.sharding, ParkableSharding):
         doing = "offload_states"
         run.sharding.offload_states(None, "cpu", False, False, folder=None)
