@@ -416,7 +416,7 @@ class Engine(EngineFiles):
             self.sharding.torn = self.sharding.torn or torn
             raise NonFiniteError(
                 f"{begin} ({found}), and part of the step was taken before that was known: {torn}; "
-                f"load a checkpoint with its optimizer state (engine.load_checkpoint), then {advice}"
+                f"load a checkpoint with its optimizer state (engine.load_checkpoint); {advice}"
             )
         raise NonFiniteError(
             f"{begin}, so the step was not taken ({found}); {advice}, or use fp16 with its loss "
