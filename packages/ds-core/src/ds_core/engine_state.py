@@ -227,7 +227,7 @@ def without_excluded(checkpoint: Place, model_state: dict[str, Any]) -> dict[str
 
 def _restore(engine: Engine, loaded: dict[str, Any], *, with_scheduler: bool) -> None:
     # Micro-batches of a step that had begun belong to what was before.
-    engine._micro.restart()
+    engine._micro.replace()
     engine.zero_grad()
     own = loaded["engine"]
     engine.global_step, engine.skipped_steps = own["global_step"], own["skipped_steps"]

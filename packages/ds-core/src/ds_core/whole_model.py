@@ -149,6 +149,7 @@ class WholeModel(ABC):
     def prepare_load(self) -> None:
         """Allocate optimizer state by a step that changes nothing."""
         self.before_change()
+        self.torn = self.torn or "prepare_load() dropped states, and no load_state_dict() followed"
         allocate_state(self.optimizer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

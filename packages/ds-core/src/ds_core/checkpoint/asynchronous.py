@@ -30,6 +30,7 @@ from ds_core.checkpoint.sharded import FlatShard
 from ds_core.checkpoint.snapshot import HostBuffers, Snapshot
 from ds_core.checkpoint.state import FlatState
 from ds_core.checkpoint.store import checked_state
+from ds_core.comm.group import timeout_of
 from ds_core.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class AsyncSaver:
 
     The ranks agree in a process group of their own (gloo), so that training's collectives are not
     disturbed. A rank that dies ends the save with an error on the others; one that is stopped does
-    so after `timeout_s`.
+    so after `timeout_s`, and a program that ends waits no longer than that.
 
     A program that ends waits for the save in flight. Errors of the thread are logged at once and
     raised by the next `save`, `wait` or `close`, on every rank; one that nobody asks for is shown
@@ -113,7 +114,7 @@ class AsyncSaver:
     Args:
         group: the ranks that hold the state. Default: all.
         timeout_s: how long ranks wait for one another, which includes the time that the slowest
-            takes to write. Default: the timeout of `group`, or half an hour.
+            takes to write. Default: the timeout of `group`.
 
     Example:
         >>> import tempfile, torch
@@ -341,8 +342,10 @@ def _own_group(
     if not (dist.is_available() and dist.is_initialized()):
         return None
     options: dict[str, Any] = {"backend": "gloo"}
-    if timeout_s is not None:
-        options["timeout"] = timedelta(seconds=timeout_s)
+    # torch gives a new group half an hour, whatever the one it is made from has.
+    whole = dist.group.WORLD if group is None else group
+    assert whole is not None
+    options["timeout"] = timeout_of(whole) if timeout_s is None else timedelta(seconds=timeout_s)
     if group is None or group is dist.group.WORLD:
         return dist.new_group(**options)
     # Only members call. Such a group is named by its ranks, and a name must not be used again: the

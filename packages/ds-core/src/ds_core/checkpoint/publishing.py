@@ -59,7 +59,8 @@ def write_and_publish(
 ) -> Place:
     """Write this rank's part; when all have, the checkpoint gets its tag. Returns its directory.
 
-    Collective. Raises CheckpointError on every rank if any fails; nothing of it is left then.
+    Collective. Raises CheckpointError on every rank if any fails. Nothing of it is left then,
+    unless contact was lost after it had got its tag: it stays, and the error of rank 0 says so.
 
     Args:
         items: what this rank writes.
@@ -84,9 +85,12 @@ def write_and_publish(
 
     try:
         target = ranks.through_first(what, write, publish)
-    except CheckpointError:
-        if ranks.rank == 0:
-            draft.discard()
+    except CheckpointError as error:
+        if ranks.rank == 0 and draft.discard():
+            raise CheckpointError(
+                f"{error}; the checkpoint {directory / tag} itself is complete and stays, but "
+                f"{tags.LATEST_NAME!r} may name another"
+            ) from error
         raise
     ranks.first(
         f"pointing {tags.LATEST_NAME!r} to the complete checkpoint {target}",

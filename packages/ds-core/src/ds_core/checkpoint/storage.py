@@ -15,6 +15,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -147,7 +148,8 @@ class SafetensorsWriter(StorageWriter):
         if not items:
             return []
         entries = [_entry(item) for item in items]
-        if not self.path.is_dir():
+        # An object store has no folders, so there is nothing to see before the first file.
+        if isinstance(self.path, Path) and not self.path.is_dir():
             raise CheckpointError(
                 f"{self.path} was created by the coordinator but is not visible from this rank; "
                 "a checkpoint directory must be on a file system that all ranks share"

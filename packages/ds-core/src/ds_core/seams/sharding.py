@@ -79,7 +79,7 @@ class Sharding(Protocol):
         """Optimizer state by name as a checkpoint holds it: {"state": ..., "groups": [...]}."""
 
     def prepare_load(self) -> None:
-        """Allocate whatever state a checkpoint may fill in."""
+        """Allocate whatever state a checkpoint may fill in; torn until `load_state_dict`."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Adopt the loaded `state_dict()`, whose tensors were filled in place, and publish.
