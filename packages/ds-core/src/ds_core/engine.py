@@ -325,7 +325,6 @@ class Engine(EngineFiles):
             clip = 1.0
             if self.max_grad_norm > 0:
                 clip = min(1.0, self.max_grad_norm / (norm + 1e-6))
-            self._reads()
             self.sharding.update(clip / self.scaler.scale)
         self.sharding.zero_grad()
         scale = self.scaler.scale

@@ -106,6 +106,7 @@ class WholeModel(ABC):
     @torch.no_grad()
     def update(self, grad_scale: float | torch.Tensor = 1.0) -> None:
         """Step with gradients times `grad_scale`; parameters that no rank used are left alone."""
+        self.before_change()
         with tearing(self, "the optimizer's step"):
             self._update(grad_scale)
 
