@@ -208,8 +208,9 @@ def test_what_is_published_is_not_deleted_when_contact_is_lost(
     save(url, "a", state(1.0))
     with contextlib.closing(AsyncSaver()) as saver:
         lost_at_the_end()
+        attempt = (lambda *args: saver.save(*args).wait()) if asynchronous else save
         with pytest.raises(CheckpointError, match=r"closed by peer.*is complete and stays"):
-            saver.save(url, tag, state(2.0)).wait() if asynchronous else save(url, tag, state(2.0))
+            attempt(url, tag, state(2.0))
     assert filled(url, tag) == 2.0
     verify(f"{url}/{tag}")
     assert len([name for name in names(url) if name.startswith(f"{tag}/")]) == 2

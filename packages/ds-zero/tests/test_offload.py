@@ -205,7 +205,7 @@ def count_buffers(folder: Path) -> None:
     assert swap is not None
     largest = max(record.size for record in swap._records.values())
     assert len(swap._records) > 4
-    assert swap._pool.nbytes <= 2 * largest
+    assert swap.pool.nbytes <= 2 * largest
 
 
 # --- Access ---------------------------------------------------------------------------------------

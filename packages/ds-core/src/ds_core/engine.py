@@ -325,7 +325,6 @@ class Engine(EngineFiles):
             clip = 1.0
             if self.max_grad_norm > 0:
                 clip = min(1.0, self.max_grad_norm / (norm + 1e-6))
-            self._reads()
             self.sharding.update(clip / self.scaler.scale)
         self.sharding.zero_grad()
         scale = self.scaler.scale
@@ -415,9 +414,8 @@ class Engine(EngineFiles):
             # A rank whose share was finite has taken a step that others have not.
             self.sharding.torn = self.sharding.torn or torn
             raise NonFiniteError(
-                f"{begin} ({found}), and part of the step was taken before that was known: {torn}. "
-                f"Load a checkpoint with its optimizer state (engine.load_checkpoint); then "
-                f"{advice}"
+                f"{begin} ({found}), and part of the step was taken before that was known: {torn}; "
+                f"load a checkpoint with its optimizer state (engine.load_checkpoint); {advice}"
             )
         raise NonFiniteError(
             f"{begin}, so the step was not taken ({found}); {advice}, or use fp16 with its loss "

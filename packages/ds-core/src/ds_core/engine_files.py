@@ -249,8 +249,9 @@ class EngineFiles(nn.Module):
                 without it, each rank verifies what it reads, as it reads it.
 
         Raises CheckpointError if it is missing, damaged, or of another model; the engine must not
-        be used then. After an error that ended a step in the middle, only a load with the
-        optimizer's states puts things right: without, it raises TornError. Collective.
+        be used then: steps and saves raise TornError until a load succeeds. So they do after an
+        error that ended a step in the middle; then only a load with the optimizer's states puts
+        things right, and without them it raises TornError. Collective.
         """
         from ds_core.engine_state import load
 

@@ -106,6 +106,7 @@ class WholeModel(ABC):
     @torch.no_grad()
     def update(self, grad_scale: float | torch.Tensor = 1.0) -> None:
         """Step with gradients times `grad_scale`; parameters that no rank used are left alone."""
+        self.before_change()
         with tearing(self, "the optimizer's step"):
             self._update(grad_scale)
 
@@ -149,6 +150,7 @@ class WholeModel(ABC):
     def prepare_load(self) -> None:
         """Allocate optimizer state by a step that changes nothing."""
         self.before_change()
+        self.torn = self.torn or "prepare_load() dropped states, and no load_state_dict() followed"
         allocate_state(self.optimizer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

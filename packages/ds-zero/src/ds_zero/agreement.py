@@ -10,7 +10,7 @@ import torch
 from ds_core import comm
 from ds_core.gradients import vector_norm
 from ds_zero.unit import Unit
-from ds_zero.wholeness import raise_together
+from ds_zero.wholeness import Trouble, raise_together
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def agree(
     with_norm: bool,
     squares: Mapping[int, torch.Tensor] | None = None,
     updated: torch.Tensor | None = None,
-    trouble: str | None = None,
+    trouble: Trouble | None = None,
 ) -> Agreement:
     """Exchange the ranks' squared gradient norms and the parameters that each of them used.
 

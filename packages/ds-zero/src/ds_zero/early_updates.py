@@ -17,7 +17,7 @@ import torch
 
 from ds_core import comm, fused
 from ds_core.gradients import vector_norm
-from ds_zero.errors import ShardError
+from ds_zero.errors import ShardError, TornShardError
 from ds_zero.inner_step import InnerStep
 from ds_zero.offload.homes import Homes
 from ds_zero.unit import Unit
@@ -185,8 +185,10 @@ class EarlyUpdates:
         while self._pending:
             self._pending.pop().wait()
         if not bool(torch.isfinite(norm)):
-            what = "no unit was updated" if self._torn is None else advice(self._torn)
-            raise ShardError(f"update_in_backward: the gradient norm is {float(norm)}: {what}")
+            what = f"update_in_backward: the gradient norm is {float(norm)}"
+            if self._torn is not None:
+                raise TornShardError(f"{what}: {advice(self._torn)}")
+            raise ShardError(f"{what}; no unit was updated")
         if float(grad_scale) != 1.0:
             raise ShardError(
                 f"update_in_backward: gradients cannot be multiplied by {float(grad_scale):g} "

@@ -40,7 +40,7 @@ from ds_zero.sharded_param import show_class
 from ds_zero.unit import Unit
 from ds_zero.unit_plan import Setup
 from ds_zero.whole_matrices import matrix_steps
-from ds_zero.wholeness import Wholeness
+from ds_zero.wholeness import Trouble, Wholeness
 
 #: Kinds of parked state without which gradients cannot be read or written.
 _GRADIENTS = ("lp_grads", "contiguous_grad_buffer")
@@ -405,7 +405,8 @@ class ZeroOptimizer(HeldValues):
             squares, failure = self._ahead.norm_squares(), self._ahead.error
         trouble = self._wholeness.trouble
         if trouble is None and failure is not None:
-            trouble = f"a step ahead failed, and was undone: {type(failure).__name__}: {failure}"
+            told = f"a step ahead failed, and was undone: {type(failure).__name__}: {failure}"
+            trouble = Trouble(told, is_torn=False)
         try:
             self._agreed = agree(
                 self._trainable,

@@ -221,6 +221,7 @@ def _stated(optimizer: HeldValues, unit: Unit, piece: Piece, kind: str) -> Any:
 
     @torch.no_grad()
     def write(values: torch.Tensor) -> None:
+        optimizer.before_change()
         if home is not None:
             home.write(own.start, values)
             return

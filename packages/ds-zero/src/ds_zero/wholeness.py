@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from ds_core import comm
-from ds_zero.errors import ShardError
+from ds_zero.errors import ShardError, TornShardError
 
 
 class Source(Protocol):
@@ -16,6 +16,18 @@ class Source(Protocol):
     @property
     def torn(self) -> str | None:
         """What the error left; None if there was none."""
+
+
+class Trouble(NamedTuple):
+    """Why a rank cannot go on.
+
+    Attributes:
+        told: in words.
+        is_torn: whether what it holds belongs to no one step any more.
+    """
+
+    told: str
+    is_torn: bool
 
 
 class Wholeness:
@@ -42,14 +54,14 @@ class Wholeness:
         self._reason = value
 
     @property
-    def trouble(self) -> str | None:
-        """The reason in words for an error, with what to do about it; None if there is none."""
-        return None if self.reason is None else advice(self.reason)
+    def trouble(self) -> Trouble | None:
+        """The reason as a rank tells it the others, with what to do about it; None if none."""
+        return None if self.reason is None else Trouble(advice(self.reason), is_torn=True)
 
     def check(self, operation: str, group: comm.Group, cause: Exception | None = None) -> None:
-        """Raise ShardError on every rank of `group` if what one of them holds does not. Collective.
+        """Raise TornShardError on every rank of `group` if what one of them holds does not.
 
-        cause: why it does not on this rank, if that is known.
+        cause: what went wrong on this rank, if anything did. Collective.
         """
         mine = torch.tensor([0.0 if self.reason is None else 1.0], device=self._device)
         everybody = torch.empty(group.size, device=self._device)
@@ -69,13 +81,14 @@ def advice(reason: str) -> str:
 
 
 def raise_together(
-    operation: str, trouble: str | None, group: comm.Group, cause: Exception | None = None
+    operation: str, trouble: Trouble | None, group: comm.Group, cause: Exception | None = None
 ) -> None:
     """Raise ShardError on every rank, naming those that are in trouble. Collective.
 
     trouble: this rank's, or None; some rank has one.
     """
     told = comm.all_gather_object(trouble, group, caller=f"{operation}: what went wrong")
-    found = {rank: text for rank, text in zip(group.ranks, told, strict=True) if text is not None}
-    where = "; ".join(f"rank {rank}: {text}" for rank, text in found.items())
-    raise ShardError(f"{operation}: {where}") from cause
+    found = {rank: each for rank, each in zip(group.ranks, told, strict=True) if each is not None}
+    where = "; ".join(f"rank {rank}: {each.told}" for rank, each in found.items())
+    kind = TornShardError if any(each.is_torn for each in found.values()) else ShardError
+    raise kind(f"{operation}: {where}") from cause

@@ -211,8 +211,8 @@ class AsyncSaver:
     def wait_for_reads(self) -> None:
         """Return when the save in flight reads from no lazy shard any more.
 
-        Whoever owns such shards calls it before overwriting them; the engine does so before each
-        update. Without lazy shards it returns at once.
+        Whoever owns such shards calls it before overwriting them; in an engine the sharding does,
+        as its `before_change`. Without lazy shards it returns at once.
         """
         if self._pending is not None:
             self._pending._reads_done.wait()

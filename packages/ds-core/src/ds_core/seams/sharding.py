@@ -36,12 +36,11 @@ class Sharding(Protocol):
     #: Whoever would use such values (a step, a save) refuses, naming it; members of this protocol
     #: that a load needs go on working.
     torn: str | None
-    #: Called before parameters or optimizer state change on the sharding's own initiative (a step
-    #: that is taken in backward, or ahead of time) or by its setters (`set_full_parameter`,
+    #: Called by the sharding before parameters or optimizer state change: by `update`, by a step
+    #: that is taken in backward or ahead of time, or by its setters (`set_full_parameter`,
     #: `set_full_optimizer_state`, `prepare_load`, `load_state_dict`, `offload_states`), on the
-    #: thread that runs backward or the setter. Not before `update`, whose caller sees to it. Does
-    #: nothing unless someone, as the engine, lets it wait for a checkpoint that still reads them.
-    #: May be called often; must not communicate.
+    #: thread that runs backward or the setter. Does nothing unless someone, as the engine, lets it
+    #: wait for a checkpoint that still reads them. May be called often; must not communicate.
     before_change: Callable[[], None]
 
     @property
@@ -79,7 +78,7 @@ class Sharding(Protocol):
         """Optimizer state by name as a checkpoint holds it: {"state": ..., "groups": [...]}."""
 
     def prepare_load(self) -> None:
-        """Allocate whatever state a checkpoint may fill in."""
+        """Allocate whatever state a checkpoint may fill in; torn until `load_state_dict`."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Adopt the loaded `state_dict()`, whose tensors were filled in place, and publish.

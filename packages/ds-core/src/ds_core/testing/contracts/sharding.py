@@ -100,7 +100,7 @@ class ShardingContract(Contract):
         for size in self.world_sizes:
             self.run(_tells_that_it_is_torn, str(tmp_path / str(size)), world_size=size)
 
-    def test_it_says_so_before_its_setters_change_anything(self, tmp_path: Path) -> None:
+    def test_it_says_so_before_it_changes_anything(self, tmp_path: Path) -> None:
         for size in self.world_sizes:
             self.run(_asks_before_changes, str(tmp_path / str(size)), world_size=size)
 
@@ -430,14 +430,18 @@ def _asks_before_changes(factory: Factory, folder: str) -> None:
     checkpoint.save(folder, "t", _checkpoint_state(run.sharding))
     asked: list[str] = []
     run.sharding.before_change = lambda: asked.append(doing)
+    doing = "update"
+    run.step(1)
     doing = "prepare_load"
     run.sharding.prepare_load()
+    assert run.sharding.torn is not None, "what was dropped is not loaded yet"
     state = _checkpoint_state(run.sharding)
     state["optimizer"] = known_to(checkpoint.find(folder), state["optimizer"])
     loaded = checkpoint.load(folder, state=state)
     doing = "load_state_dict"
     run.sharding.load_state_dict({"state": loaded["optimizer"], "groups": loaded["groups"]})
-    assert {"prepare_load", "load_state_dict"} <= set(asked)
+    assert {"update", "prepare_load", "load_state_dict"} <= set(asked)
+    assert run.sharding.torn is None
     if isinstance(run.sharding, ParkableSharding):
         doing = "offload_states"
         run.sharding.offload_states(None, "cpu", False, False, folder=None)
