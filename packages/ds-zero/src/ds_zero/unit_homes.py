@@ -13,7 +13,7 @@ from ds_core.optimizer_state import devices_of_state, is_wide
 from ds_zero.offload.choice import Tier
 from ds_zero.offload.crossing import Crossing, host_empty
 from ds_zero.offload.homes import Homes
-from ds_zero.offload.shard_home import HostShard, ShardHome, memory_of
+from ds_zero.offload.shard_home import DiskShard, HostShard, ShardHome, memory_of
 from ds_zero.unit_piece import OptimizerPiece
 
 
@@ -109,9 +109,14 @@ class UnitHomes(ABC):
     def _bring_shard(self, *, fill: bool) -> None:
         """Give a shard that lives elsewhere its memory, and its values."""
         self.shard.untyped_storage().resize_(self.shard.nbytes)
-        if fill:
-            assert self.shard_home is not None
+        if not fill:
+            return
+        assert self.shard_home is not None
+        try:
             self.shard_home.fetch_into(self.shard)
+        except BaseException:
+            self.shard.untyped_storage().resize_(0)  # or what it holds would pass for values
+            raise
 
     def _leave_shard(self) -> None:
         """Take the memory of a shard that lives elsewhere, unless a gather may still read it."""
@@ -161,8 +166,10 @@ class UnitHomes(ABC):
     def take_from_disk(self, piece: OptimizerPiece, *, rescues: bool = False) -> None:
         """Give a piece's states memory of their own, to be laid out anew.
 
-        rescues: also where they could not be written.
+        rescues: also where they, or the shard, could not be written.
         """
+        if rescues and isinstance(self.shard_home, DiskShard):
+            self.shard_home.rescue()
         swap = self._homes.swap
         if swap is not None and piece.weights in swap:
             swap.release(piece.weights, rescues=rescues)

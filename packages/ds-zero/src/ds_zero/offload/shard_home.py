@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import torch
@@ -118,16 +118,19 @@ class DiskShard:
         return found
 
     def write(self, start: int, values: torch.Tensor) -> None:
-        """Replace the elements from `start` on; a write that failed before is made good."""
+        """Replace the elements from `start` on."""
         own = values.to("cpu", self._dtype).contiguous()
         with self._lock:
-            if self._staging.error is not None:
-                # The buffer has all that was to be written: once more, with what is new.
-                self._values()[start : start + own.numel()].copy_(own)
-                self._write()
-                return
             self._staging.vacate()
             self._file.write(own, self._offset + start * self._dtype.itemsize).wait()
+
+    def rescue(self) -> None:
+        """Write once more what could not be written; for who is about to replace the values."""
+        with self._lock:
+            with suppress(OSError):
+                self._staging.arrive()
+            if self._staging.error is not None:
+                self._write()
 
     def settle(self) -> None:
         """Wait for a write that is under way. Raises the OSError of one that failed."""
