@@ -122,7 +122,8 @@ class SafetensorsWriter(StorageWriter):
         """Give every rank its file name; remove what is to be overwritten."""
         with _as_checkpoint_errors(f"cannot overwrite {self.path}"):
             (self.path / INDEX_NAME).unlink(missing_ok=True)
-            for old in list(self.path.iterdir()):
+            files: list[Place] = list(self.path.iterdir())
+            for old in files:
                 if old.name.startswith("rank_") and old.name.endswith(".safetensors"):
                     old.unlink()
         return [replace(plan, storage_data=data_file_name(n)) for n, plan in enumerate(plans)]

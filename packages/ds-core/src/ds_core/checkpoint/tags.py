@@ -178,7 +178,8 @@ def commit(draft: Draft, directory: Place, tag: str) -> Place:
     """Give a complete checkpoint its tag, durably; remove what it replaces."""
     target = directory / tag
     if draft.suffix:
-        for path in list(target.iterdir()):  # its index is there already, and names none of these
+        files: list[Place] = list(target.iterdir())
+        for path in files:  # its index is there already, and names none of these
             is_data = path.name.endswith(".safetensors")
             if is_data and not path.name.endswith(f"{draft.suffix}.safetensors"):
                 path.unlink(missing_ok=True)
