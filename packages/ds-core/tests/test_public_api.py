@@ -46,7 +46,8 @@ NAMES = {
     "ds_core.seams": [
         "Dense", "Event", "EventKind", "Implementation", "InputAdjuster", "Observer", "Op",
         "OpTools", "ParkableSharding", "PassingState", "Runner", "Sequential", "Sharding",
-        "ShardingFactory", "TensorFile", "TensorFiles", "TensorFilesFactory", "Transfer", "Transport", "change_freely", "tearing",
+        "ShardingFactory", "TensorFile", "TensorFiles", "TensorFilesFactory", "Transfer",
+        "Transport", "change_freely", "tearing",
     ],
     "ds_core.observers": [
         "Comet", "CsvFiles", "JsonLines", "MemoryByPhase", "Metrics", "NvtxRanges", "Progress",
