@@ -47,6 +47,7 @@ NAMES = {
         "Dense", "Event", "EventKind", "Implementation", "InputAdjuster", "Observer", "Op",
         "OpTools", "ParkableSharding", "Runner", "Sequential", "Sharding", "ShardingFactory",
         "TensorFile", "TensorFiles", "TensorFilesFactory", "Transfer", "Transport",
+        "change_freely", "tearing",
     ],
     "ds_core.observers": [
         "Comet", "CsvFiles", "JsonLines", "MemoryByPhase", "Metrics", "NvtxRanges", "Progress",
