@@ -208,7 +208,7 @@ class EngineFiles(nn.Module):
         if reason is not None:
             raise TornError(
                 f"{what}: parameters and optimizer state do not belong to one step ({reason}); "
-                f"load a checkpoint with its optimizer state (engine.load_checkpoint), or end"
+                f"load a checkpoint with its optimizer state (engine.load_checkpoint) or start anew"
             )
 
     def _refuse_torn_anywhere(self, what: str) -> None:
