@@ -317,7 +317,7 @@ class ZeroOptimizer(HeldValues):
             self.take_back()
             return
         if self._ahead is not None:
-            self._ahead.take_back()
+            self._ahead.drop()
         if self._zenflow is not None:
             self._zenflow.drop()
 
