@@ -509,7 +509,7 @@ class ZeroOptimizer(HeldValues):
         if self._early is not None:
             self._early.forget()
         if self._ahead is not None:
-            self._ahead.take_back()
+            (self._ahead.take_back if self.torn is None else self._ahead.drop)()
         self._reducer.forget()
         for unit in self._trainable:
             unit.clear_gradient()
