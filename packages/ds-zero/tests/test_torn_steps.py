@@ -115,6 +115,28 @@ def fail_on_rank_1(offload: Offload, folder: Path) -> None:
     assert_goes_on_as_a_whole_one(model, optimizer, folder, 2, offload=offload)
 
 
+def test_an_update_that_fails_with_shards_on_disk(tmp_path: Path):
+    run_ranks(2, fail_with_shards_on_disk, tmp_path)
+
+
+def fail_with_shards_on_disk(folder: Path) -> None:
+    options = {"offload": Offload(parameters="nvme", folder=str(folder / "swap"))}
+    model, optimizer = sharded(CASE, 3, **options)
+    sharded_steps(model, optimizer, CASE, 1)
+    save_state(optimizer, folder)
+    backward(model, 1)
+    with failing_step(3), pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    optimizer.zero_grad()
+    load_state(optimizer, folder)
+    other, reference = sharded(CASE, 3)
+    load_state(reference, folder)
+    assert_same_bits(everything(optimizer), everything(reference), "loaded")
+    for mine in ((model, optimizer), (other, reference)):
+        sharded_steps(*mine, CASE, 1, first=9)
+    assert_same_bits(everything(optimizer), everything(reference), "trained on")
+
+
 def test_what_was_not_loaded_to_its_end_is_torn():
     run_ranks(1, begin_a_load)
 
@@ -235,13 +257,14 @@ def fail_ahead(stage: int, precision: str) -> None:
     assert_same_bits(*results, "a step ahead failed")
 
 
-def test_a_step_ahead_that_cannot_be_undone_tears():
-    run_ranks(1, fail_to_undo)
+def test_a_step_ahead_that_cannot_be_undone_tears(tmp_path: Path):
+    run_ranks(1, fail_to_undo, tmp_path)
 
 
-def fail_to_undo() -> None:
+def fail_to_undo(folder: Path) -> None:
     model, optimizer = sharded(CASE, 2, offload=AHEAD)
     sharded_steps(model, optimizer, CASE, 1)
+    save_state(optimizer, folder)
 
     def no_undo(*_: Any) -> Any:
         def undo() -> None:
@@ -256,6 +279,8 @@ def fail_to_undo() -> None:
     assert "could not be undone: RuntimeError: no way back" in optimizer.torn
     with pytest.raises(TornError, match="no way back"):
         optimizer.state_dict()
+    optimizer.zero_grad()
+    assert_goes_on_as_a_whole_one(model, optimizer, folder, 2, offload=AHEAD)
 
 
 # ---------------------------------------------------------------------- updates in backward

@@ -166,6 +166,8 @@ class HeldValues(torch.optim.Optimizer, ABC):
         self._drop_unsettled()
         self._is_loading = True
         self.torn = self.torn or "prepare_load() dropped states, and no load_state_dict() followed"
+        for unit in self.units:
+            unit.rescue_shard()
         for unit in self._trainable:
             for piece in unit.optimizer_pieces:
                 group = self._inner.param_groups[piece.group_index]

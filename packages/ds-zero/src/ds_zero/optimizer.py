@@ -321,7 +321,7 @@ class ZeroOptimizer(HeldValues):
             self.take_back()
             return
         if self._ahead is not None:
-            self._ahead.take_back()
+            self._ahead.drop()
         if self._zenflow is not None:
             self._zenflow.drop()
 
@@ -513,7 +513,7 @@ class ZeroOptimizer(HeldValues):
         if self._early is not None:
             self._early.forget()
         if self._ahead is not None:
-            self._ahead.take_back()
+            (self._ahead.take_back if self.torn is None else self._ahead.drop)()
         self._reducer.forget()
         for unit in self._trainable:
             unit.clear_gradient()

@@ -203,7 +203,7 @@ def _messages(stage: int, units: list[UnitPlan], work: Workload) -> Iterator[Mes
     if stage == 3:
         yield from _gathers(units, passes, ranks)
     if trained:
-        flags = 8 * (1 + sum(len(unit.spec.params) for unit in trained))
+        flags = 8 * (3 + sum(len(unit.spec.params) for unit in trained))
         yield Message(
             "all_gather", "gradient norm", "dp", "control", "update", 1, (ranks - 1) * flags
         )

@@ -163,13 +163,17 @@ class UnitHomes(ABC):
 
         swap.adopt(piece.weights, tensors)
 
+    def rescue_shard(self) -> None:
+        """Before a load: the shard is where it lives, whatever an error has left of an update."""
+        if isinstance(self.shard_home, DiskShard):
+            self.shard_home.rescue()
+        self._leave_shard()
+
     def take_from_disk(self, piece: OptimizerPiece, *, rescues: bool = False) -> None:
         """Give a piece's states memory of their own, to be laid out anew.
 
-        rescues: also where they, or the shard, could not be written.
+        rescues: also where they could not be written.
         """
-        if rescues and isinstance(self.shard_home, DiskShard):
-            self.shard_home.rescue()
         swap = self._homes.swap
         if swap is not None and piece.weights in swap:
             swap.release(piece.weights, rescues=rescues)

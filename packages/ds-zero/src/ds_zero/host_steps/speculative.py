@@ -174,6 +174,13 @@ class Speculation:
         for unit in self._units:
             self._take_back_unit(unit)
 
+    def drop(self) -> None:
+        """Forget what was stepped ahead, whatever became of it; all is about to be replaced."""
+        self.wait()
+        for ahead in self._ahead.values():
+            ahead.leave()
+        self._ahead.clear()
+
     def undo_bytes(self) -> int:
         """Bytes that this rank holds more, from the end of backward until the step."""
         total = 0
@@ -284,15 +291,20 @@ class _Ahead:
         """Leave weights and states as they were."""
         try:
             with torch.no_grad():
+                self.leave()
                 for undo in self._undos:
                     undo()
-                for piece, shown in self._shown:
-                    piece.weights.data = shown
         except BaseException as error:
             told = f"{type(error).__name__}: {error}"
             self._note_torn(f"{self._unit.name}: its step ahead could not be undone: {told}")
             raise
-        self._undos, self._shown, self._rounded = [], [], None
+        self._undos, self._rounded = [], None
+
+    def leave(self) -> None:
+        """The optimizer's weights are those that the model computes with again."""
+        for piece, shown in self._shown:
+            piece.weights.data = shown
+        self._shown = []
 
     def show(self) -> None:
         """Give the model, or whatever sends to it, the new weights."""
