@@ -38,6 +38,9 @@ PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.t
 SCRIPTS = "Scripts" if os.name == "nt" else "bin"
 EXAMPLE = ROOT / "examples" / "gpt"
 
+#: What the shared environment has beside the packages and what they need.
+TOOLS = ("import-linter", "pytest-xdist")
+
 #: Extras that bring a service or its client, with dozens of packages; tests do without.
 SERVICES = ("wandb", "comet", "ray")
 
@@ -89,7 +92,7 @@ def _examples_requirements() -> list[str]:
 
 def _fingerprint() -> str:
     """Changes whenever the shared environment has to be installed anew."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(TOOLS).encode())
     patterns = ("packages/*/pyproject.toml", "packages/*/src/*/*version.py", "examples/*/req*.txt")
     for path in sorted([CONSTRAINTS, *(p for pattern in patterns for p in ROOT.glob(pattern))]):
         digest.update(path.read_bytes())
@@ -117,7 +120,7 @@ def _shared(session: nox.Session) -> Path:
         python, found = _create(session, folder), {}
     if found.get("requirements") != (wanted := _fingerprint()):
         stamp.unlink(missing_ok=True)
-        _pip(session, python, *_all_editable(), *_examples_requirements(), "import-linter")
+        _pip(session, python, *_all_editable(), *_examples_requirements(), *TOOLS)
         stamp.write_text(json.dumps({"base": base, "requirements": wanted}))
     return folder / SCRIPTS
 
@@ -135,7 +138,13 @@ def _pip(session: nox.Session, python: str, *arguments: str) -> None:
     session.run(python, *command, *arguments, external=True)
 
 
-def _run(session: nox.Session, command: Path, *arguments: str, **env: str) -> None:
+def _run(
+    session: nox.Session,
+    command: Path,
+    *arguments: str,
+    success_codes: Sequence[int] = (0,),
+    **env: str,
+) -> None:
     """Run a command of an environment made by `_create`, with that environment first on PATH."""
     path = os.pathsep.join([str(command.parent), os.environ.get("PATH", "")])
     # Worker processes share the machine: without this every one of them starts a thread per core.
@@ -144,6 +153,7 @@ def _run(session: nox.Session, command: Path, *arguments: str, **env: str) -> No
         str(command),
         *arguments,
         external=True,
+        success_codes=success_codes,
         env={"PATH": path, "OMP_NUM_THREADS": threads, "VIRTUAL_ENV": str(command.parent.parent)}
         | env,
     )
@@ -207,14 +217,18 @@ for _folder in (*(f"packages/{name}" for name in PACKAGES), "integration"):
 
 
 def _pytest(session: nox.Session, folders: Sequence[str]) -> None:
+    """Run tests; what follows `--` in one process, else in one for each core, then the rest."""
     scripts = _shared(session)
     _build_kernels(session, scripts)
-    names_paths = any((ROOT / arg.split("::")[0]).exists() for arg in session.posargs)
-    _run(
-        session,
-        scripts / "python",
-        *("-m", "pytest", *([] if names_paths else folders), *session.posargs),
-    )
+    pytest = (scripts / "python", "-m", "pytest")
+    if session.posargs:
+        names_paths = any((ROOT / arg.split("::")[0]).exists() for arg in session.posargs)
+        _run(session, *pytest, *([] if names_paths else folders), *session.posargs)
+        return
+    workers = ("-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal")
+    _run(session, *pytest, *folders, "-m", "not alone", *workers)
+    # Those that measure time, memory or the whole machine; 5: the folder has none.
+    _run(session, *pytest, *folders, "-m", "alone", success_codes=(0, 5))
 
 
 # --- Contracts ------------------------------------------------------------------------------------
@@ -403,7 +417,7 @@ def neon(session: nox.Session) -> None:
 @nox.session(python="3.11")
 def oldest(session: nox.Session) -> None:
     """All tests on the oldest Python and the lower bound of every direct dependency."""
-    session.install(*_all_editable(), *_examples_requirements(), "import-linter", *_lower_bounds())
+    session.install(*_all_editable(), *_examples_requirements(), *TOOLS, *_lower_bounds())
     session.run("python", "-m", "pytest", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
@@ -478,6 +492,6 @@ def dev(session: nox.Session) -> None:
     python = str(folder / SCRIPTS / "python")
     if not _works(python):
         python = _create(session, folder)
-    tools = ("ruff", "mypy", "import-linter", "nox")
-    _pip(session, python, *_all_editable(), *_examples_requirements(), *tools)
+    tools = ("ruff", "mypy", "nox")
+    _pip(session, python, *_all_editable(), *_examples_requirements(), *TOOLS, *tools)
     session.log(f"activate with: source {folder / SCRIPTS / 'activate'}")

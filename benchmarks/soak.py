@@ -16,12 +16,13 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from ds_core.testing.faults import KINDS, Kind, draw, small_disk
 from report import Check, Report
+from soak_job import OFFLOADS
 from soak_trial import (
     BASE_STEPS,
     DISK_BYTES,
@@ -36,16 +37,21 @@ from soak_trial import (
 
 COLUMNS = ["#", "fault", "where", "ranks", "s", "survivors say", "newest", "went on", "verdict"]
 #: More of what can strike at many points.
-WEIGHTS: dict[Kind, int] = {"kill": 5, "stop": 5, "full disk": 2}
+WEIGHTS: dict[Kind, int] = {
+    "kill": 5, "stop": 5, "full disk": 2, "swap error": 2, "stopped writer": 2,
+}  # fmt: skip
 
 
 def plan(num_faults: int, seed: int) -> list[Trial]:
-    """The trials that a seed stands for; every kind comes before one comes for the second time."""
+    """The trials that a seed stands for.
+
+    Every kind comes before one comes for the second time, and so does every home of states.
+    """
     source = random.Random(seed)
     first: list[Kind] = [*KINDS]
     source.shuffle(first)
     many = [kind for kind in KINDS for _ in range(WEIGHTS.get(kind, 1))]
-    trials = []
+    trials, homes = list[Trial](), list[str]()
     for number in range(num_faults):
         kind = first[number] if number < len(first) else source.choice(many)
         num_ranks = source.choice([2, 4])
@@ -54,10 +60,16 @@ def plan(num_faults: int, seed: int) -> list[Trial]:
         if fault.point == "save":  # after every other step; the last would leave nothing to do
             fault = replace(fault, step=BASE_STEPS + 2)
         fewer = source.choice([num_ranks, source.randrange(1, num_ranks)])
-        stage = source.choice([0, 1, 2, 3])
+        homes = homes or source.sample(OFFLOADS, len(OFFLOADS))
+        offload = "nvme" if kind == "swap error" else homes.pop()
+        stage = source.choice([0, 1, 2, 3] if offload == "none" else [1, 2, 3])
+        asynchronous = kind == "stopped writer" or source.random() < 0.5
         # A rank that returns a wrong shape is found where collectives are compared.
         checks = kind == "wrong shape" or source.random() < 0.3
-        trials.append(Trial(fault, num_ranks, stage, fewer, checks, source.random() < 0.25))
+        own_store = source.random() < 0.25
+        trials.append(
+            Trial(fault, num_ranks, stage, fewer, checks, own_store, offload, asynchronous)
+        )
     return trials
 
 
@@ -121,13 +133,24 @@ def _row(number: int, outcome: Outcome) -> list[str]:
         str(number + 1),
         str(trial.fault),
         outcome.where,
-        f"{trial.num_ranks}, stage {trial.stage}" + ", checked" * trial.checks,
+        ", ".join(_settings(trial)),
         f"{outcome.error_s:.1f}",
         said.replace("|", "/"),
         outcome.newest,
         " -> ".join(map(str, outcome.attempts)) or "not tried",
         "**failed**" if outcome.problems else "survived",
     ]
+
+
+def _settings(trial: Trial) -> Iterator[str]:
+    yield str(trial.num_ranks)
+    yield f"stage {trial.stage}"
+    if trial.offload != "none":
+        yield trial.offload
+    if trial.asynchronous:
+        yield "asynchronous"
+    if trial.checks:
+        yield "checked"
 
 
 def _short(text: str, most: int = 110) -> str:

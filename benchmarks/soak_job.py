@@ -26,6 +26,7 @@ from ds_core import checkpoint, comm
 from ds_core.testing import Fault, FaultInjector
 
 WIDTH, SAMPLES, SAVE_EVERY = 32, 240, 2
+OFFLOADS = ("none", "cpu", "nvme", "speculative")
 
 
 class Regression(nn.Module):
@@ -42,7 +43,7 @@ class Regression(nn.Module):
         return (self.head(self.blocks(x)) - y).square().mean(dim=1)
 
 
-def settings(stage: int, timeout_s: float, checks: bool) -> dict[str, Any]:
+def settings(options: argparse.Namespace) -> dict[str, Any]:
     """The config: 24 samples a step on 1, 2, 3, 4, 6 or 8 ranks."""
     return {
         "elasticity": {
@@ -50,11 +51,24 @@ def settings(stage: int, timeout_s: float, checks: bool) -> dict[str, Any]:
         },
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
         "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": stage},
-        "comm": {"timeout_s": timeout_s, "check": checks},
+        "zero_optimization": {"stage": options.stage, **offload(options)},
+        "checkpoint": {"asynchronous": options.asynchronous},
+        "comm": {"timeout_s": options.timeout_s, "check": options.checks},
         "seed": 7,
         "progress": False,
     }  # fmt: skip
+
+
+def offload(options: argparse.Namespace) -> dict[str, Any]:
+    """Keys of `zero_optimization` for where states live; at stage 3 parameters too."""
+    if options.offload == "none":
+        return {}
+    if options.offload == "nvme":
+        disk = {"device": "nvme", "nvme_path": str(options.folder / "swap")}
+        shards = {"offload_param": {**disk, "max_in_cpu": 0}} if options.stage == 3 else {}
+        return {"offload_optimizer": disk, **shards}
+    ahead = options.offload == "speculative"
+    return {"offload_optimizer": {"device": "cpu", "super_offload": ahead}}
 
 
 def dataset() -> torch.utils.data.TensorDataset:
@@ -78,7 +92,7 @@ def train(options: argparse.Namespace) -> None:
         fills_disk=options.fills_disk,
     )
     torch.manual_seed(1)
-    config = settings(options.stage, options.timeout_s, options.checks)
+    config = settings(options)
     engine = ds_core.initialize(
         Regression(), config, training_data=dataset(), observers=(injector,)
     )
@@ -139,6 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--stage", type=int, default=2)
     parser.add_argument("--timeout-s", type=float, default=5.0)
+    parser.add_argument("--offload", choices=OFFLOADS, default="none")
+    parser.add_argument("--asynchronous", action="store_true", help="save from a thread")
     parser.add_argument("--checks", action="store_true", help="compare collectives across ranks")
     parser.add_argument(
         "--fault", action="append", default=[], help="JSON of a ds_core.testing.Fault; repeatable"

@@ -50,6 +50,8 @@ class Trial:
         checks: whether collectives are compared across ranks.
         own_store: whether rank 0 holds the rendezvous store, as under MPI; else this process does,
             as the agent of `ds run`.
+        offload: where states live, one of `soak_job.OFFLOADS`.
+        asynchronous: whether checkpoints are written by a thread.
         timeout_s: after which a collective that cannot complete is an error.
     """
 
@@ -59,6 +61,8 @@ class Trial:
     min_ranks: int
     checks: bool
     own_store: bool = False
+    offload: str = "none"
+    asynchronous: bool = False
     timeout_s: float = 5.0
 
 
@@ -139,6 +143,7 @@ def _job_folder(trial: Trial, folder: Path, name: str) -> Iterator[tuple[Path, l
     (place / "checkpoints").mkdir()
     options = ["--steps", str(STEPS), "--stage", str(trial.stage)]
     options += ["--timeout-s", str(trial.timeout_s), "--fault", fault.to_json()]
+    options += ["--offload", trial.offload, *["--asynchronous"] * trial.asynchronous]
     options += ["--checks"] * trial.checks
     with _disk(place / "checkpoints", is_small=fault.kind == "full disk") as is_small:
         options += ["--fills-disk"] * is_small
@@ -169,7 +174,7 @@ def _run_alone(
     fault = trial.fault
     begun = time.monotonic()
     ranks = _Ranks(trial.num_ranks, place, options, own_store=trial.own_store)
-    is_silenced = fault.kind in ("kill", "stop", "stuck loader")
+    is_silenced = fault.kind in ("kill", "stop", "stuck loader", "stopped writer")
     survivors = set(range(trial.num_ranks)) - ({fault.rank} if is_silenced else set())
     codes = ranks.wait(RUN_S, survivors, place / "strike.json", trial.timeout_s + SLACK_S)
     ended = time.monotonic()
@@ -220,6 +225,8 @@ def _names_cause(fault: Fault, where: str, words: str) -> bool:
     is_named = re.search(rf"\branks? (\d+, )*{fault.rank}\b", words) is not None
     if fault.kind == "stuck loader":
         return is_named and "loader" in words
+    if fault.kind == "swap error" and ".swap" in words:
+        return True  # the rank whose disk it is; others hear that it stopped answering
     if fault.kind == "wrong shape":
         return is_named and "[4]" in words
     return is_named and "stopped answering" in words

@@ -111,7 +111,7 @@ def effective_or_refusal(document: dict[str, Any] | Path) -> tuple[dict[str, con
         return {}, str(error)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(mutated())
 def test_a_change_is_honoured_or_refused_by_name(case: tuple[dict[str, Any], dict[str, Any], str]):
     before, after, changed = case

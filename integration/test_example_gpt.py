@@ -103,8 +103,11 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 # --- Training -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4], ids=lambda n: f"N{n}")
-@pytest.mark.parametrize("stage", [0, 1, 2, 3], ids=lambda s: f"stage{s}")
+@pytest.mark.parametrize(
+    ("stage", "num_ranks"),
+    [(0, 2), (1, 2), (2, 1), (2, 4), (3, 2), (3, 4)],
+    ids=lambda n: str(n),
+)
 def test_losses_are_those_of_one_process(
     folder: Path, one_rank: list[float], stage: int, num_ranks: int
 ) -> None:
@@ -135,8 +138,8 @@ def test_untied_recomputed_model_trains_in_bf16(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "bf16"),
-    [(0, False), (2, False), (2, True), (3, True)],
-    ids=["stage0-fp32", "stage2-fp32", "stage2-bf16", "stage3-bf16"],
+    [(2, False), (3, True)],
+    ids=["stage2-fp32", "stage3-bf16"],
 )
 def test_resumed_run_has_identical_losses(folder: Path, stage: int, bf16: bool) -> None:
     settings, out = settings_file(folder, stage=stage, bf16=bf16), folder / f"again-{stage}-{bf16}"

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 MODULES = ["ds_core", "ds_ops", "ds_zero", "deepspeed"]
-MAX_SECONDS = 0.25
+#: Of the time that torch's own import takes in the same process: machines differ, and their load.
+MAX_FRACTION = 0.2
 MAX_MODULES = 120
 
 
@@ -34,13 +35,12 @@ def test_import_adds_few_modules_to_torch(probe: dict[str, Any]) -> None:
 
 def test_import_adds_little_time_to_torch(probe: dict[str, Any]) -> None:
     # The least of a few runs: other processes can only slow a run down.
-    fastest = probe["seconds"]
-    for _ in range(4):
-        if fastest <= MAX_SECONDS:
-            break
-        fastest = min(fastest, _probe(probe["module"])["seconds"])
+    fractions = [probe["seconds"] / probe["torch_seconds"]]
+    while min(fractions) > MAX_FRACTION and len(fractions) < 5:
+        again = _probe(probe["module"])
+        fractions.append(again["seconds"] / again["torch_seconds"])
 
-    assert fastest <= MAX_SECONDS
+    assert min(fractions) <= MAX_FRACTION
 
 
 def test_import_reads_no_environment_variable(probe: dict[str, Any]) -> None:

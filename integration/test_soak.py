@@ -96,8 +96,15 @@ def test_a_fault_of_the_soak_is_survived(
     assert (len(outcome.attempts) > 1) == (number % 6 == 0)
 
 
-def test_a_sample_has_every_kind_of_fault(soak: Any) -> None:
-    assert {trial.fault.kind for trial in soak.plan(12, seed=11)} == set(soak.KINDS)
+def test_a_sample_has_every_kind_of_fault_and_every_home_of_states(soak: Any) -> None:
+    sample = soak.plan(12, seed=11)
+    assert {trial.fault.kind for trial in sample} == set(soak.KINDS)
+    assert {trial.offload for trial in sample} == set(soak.OFFLOADS)
+    assert {trial.asynchronous for trial in sample} == {False, True}
+    assert all(trial.stage > 0 for trial in sample if trial.offload != "none")
+    for trial in soak.plan(200, seed=11):
+        assert trial.fault.kind != "swap error" or trial.offload == "nvme"
+        assert trial.fault.kind != "stopped writer" or trial.asynchronous
     assert soak.plan(12, seed=11) == soak.plan(200, seed=11)[:12]
 
 
@@ -131,9 +138,10 @@ def test_elastic_job_goes_on_when_a_node_is_lost(tmp_path: Path, undisturbed: li
     words = ["--nnodes", "1:2", "--nproc", "1", "--rdzv-endpoint", endpoint, *conf]
     words += ["--local-addr", "localhost", "--max-restarts", "3"]
     words += [str(JOB), str(folder), "--steps", str(NUM_STEPS), "--timeout-s", "20"]
-    nodes = [ds_run(*words)]
-    time.sleep(1.0)  # the first holds the rendezvous
-    nodes.append(ds_run(*words))
+    # The first holds the rendezvous: on one machine either could, and the second is killed.
+    nodes = [
+        ds_run("--rdzv-conf", f"is_host={int(is_first)}", *words) for is_first in (True, False)
+    ]
     try:
         deadline = time.monotonic() + 90
         while not any(

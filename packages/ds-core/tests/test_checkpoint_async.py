@@ -6,15 +6,27 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 
 import ds_core
 from ds_core import comm
-from ds_core.checkpoint import AsyncSaver, FlatShard, latest, load, save, storage, verify
+from ds_core.checkpoint import (
+    AsyncSaver,
+    FlatShard,
+    full_state_dict,
+    latest,
+    load,
+    save,
+    storage,
+    verify,
+)
 from ds_core.checkpoint.snapshot import HostBuffers
+from ds_core.comm.group import timeout_of
 from ds_core.errors import CheckpointError
 from ds_core.testing import Raised, run_ranks
 
@@ -449,9 +461,10 @@ def test_rank_killed_in_a_save_neither_hangs_nor_harms(tmp_path, rank, delay_s):
 # ---------------------------------------------------------------------- the engine
 
 
-def make_engine(**checkpoint):
+def make_engine(more=None, **checkpoint):
     torch.manual_seed(0)
     config = {
+        **(more or {}),
         "train_batch_size": 2,
         "progress": False,
         "optimizer": {"type": "AdamW", "params": {"lr": 0.1}},
@@ -523,6 +536,92 @@ def test_load_waits_for_the_save_in_flight(tmp_path):
     engine.load_checkpoint(tmp_path)
     assert engine.global_step == 1
     engine.close()
+
+
+def values_of(engine):
+    return {name: value.clone() for name, value in engine.state_dict().items()}
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "load_pretrained", "before_change"])
+def test_what_overwrites_parameters_waits_for_a_save_that_reads_them(
+    tmp_path, gate, monkeypatch, how
+):
+    engine = make_engine()
+    train(engine, 1)
+    sharding, before = engine.sharding, values_of(engine)
+    zeros = {name: torch.zeros_like(value) for name, value in before.items()}
+    safetensors.torch.save_file(zeros, tmp_path / "model.safetensors")
+
+    def lazy():
+        """As of parameters that are not in memory: read when they are written."""
+        held = {name: p.detach().view(-1) for name, p in engine.module.named_parameters()}
+        return {
+            name: FlatShard.lazy(
+                p.numel(), p.dtype, tuple(before[name].shape), 0, read=p.clone, write=p.copy_
+            )
+            for name, p in held.items()
+        }
+
+    overwrite = {
+        "load_state_dict": lambda: engine.load_state_dict(zeros),
+        "load_pretrained": lambda: engine.load_pretrained(tmp_path / "model.safetensors"),
+        "before_change": lambda: (sharding.before_change(), engine.load_state_dict(zeros)),
+    }[how]
+    monkeypatch.setattr(sharding, "model_state", lazy)
+    engine.save_checkpoint(tmp_path, "a", asynchronous=True)
+    writer = threading.Thread(target=overwrite)
+    writer.start()
+    writer.join(0.3)
+    assert writer.is_alive()
+    assert all(torch.equal(before[name], value) for name, value in values_of(engine).items())
+    gate.set()
+    writer.join(60)
+    engine.wait_for_checkpoint()
+    saved = full_state_dict(tmp_path, "a")
+    assert all(torch.equal(before[name], saved[name]) for name in before)
+    assert not any(bool(value.any()) for value in values_of(engine).values())
+    engine.close()
+
+
+def a_savers_patience() -> list[float]:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=77))
+    some = dist.new_group([0, 1], timeout=timedelta(seconds=55))
+    engine = make_engine({"comm": {"timeout_s": 33}})
+    savers = [AsyncSaver(), AsyncSaver(some), AsyncSaver(timeout_s=44)]
+    found = [timeout_of(saver._own_group).total_seconds() for saver in savers]
+    for saver in savers:
+        saver.close()
+    engine.close()
+    return found
+
+
+def test_ranks_wait_as_long_as_in_the_group_that_saves():
+    assert run_ranks(2, a_savers_patience, initialized=False) == [[77, 55, 44]] * 2
+
+
+def save_while_a_rank_stops(directory: str) -> str | None:
+    engine = make_engine({"comm": {"timeout_s": 5}})
+    others = [None, None]
+    dist.all_gather_object(others, os.getpid())
+    if dist.get_rank() == 1:
+        # In the thread that writes; the process is killed in the end.
+        storage.write_data_file = lambda *_, **__: os.kill(os.getpid(), signal.SIGSTOP)
+    engine.save_checkpoint(directory, "a", asynchronous=True)
+    if dist.get_rank() == 1:
+        time.sleep(60)
+    try:
+        engine.wait_for_checkpoint()
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        os.kill(others[1], signal.SIGKILL)
+    return None
+
+
+def test_a_rank_that_is_stopped_in_a_save_holds_others_no_longer_than_comm_says(tmp_path):
+    outcomes = run_ranks(2, save_while_a_rank_stops, str(tmp_path), deaths={1: signal.SIGKILL})
+    assert "saving checkpoint 'a'" in str(outcomes[0])
+    assert not (tmp_path / "a").exists()
 
 
 def test_statistics_are_logged_on_demand(tmp_path, caplog):

@@ -289,6 +289,17 @@ def test_an_incomplete_checkpoint_is_named(tmp_path):
         import_checkpoint(folder, tmp_path / "ours")
 
 
+@pytest.mark.parametrize("entry", ["module", "param_shapes"])
+def test_an_entry_that_is_missing_is_named(tmp_path, entry):
+    folder = unpacked("stage2-bf16-w2", tmp_path)
+    path = only(folder, "*model_states.pt")
+    content = load_torch_file(path, allow=deepspeed._ALLOWED, drop_objects=True)
+    del content[entry]
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=f"entry '{entry}' is missing"):
+        import_checkpoint(folder, tmp_path / "ours")
+
+
 def test_a_truncated_file_is_named(tmp_path):
     folder = unpacked("stage2-bf16-w2", tmp_path)
     path = only(folder, "*model_states.pt")

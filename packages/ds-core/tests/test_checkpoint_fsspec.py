@@ -11,23 +11,56 @@ import pytest
 import torch
 import torch.distributed as dist
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from ds_core import checkpoint
 from ds_core.checkpoint import AsyncSaver, FlatShard, latest, load, save, tags, verify
+from ds_core.checkpoint.ranks import Ranks
 from ds_core.checkpoint.remote import RemotePath, as_place
 from ds_core.cli import main as run_cli
 from ds_core.errors import CheckpointError
 from ds_core.testing import run_ranks
 
 
+class KeysStore(MemoryFileSystem):
+    """As object stores are: files under keys. There are no folders, and making one does nothing."""
+
+    protocol = "keys"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return MemoryFileSystem._strip_protocol(path.replace("keys://", "memory://"))
+
+    def makedirs(self, path, exist_ok=False):
+        pass
+
+    def mkdir(self, path, create_parents=True, **kwargs):
+        pass
+
+    def _open(self, path, mode="rb", **kwargs):
+        if mode != "wb":
+            return super()._open(path, mode, **kwargs)
+        file = MemoryFile(self, path, kwargs.get("data"))  # memory's own wants the folder first
+        file.commit()
+        return file
+
+
 @pytest.fixture
-def url():
-    MemoryFileSystem.store.clear()
-    MemoryFileSystem.pseudo_dirs[:] = [""]
-    yield "memory://bucket/run"
-    MemoryFileSystem.store.clear()
-    MemoryFileSystem.pseudo_dirs[:] = [""]
+def empty_stores():
+    def clear():
+        MemoryFileSystem.store.clear()
+        MemoryFileSystem.pseudo_dirs[:] = [""]
+
+    clear()
+    yield
+    clear()
+
+
+@pytest.fixture(params=["memory", "keys"])
+def url(request, empty_stores):
+    fsspec.register_implementation("keys", KeysStore, clobber=True)
+    yield f"{request.param}://bucket/run"
+    assert request.param == "memory" or MemoryFileSystem.pseudo_dirs == [""]
 
 
 def state(fill=1.0):
@@ -48,7 +81,7 @@ def names(url):
 
 def test_save_load_latest_and_verify(url):
     path = save(url, "a", state(1.0))
-    assert str(path) == "memory://bucket/run/a"
+    assert str(path) == f"{url}/a"
     assert latest(url) == "a"
     assert filled(url) == filled(path) == 1.0
     assert verify(url).num_tensors == 2
@@ -82,12 +115,12 @@ def test_retention(url):
 
 
 def test_missing_things_are_named(url):
-    with pytest.raises(CheckpointError, match="memory://bucket/run does not exist"):
+    with pytest.raises(CheckpointError, match=f"{url} does not exist"):
         load(url, state=state())
     save(url, "a", state())
     with pytest.raises(CheckpointError, match=r"'b' does not exist .* its checkpoints are a"):
         load(url, "b", state=state())
-    fsspec.filesystem("memory").rm_file("/bucket/run/a/index.json")
+    fsspec.filesystem("memory").rm_file("/bucket/run/a/index.json")  # both keep files there
     with pytest.raises(CheckpointError, match="'a' is not complete: it is still being written"):
         load(url, "a", state=state())
 
@@ -99,7 +132,7 @@ def test_damage_is_named(url):
     content = bytearray(memory.cat_file(data))
     content[-1] ^= 1
     memory.pipe_file(data, bytes(content))
-    with pytest.raises(CheckpointError, match=r"memory://bucket/run/a/rank_00000.*tensor '[wv]'"):
+    with pytest.raises(CheckpointError, match=rf"{url}/a/rank_00000.*tensor '[wv]'"):
         verify(url)
     memory.pipe_file(data, bytes(content[:-10]))
     with pytest.raises(CheckpointError, match="is truncated"):
@@ -123,7 +156,7 @@ def test_command_line(url, capsys):
             run_cli(["checkpoint", command, url])
     out = capsys.readouterr().out
     assert "is whole: 2 tensors" in out
-    assert "memory://bucket/run/a" in out
+    assert f"{url}/a" in out
 
 
 def test_export_of_a_remote_checkpoint(url, tmp_path):
@@ -150,6 +183,72 @@ def test_unknown_protocol_and_missing_packages_say_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     with pytest.raises(CheckpointError, match=r"pip install 'ds-core\[fsspec\]'"):
         save("s3://bucket", "a", state())
+
+
+@pytest.fixture
+def lost_at_the_end(monkeypatch):
+    """Rank 0 loses the others when it tells them that the checkpoint has its tag."""
+    tell = Ranks._from_first
+
+    def lost(ranks, everybodys):
+        failures, decision = everybodys[0]
+        if not failures and isinstance(decision, Path | RemotePath):
+            monkeypatch.undo()
+            raise RuntimeError("Connection closed by peer")
+        return tell(ranks, everybodys)
+
+    return lambda: monkeypatch.setattr(Ranks, "_from_first", lost)
+
+
+@pytest.mark.parametrize("tag", ["a", "b"], ids=["same-tag", "new-tag"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_what_is_published_is_not_deleted_when_contact_is_lost(
+    url, lost_at_the_end, tag, asynchronous
+):
+    save(url, "a", state(1.0))
+    with contextlib.closing(AsyncSaver()) as saver:
+        lost_at_the_end()
+        attempt = (lambda *args: saver.save(*args).wait()) if asynchronous else save
+        with pytest.raises(CheckpointError, match=r"closed by peer.*is complete and stays"):
+            attempt(url, tag, state(2.0))
+    assert filled(url, tag) == 2.0
+    verify(f"{url}/{tag}")
+    assert len([name for name in names(url) if name.startswith(f"{tag}/")]) == 2
+    save(url, tag, state(3.0))
+    assert filled(url, tag) == 3.0
+
+
+def test_an_index_whose_request_failed_but_came_through_keeps_its_data(url, monkeypatch):
+    save(url, "a", state(1.0))
+    put = RemotePath.put
+
+    def put_and_fail(path, content):
+        put(path, content)
+        raise TimeoutError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemotePath, "put", put_and_fail)
+        with pytest.raises(CheckpointError, match=r"no answer.*is complete and stays"):
+            save(url, "a", state(2.0))
+    assert filled(url) == 2.0
+    with monkeypatch.context() as patch:
+        patch.setattr(RemotePath, "put", lambda *_: 1 / 0)
+        with pytest.raises(CheckpointError, match="ZeroDivisionError") as told:
+            save(url, "a", state(3.0))
+    assert "stays" not in str(told.value)
+    assert filled(url) == 2.0
+    assert len([name for name in names(url) if name.startswith("a/")]) == 3  # till the next save
+    save(url, "a", state(4.0))
+    assert filled(url) == 4.0
+    assert len([name for name in names(url) if name.startswith("a/")]) == 2
+
+
+def test_a_local_checkpoint_stays_when_contact_is_lost_behind_it(tmp_path, lost_at_the_end):
+    save(tmp_path, "a", state(1.0))
+    lost_at_the_end()
+    with pytest.raises(CheckpointError, match=r"closed by peer.*is complete and stays"):
+        save(tmp_path, "a", state(2.0))
+    assert filled(tmp_path) == 2.0
 
 
 class Crash(BaseException):
@@ -190,7 +289,8 @@ class FailingStore(MemoryFileSystem):
 
 
 @pytest.mark.parametrize("tag", ["a", "b"], ids=["same-tag", "new-tag"])
-def test_crash_at_any_request_leaves_a_whole_checkpoint(url, tag):
+@pytest.mark.usefixtures("empty_stores")
+def test_crash_at_any_request_leaves_a_whole_checkpoint(tag):
     fsspec.register_implementation("failing", FailingStore, clobber=True)
     for budget in range(50):
         FailingStore.budget = 10**9

@@ -172,6 +172,27 @@ def test_a_stopped_rank_is_named_within_the_timeout(checked):
     assert "failed on rank 1" in late
 
 
+def stopped_with_the_store():
+    comm.init()  # by torchrun's variables: rank 0 holds the rendezvous store
+    group = warm_group(True, timeout_s=3)
+    repeat(group, 2)
+    if group.rank == 0:
+        subprocess.Popen(["sh", "-c", f"sleep 25; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return "", 0.0
+    started = time.monotonic()
+    # One that memory does not foretell: the ranks have to exchange what they call.
+    message = error_of(lambda: comm.all_reduce(torch.ones(7), group, caller="new"))
+    return message, time.monotonic() - started
+
+
+def test_a_stopped_rank_that_holds_the_store_ends_the_others_within_the_timeout():
+    _, (message, waited_s) = run_ranks(2, stopped_with_the_store, initialized=False, timeout_s=90)
+    assert "all_reduce of new in group 'dp'" in message
+    assert "rendezvous store has not answered" in message
+    assert waited_s < 25
+
+
 def late_to_the_barrier():
     group = warm_group(False, timeout_s=60)
     if group.rank == 1:

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 import ds_core
 from ds_core import comm
 from ds_core.checkpoint import full_state_dict, inspect
-from ds_core.errors import CheckpointError
+from ds_core.errors import CheckpointError, DsError
 from ds_core.testing import flip_byte, run_ranks, truncate
 
 BASE = {
@@ -81,6 +81,82 @@ def resume(folder, changes):
     same(without_statistics(second), without_statistics(first))
     assert second.lr_scheduler.state_dict() == first.lr_scheduler.state_dict()
     return path
+
+
+def test_a_save_within_a_step_warns_and_a_load_forgets_what_was_begun(tmp_path):
+    engine = make(gradient_accumulation_steps=2, train_micro_batch_size_per_gpu=2)
+    losses_of(engine, 2)
+    engine.save_checkpoint(tmp_path, "between")
+    expected = losses_of(engine, 2)
+    x = torch.full((2, 3), 100.0)
+    engine.backward(engine(x))
+    engine.step()
+    with pytest.warns(UserWarning, match="1 micro-batches of the present step are done"):
+        engine.save_checkpoint(tmp_path, "within")
+
+    engine.load_checkpoint(tmp_path, "between")
+
+    assert losses_of(engine, 2) == expected
+
+
+def backward(engine, plain):
+    loss = engine(torch.ones(2, 3))
+    loss.backward() if plain else engine.backward(loss)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["engine.backward", "loss.backward"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("managed", [True, False])
+def test_a_save_between_backward_and_step_warns(tmp_path, plain, accumulation, managed):
+    engine = make(
+        train_micro_batch_size_per_gpu=2,
+        gradient_accumulation_steps=accumulation,
+        managed_gradient_accumulation=managed,
+    )
+    engine.save_checkpoint(tmp_path, "a")
+    for _ in range(1 if managed else 2):
+        backward(engine, plain)
+    with pytest.warns(UserWarning, match="a backward of the present step has run"):
+        engine.save_checkpoint(tmp_path, "b")
+    engine.zero_grad()
+    engine.save_checkpoint(tmp_path, "c")
+    backward(engine, plain)
+    while not engine.step():
+        backward(engine, plain)
+    engine.save_checkpoint(tmp_path, "d")
+    backward(engine, plain)
+    engine.load_checkpoint(tmp_path)
+    engine.save_checkpoint(tmp_path, "e")
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["engine.backward", "loss.backward"])
+def test_a_save_is_refused_where_backward_has_updated_and_step_has_not_counted(tmp_path, plain):
+    engine = make(train_micro_batch_size_per_gpu=2)
+    engine.save_checkpoint(tmp_path, "a")
+    engine.sharding.updates_in_backward = True
+    engine.sharding.accumulate_locally = False
+    backward(engine, plain)
+    for _ in range(2):
+        with pytest.raises(DsError, match="backward has updated parameters already"):
+            engine.save_checkpoint(tmp_path, "b")
+        engine.zero_grad()  # does not take the update back
+    engine.step()
+    engine.save_checkpoint(tmp_path, "b")
+    backward(engine, plain)
+    engine.load_checkpoint(tmp_path)
+    engine.save_checkpoint(tmp_path, "c")
+
+
+def test_what_a_model_returns_of_its_own_collects_no_hooks():
+    class Tied(Net):
+        def forward(self, x):
+            return super().forward(x), self.head.weight
+
+    engine = make(model=Tied(), train_micro_batch_size_per_gpu=2)
+    for _ in range(3):
+        engine.backward(engine(torch.ones(2, 3))[0])
+        engine.step()
+    assert not engine.module.head.weight._backward_hooks
 
 
 def without_statistics(engine):

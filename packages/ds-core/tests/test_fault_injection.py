@@ -24,7 +24,9 @@ CONFIG = {
 }
 
 
-def train(fault: Fault | None, folder: str, fills_disk: bool = False) -> int:
+def train(
+    fault: Fault | None, folder: str, fills_disk: bool = False, asynchronous: bool = False
+) -> int:
     """Load, then four steps, each with a save; returns how many were done."""
     rank = dist.get_rank()
     injector = FaultInjector(
@@ -34,7 +36,8 @@ def train(fault: Fault | None, folder: str, fills_disk: bool = False) -> int:
     x = torch.randn(16, 4)
     data = torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True))
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
-    engine = ds_core.initialize(model, CONFIG, training_data=data, observers=(injector,))
+    config = {**CONFIG, "checkpoint": {"asynchronous": asynchronous}}
+    engine = ds_core.initialize(model, config, training_data=data, observers=(injector,))
     checkpoints = Path(folder, "checkpoints")
     if (checkpoints / "latest").exists():
         engine.load_checkpoint(checkpoints)
@@ -90,6 +93,18 @@ def test_a_stuck_loader_is_told_of_by_the_others(tmp_path):
     told = str(caught.value)
     assert "rank 1 stopped answering: it waits for its data loader" in told
     assert "no batch of TensorDataset for more than 3 s and is in injector.py" in told
+
+
+def test_a_rank_that_is_stopped_in_its_writing_thread_is_named(tmp_path):
+    fault = Fault("stopped writer", "save", rank=1, step=3, nth=150)
+
+    with pytest.raises(ds_core.testing.RankFailure, match="rank 1 stopped answering"):
+        run_ranks(2, train, fault, str(tmp_path), asynchronous=True)
+
+    strike = Strike.read(tmp_path / "strike.json")
+    assert strike is not None
+    assert checkpoint.latest(tmp_path / "checkpoints") == "step2"
+    checkpoint.verify(tmp_path / "checkpoints")
 
 
 def test_a_full_disk_fails_the_save_on_all_ranks_and_the_one_before_loads(tmp_path):

@@ -9,6 +9,7 @@ import torch
 
 from ds_core import optim, optimizers, plugins
 from ds_core.errors import ConfigError
+from ds_core.optimizer_state import devices_of_state
 
 
 @pytest.fixture(autouse=True)
@@ -164,3 +165,18 @@ def test_no_kernel_is_fused_where_gradients_may_be_sparse():
 def test_model_without_parameters_is_refused():
     with pytest.raises(ConfigError, match="empty parameter list"):
         build("adamw", over=[])
+
+
+@pytest.mark.parametrize("which", ["Adam", "NAdam", "Adagrad", "RMSprop"])
+def test_where_an_optimizer_keeps_what_beside_its_parameters(which: str):
+    # "meta" stands for an accelerator: counts of steps are on the CPU beside it.
+    params = [torch.nn.Parameter(torch.zeros(3, device=device)) for device in ("cpu", "meta")]
+    optimizer = getattr(torch.optim, which)(params, lr=0.1)
+    before = len(optimizer.state)
+    for param in params:
+        places = devices_of_state(optimizer, optimizer.param_groups[0], param)
+        counts = {key: place for key, place in places.items() if key in ("step", "mu_product")}
+        assert set(counts.values()) == {torch.device("cpu")}
+        moments = {place for key, place in places.items() if key not in counts}
+        assert moments == {param.device}
+    assert len(optimizer.state) == before

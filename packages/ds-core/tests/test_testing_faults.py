@@ -21,6 +21,7 @@ from ds_core.testing import (
     poisoned_empty,
     truncate,
 )
+from ds_core.testing.faults import fail_open_files
 
 Ranks = Callable[..., list[Any]]
 
@@ -114,6 +115,25 @@ def test_flip_byte_outside_the_file_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="no byte at offset 3"):
         flip_byte(path, 3)
+
+
+@pytest.mark.parametrize("on", ["read", "write"])
+def test_open_files_that_fail_do_so_for_reads_or_writes_alone(tmp_path: Path, on: str) -> None:
+    path, other = tmp_path / "state.swap", tmp_path / "other"
+    with path.open("w+b", buffering=0) as file, other.open("w+b", buffering=0) as unharmed:
+        file.write(b"abc")
+        path.unlink()  # as a swap file has no name
+
+        assert [name.split()[0] for name in fail_open_files(".swap", on=on)] == [str(path)]
+
+        deeds = {
+            "read": lambda each: os.pread(each.fileno(), 3, 0),
+            "write": lambda each: os.pwrite(each.fileno(), b"abc", 0),
+        }
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            deeds.pop(on)(file)
+        for done in (*(deed(file) for deed in deeds.values()), deeds.popitem()[1](unharmed)):
+            assert done in (b"abc", b"", 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)

@@ -16,6 +16,7 @@ from zero_loops import sharded
 from zero_models import CASES
 
 import ds_zero
+from ds_core.checkpoint import FlatShard
 from ds_core.precision import Precision
 from ds_zero.offload import homes
 
@@ -42,12 +43,19 @@ def everything(optimizer: ds_zero.ZeroOptimizer) -> dict[str, Any]:
     """All that a step changes, on this rank: weights of the model, precise ones, every state."""
     found: dict[str, Any] = {f"seen {k}": v for k, v in optimizer.full_state_dict().items()}
     for name, value in optimizer.model_state().items():
-        found[f"precise {name}"] = value.local.detach().clone()
+        found[f"precise {name}"] = _copied(value)
     for key, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
-            local = getattr(value, "local", value)
-            found[f"{key} {name}"] = copy.deepcopy(local)
+            found[f"{key} {name}"] = _copied(value)
     return found
+
+
+def _copied(value: Any) -> Any:
+    """A state's own elements, wherever they are; or its value."""
+    if not isinstance(value, FlatShard):
+        return copy.deepcopy(value)
+    with value.opened() as local:
+        return local.detach().clone()
 
 
 def assert_same_bits(found: dict[str, Any], expected: dict[str, Any], what: str) -> None:

@@ -169,3 +169,10 @@ def test_what_a_section_says_of_offload():
     )
     assert section.steps_on_host
     assert not load({"stage": 3}).steps_on_host
+
+
+def test_an_offload_has_the_buffers_of_a_config():
+    disk = {"device": "nvme", "nvme_path": "/d"}
+    section = load({"stage": 3, "offload_optimizer": disk, "offload_param": disk})
+    told, plain = section.offload(), Offload("nvme", "nvme", folder="/d")
+    assert (told.buffers, told.parameter_buffers) == (plain.buffers, plain.parameter_buffers)

@@ -17,6 +17,7 @@ import ds_zero
 from ds_core import comm
 from ds_core.precision import Precision
 from ds_core.testing import run_ranks
+from ds_zero import ZenFlow
 from ds_zero import room as rooms
 from ds_zero.holdings import KINDS
 from ds_zero.memory_plan import complaints
@@ -56,6 +57,26 @@ RUNS = {
     "states-on-disk": ("untied", adamw, BF16, {"optimizer": "nvme", "piece_numel": 300}, {}),
     "moments-on-disk": ("groups", adamw, None, {"optimizer": "nvme"}, {}),
     "half-on-disk": ("untied", adamw, BF16, {"optimizer": "nvme", "ratio": 0.5}, {}),
+    "speculative": ("untied", adamw, BF16, {"optimizer": "cpu", "speculative": True}, {}),
+    "speculative-fp32": ("groups", momentum, None, {"optimizer": "cpu", "speculative": True}, {}),
+    "half-speculative": (
+        "untied",
+        adamw,
+        None,
+        {"optimizer": "cpu", "speculative": True, "ratio": 0.5},
+        {},
+    ),
+    "twin-flow": ("untied", adamw, BF16, {"optimizer": "cpu", "ratio": 0.5}, {}),
+    "twin-flow-auto": ("untied", adamw, BF16, {"optimizer": "cpu", "ratio": "auto"}, {}),
+    "zenflow": ("untied", adamw, BF16, {"optimizer": "cpu"}, {"zenflow": ZenFlow(0.3, 2, 4)}),
+    "zenflow-fp32": (
+        "untied",
+        momentum,
+        None,
+        {"optimizer": "cpu"},
+        {"zenflow": ZenFlow(1.0, 2, 4, overlap_step=True)},
+    ),
+    "early-on-host": ("untied", adamw, BF16, {"optimizer": "cpu"}, {"update_in_backward": True}),
     "early-on-disk": (
         "untied",
         adamw,
@@ -107,7 +128,10 @@ def compare_runs(stage: int, runs: dict, folder: str) -> list:
         sharded_steps(model, optimizer, case, 2)
         found = optimizer.memory_by_tier()
         buffers = found.get("host", {}).get("buffers", 0)
-        in_memory = sum(size for kind, size in optimizer.memory().items() if kind != "padding")
+        in_memory = optimizer.memory()
+        if in_memory.pop("undo", 0) != plan.undo["host"]:
+            wrong.append((name, "undo", optimizer.memory(), plan.undo))
+        in_memory = sum(size for kind, size in in_memory.items() if kind != "padding")
         if held(found) != held(plan.held) or held(found) != held(optimizer.memory_plan.held):
             wrong.append((name, held(found), held(plan.held)))
         if buffers > plan.buffers["host"]:
@@ -116,6 +140,68 @@ def compare_runs(stage: int, runs: dict, folder: str) -> list:
             wrong.append((name, "lives", live_bytes() - before, in_memory))
         optimizer.close()
         del model, optimizer
+    return wrong
+
+
+STEPS_ON_HOST = {
+    "plain": ({}, {}),
+    "speculative": ({"speculative": True}, {}),
+    "half": ({"ratio": 0.5}, {}),
+    "half-speculative": ({"ratio": 0.5, "speculative": True}, {}),
+    "auto": ({"ratio": "auto"}, {}),
+    "zenflow": ({}, {"zenflow": ZenFlow(0.3, 2, 4)}),
+    "zenflow-all": ({}, {"zenflow": ZenFlow(1.0, 2, 4)}),
+    "early": ({}, {"update_in_backward": True}),
+}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_way_to_step_on_the_host_holds_what_was_planned(world_size: int, stage: int):
+    for wrong in run_ranks(world_size, compare_steps_on_host, stage):
+        assert wrong == []
+
+
+def compare_steps_on_host(stage: int) -> list:
+    """Count as beside an accelerator, with and without accumulation."""
+    wrong, case = [], CASES["untied"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(homes, "is_host", lambda device: False)
+        for name, (offload, options) in STEPS_ON_HOST.items():
+            for precision in (None, BF16):
+                for micros in (1, 2) if name in ("plain", "half-speculative", "early") else (1,):
+                    kwargs = {"precision": precision, "accumulation": micros, **options}
+                    kwargs["offload"] = Offload(optimizer="cpu", **offload)
+                    plan = ds_zero.memory_plan(
+                        case.build(),
+                        stage,
+                        world_size=dist.get_world_size(),
+                        rank=dist.get_rank(),
+                        min_unit_numel=0,
+                        device="cuda",
+                        room=PLENTY,
+                        **kwargs,
+                    )
+                    model, optimizer = sharded(case, stage, **kwargs)
+                    quiet = "update_in_backward" in options
+                    sharded_steps(model, optimizer, case, 3, accumulate=micros, no_sync=quiet)
+                    found = optimizer.memory_by_tier()
+                    own = found["host"].get("buffers", 0)
+                    undo = optimizer.memory().get("undo", 0)
+                    checks = {
+                        "held": (held(found), held(plan.held)),
+                        "undo": (undo, plan.undo["host"]),
+                    }
+                    if name != "zenflow":  # which elements are chosen is found in training
+                        checks["buffers"] = (own, plan.buffers["host"])
+                    elif own > plan.buffers["host"]:
+                        wrong.append((name, "buffers", own, plan.buffers))
+                    told = (name, precision is None, micros)
+                    wrong += [
+                        (told, key, *pair)
+                        for key, pair in checks.items()
+                        if len({*map(str, pair)}) > 1
+                    ]
+                    optimizer.close()
     return wrong
 
 
@@ -260,6 +346,81 @@ def test_the_least_change_that_fits_is_named(options: dict, room: dict, advice: 
     free = Room(**{place: int(factor * psi) for place, factor in room.items()})
     told = ds_zero.memory_plan(model, world_size=2, room=free, **options).table()
     assert advice in told
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"offload": Offload(optimizer="cpu", speculative=True)},
+        {"offload": Offload(optimizer="cpu", ratio="auto")},
+        {"offload": Offload(optimizer="cpu"), "zenflow": ZenFlow()},
+    ],
+    ids=["speculative", "auto", "zenflow"],
+)
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_advice_is_what_shard_takes(options: dict, place: str):
+    with torch.device("meta"):
+        model = nn.ModuleList(nn.ModuleList([nn.Linear(600, 600)]) for _ in range(20))
+    needs = ds_zero.memory_plan(model, 2, world_size=4, device="cuda", room=PLENTY, **options)
+    told = []
+    for share in (0.9, 0.5, 0.2, 0.05):
+        free = Room(**{place: int(needs.needed(place) * share)})
+        plan = ds_zero.memory_plan(model, 2, world_size=4, device="cuda", room=free, **options)
+        told.append(plan.advice)
+    assert all(told), "what does not fit has advice"
+    text = " ".join(told)
+    assert "It would fit with" in text
+    assert "update_in_backward" not in text or 'the optimizer on "nvme"' in text
+    assert '"nvme"' not in text or options["offload"].ratio == "auto"
+
+
+def test_twin_flow_that_measures_needs_room_for_either_end():
+    with torch.device("meta"):
+        model = nn.ModuleList(nn.ModuleList([nn.Linear(600, 600)]) for _ in range(20))
+    plans = {
+        ratio: ds_zero.memory_plan(
+            model, 2, device="cuda", room=PLENTY, offload=Offload(optimizer="cpu", ratio=ratio)
+        )
+        for ratio in ("auto", 0.0, 1.0)
+    }
+    moving = plans["auto"].moving
+    for place, ratio in (("device", 0.0), ("host", 1.0)):
+        most = plans[ratio].persistent(place) + plans[ratio].buffers["host"] * (place == "host")
+        now = plans["auto"].persistent(place) + plans["auto"].buffers["host"] * (place == "host")
+        assert now + moving[place] == most
+    assert "if states move" in plans["auto"].table()
+
+
+def test_local_accumulation_keeps_the_gradients_of_all_units():
+    with torch.device("meta"):
+        model = nn.ModuleList(nn.ModuleList([nn.Linear(600, 600)]) for _ in range(20))
+    options = {"world_size": 2, "device": "cuda", "room": PLENTY, "update_in_backward": True}
+    one = ds_zero.memory_plan(model, 2, **options).transient["device"]
+    two = ds_zero.memory_plan(model, 2, accumulation=2, **options).transient["device"]
+    assert two > 10 * one
+
+
+def test_who_scales_gradients_is_not_told_to_update_in_backward():
+    assert "with update_in_backward." in run_ranks(1, refused_with_clipping, False)[0]
+    assert "update_in_backward" not in run_ranks(1, refused_with_clipping, True)[0]
+
+
+def refused_with_clipping(scales: bool) -> str:
+    model = nn.ModuleList(nn.ModuleList([nn.Linear(300, 300)]) for _ in range(20))
+    psi = sum(p.numel() for p in model.parameters())
+    with pytest.MonkeyPatch.context() as patch:
+        room = Room(host=10 * psi, host_name="here")
+        patch.setattr(ds_zero.preflight, "measure", lambda device, folders: room)
+        with pytest.raises(ds_zero.ShardError) as caught:
+            ds_zero.shard(model, adamw(model.parameters()), 1, scales_gradients=scales)
+    return str(caught.value).rpartition("It would fit")[2]
+
+
+def test_a_plan_of_choices_that_exclude_each_other_is_refused():
+    with pytest.raises(ds_zero.ShardError, match="zenflow: it divides a step that the host takes"):
+        ds_zero.memory_plan(Stack(), 2, zenflow=ZenFlow(), room=PLENTY)
+    with pytest.raises(ds_zero.ShardError, match="accumulation: got 0, expected at least 1"):
+        ds_zero.memory_plan(Stack(), 2, accumulation=0, room=PLENTY)
 
 
 def test_the_plan_is_logged(caplog):

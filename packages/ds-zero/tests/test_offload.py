@@ -20,10 +20,13 @@ from zero_loops import adamw, compare, sharded, sharded_steps
 from zero_models import CASES
 
 import ds_zero
+from ds_core import tensor_files
 from ds_core.optim import Muon
 from ds_core.precision import Precision
 from ds_core.testing import run_ranks
 from ds_zero.offload import homes
+from ds_zero.offload.buffers import BufferPool
+from ds_zero.offload.swap import Swap
 
 BF16 = Precision(compute=torch.bfloat16, master=torch.float32)
 SGD = ("momentum_buffer",)
@@ -205,7 +208,7 @@ def count_buffers(folder: Path) -> None:
     assert swap is not None
     largest = max(record.size for record in swap._records.values())
     assert len(swap._records) > 4
-    assert swap._pool.nbytes <= 2 * largest
+    assert swap.pool.nbytes <= 2 * largest
 
 
 # --- Access ---------------------------------------------------------------------------------------
@@ -368,3 +371,26 @@ def refuse_dampening(folder: Path) -> None:
 
     with pytest.raises(ds_zero.ShardError, match=r"SGD: dampening: got 0\.1"):
         sharded(CASES["stack"], 2, sgd, offload=offload("nvme", 2, folder))
+
+
+def test_a_record_that_grows_leaves_its_place_to_others(tmp_path: Path):
+    files = tensor_files.ThreadedFiles()
+    pool = BufferPool(files, 2)
+    swap = Swap(files.open(str(tmp_path / "swap")), pool)
+    growing, other = torch.ones(1000), torch.zeros(1000)
+    held = {"a": growing}
+    swap.adopt(growing, lambda: held)
+    swap.bring(growing)
+    held["b"] = torch.full((4000,), 2.0)
+    swap.put_back(growing)
+    swap.settle()
+    size = (tmp_path / "swap").stat().st_size
+    swap.adopt(other, lambda: {"a": other})
+    swap.settle()
+    assert (tmp_path / "swap").stat().st_size == size, "where the first one was"
+    with swap.present(growing, edits=False), swap.present(other, edits=False):
+        assert bool((growing == 1).all())
+        assert bool((held["b"] == 2).all())
+        assert bool((other == 0).all())
+    swap.close()
+    files.close()

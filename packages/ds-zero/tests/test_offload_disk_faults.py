@@ -87,7 +87,7 @@ def train_on_bad_disk(engine: str, fault: str, what: str, folder: str) -> str:
         if optimizer._homes.swap is not None:
             optimizer._homes.swap.settle()
         for home in optimizer._homes._disk_shards:
-            home.vacate()
+            home.close()
         FAULTS[fault](folder)
         with pytest.raises(OSError, match=r"\.swap") as caught:
             sharded_steps(model, optimizer, case, 1, first=1)

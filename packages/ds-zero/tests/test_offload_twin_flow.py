@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 from offload_loops import assert_same_bits, everything, host_beside_device, train
+from torch import nn
 from zero_loops import sharded, sharded_steps
 from zero_models import CASES
 
+import ds_zero
 from ds_core.errors import DsError
+from ds_core.optimizer_state import devices_of_state
 from ds_core.testing import run_ranks
 from ds_zero import Offload
 from ds_zero.host_steps import twin_flow
@@ -150,3 +153,41 @@ def refuse() -> None:
         sharded(case, 1, RoundsAtRandom, offload=auto)
     with pytest.raises(DsError, match="measures a step after backward"):
         sharded(case, 1, offload=auto, update_in_backward=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+@pytest.mark.parametrize("rates", [(1.0, 3.0), (3.0, 1.0)], ids=["to-the-host", "to-the-device"])
+def test_auto_moves_all_that_a_step_on_an_accelerator_needs(rates: Any, fused: bool):
+    run_ranks(1, step_after_a_move, rates, fused)
+
+
+def step_after_a_move(rates: tuple[float, float], fused: bool) -> None:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    results = []
+    for ratio in (1.0, "auto"):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4))).to(device)
+        # A fused kernel counts its steps on the device, a plain one on the CPU.
+        inner = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused, foreach=False)
+        offload = Offload(optimizer="cpu", ratio=ratio)  # type: ignore[arg-type]
+        optimizer = ds_zero.shard(model, inner, 2, min_unit_numel=1, offload=offload)
+        if optimizer._twins is not None:
+            optimizer._twins._rates = [rates] * 99
+        for step in range(8):
+            x = torch.randn(8, 64, generator=torch.Generator().manual_seed(step)).to(device)
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for unit in optimizer.units:
+            group = optimizer.param_groups[0]
+            for piece in unit.optimizer_pieces:
+                places = devices_of_state(optimizer._inner, group, piece.weights)
+                state = optimizer.state[piece.weights]
+                assert {key: value.device for key, value in state.items()} == places
+        results.append(optimizer.full_state_dict())
+        optimizer.close()
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-5)

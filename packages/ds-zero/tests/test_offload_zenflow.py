@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from offload_loops import assert_same_bits, everything, train
+from offload_loops import assert_same_bits, everything, host_beside_device, train
 from zero_loops import sharded, sharded_steps
 from zero_models import CASES
 
@@ -124,6 +126,10 @@ def resume(stage: int, overlap: bool, precision: str, folder: Path) -> None:
     state = {"model": optimizer.model_state(), "optimizer": held["state"], "groups": held["groups"]}
     save(folder, "tag", state)
     losses = sharded_steps(model, optimizer, case, 12, first=6)
+    other, unsaved = sharded(case, stage, offload=PLAIN, **options)
+    sharded_steps(other, unsaved, case, 6)
+    assert sharded_steps(other, unsaved, case, 12, first=6) == losses, "saving changes nothing"
+    assert_same_bits(everything(unsaved), everything(optimizer), "not saved")
     again, resumed = sharded(case, stage, offload=PLAIN, **options)
     resumed.prepare_load()
     held = resumed.state_dict()
@@ -132,6 +138,102 @@ def resume(stage: int, overlap: bool, precision: str, folder: Path) -> None:
     resumed.load_state_dict({"state": loaded["optimizer"], "groups": loaded["groups"]})
     assert sharded_steps(again, resumed, case, 12, first=6) == losses
     assert_same_bits(everything(resumed), everything(optimizer), "resumed")
+
+
+def test_what_the_model_sees_is_resumed_where_shards_live_on_disk(tmp_path: Path):
+    run_ranks(1, resume_on_disk, tmp_path)
+
+
+def resume_on_disk(folder: Path) -> None:
+    """And beside a device, where rounded weights wait on the host."""
+    zenflow.BLOCK = 8
+    choice = ZenFlow(topk_ratio=0.2, select_interval=8, overlap_step=True)
+    disk = Offload(optimizer="cpu", parameters="nvme", folder=str(folder / "swap"))
+    for offload, apart in ((disk, False), (disk, True), (PLAIN, True)):
+        losses = []
+        for saves in (False, True):
+            with host_beside_device() if apart else nullcontext():
+                model, optimizer = sharded(CASES["tied"], 3, offload=offload, zenflow=choice)
+            found = sharded_steps(model, optimizer, CASES["tied"], 6)
+            if saves:
+                save(folder, "tag", _state_of(optimizer))
+                optimizer.close()
+                with host_beside_device() if apart else nullcontext():
+                    model, optimizer = sharded(CASES["tied"], 3, offload=offload, zenflow=choice)
+                optimizer.prepare_load()
+                loaded = load(folder, state=_state_of(optimizer), strict=False)
+                optimizer.load_state_dict(
+                    {"state": loaded["optimizer"], "groups": loaded["groups"]}
+                )
+            losses.append(found + sharded_steps(model, optimizer, CASES["tied"], 12, first=6))
+            optimizer.close()
+        assert losses[0] == losses[1], (offload.parameters, apart)
+
+
+def _state_of(optimizer: Any) -> dict[str, Any]:
+    held = optimizer.state_dict()
+    return {"model": optimizer.model_state(), "optimizer": held["state"], "groups": held["groups"]}
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_checkpoint_loads_with_and_without_zenflow(
+    stage: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """By an engine, strictly; what has no place in the other run is told."""
+    told = run_ranks(1, change_sides, stage, tmp_path, initialized=False)[0]
+    there, back = told
+    assert "dropped are the gradients of 3 steps" in there
+    assert "zenflow_important, zenflow_shown, zenflow_steps, zenflow_waiting of its" in there
+    assert "has no zenflow_important, zenflow_shown, zenflow_steps, zenflow_waiting: they " in back
+
+
+def change_sides(stage: int, folder: Path) -> list[str]:
+    told = []
+    for number, stages in enumerate(((2, stage), (stage, 2))):
+        first = _engine(stages[0], zenflow=number == 0)
+        for step in range(7):
+            _engine_step(first, step)
+        first.save_checkpoint(folder / str(number))
+        whole = first.state_dict() if number else None
+        first.close()
+        records = list[str]()
+        handler = logging.Handler()
+        handler.emit = lambda record, records=records: records.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("ds_core.passing_state").addHandler(handler)
+        second = _engine(stages[1], zenflow=number == 1)
+        second.load_checkpoint(folder / str(number))
+        logging.getLogger("ds_core.passing_state").removeHandler(handler)
+        assert second.global_step == 7
+        for name, value in (whole or {}).items():
+            assert torch.equal(second.state_dict()[name], value), name
+        for step in range(7, 16):
+            _engine_step(second, step)
+        second.close()
+        told.append("\n".join(records))
+    return told
+
+
+def _engine(stage: int, *, zenflow: bool) -> Any:
+    import ds_core
+
+    torch.manual_seed(0)
+    zero: dict[str, Any] = {"stage": stage}
+    if zenflow:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        zero["zenflow"] = {"overlap_step": True}
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+        "zero_optimization": zero,
+    }
+    model = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.Linear(40, 1))
+    return ds_core.initialize(model, config)
+
+
+def _engine_step(engine: Any, step: int) -> None:
+    x = torch.randn(4, 40, generator=torch.Generator().manual_seed(step))
+    engine.backward(engine(x).square().mean())
+    engine.step()
 
 
 def test_blocks_with_the_largest_gradients_are_important(monkeypatch: pytest.MonkeyPatch):

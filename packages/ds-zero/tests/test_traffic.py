@@ -73,7 +73,8 @@ def check_control(stage: int) -> None:
     useful = unit_bytes(sent, optimizer, "all_gather") + unit_bytes(
         sent, optimizer, "reduce_scatter"
     )
-    flags = 8 * (1 + sum(len(unit.params) for unit in optimizer.units))
+    # The norm, whether a rank is in trouble, what it has updated already; by parameter, its use.
+    flags = 8 * (3 + sum(len(unit.params) for unit in optimizer.units))
     passes = 2 * 8 if stage == 3 else 0
     control = (dist.get_world_size() - 1) * (flags + passes)
     assert sent.sent_bytes() - useful == control

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -27,6 +28,7 @@ class Accumulation:
         self.held = False
         self._done = 0
         self._begun = False
+        self._has_gradients = self._has_stepped = False
         self._said: bool | None = None
 
     @property
@@ -70,11 +72,27 @@ class Accumulation:
         ends = self.is_boundary or not self.managed
         self._done = 0 if ends else self._done + 1
         self._begun = self._begun and not ends
+        if ends:
+            self._has_gradients = self._has_stepped = False
         return ends
+
+    def note_backward(self, *, took_step: bool) -> None:
+        """A backward begins, whose gradients are added up; `took_step`: and used at once."""
+        self._has_gradients = True
+        self._has_stepped = self._has_stepped or took_step
+
+    def forget_gradients(self) -> None:
+        """What backwards have added up is gone; a step that they took is not."""
+        self._has_gradients = False
 
     def restart(self) -> None:
         """The step that was begun is given up: the next micro-batch is the first of one."""
         self._done, self._begun = 0, False
+
+    def replace(self) -> None:
+        """Parameters, optimizer state and step number are others now, and of one step."""
+        self.restart()
+        self._has_gradients = self._has_stepped = False
 
     def resize(self, what: str, samples: int, per_micro_batch: int) -> None:
         """Make a step as many micro-batches as `samples` need. Raises DsError if not whole ones."""
@@ -92,6 +110,28 @@ class Accumulation:
             raise DsError(
                 f"{what}: {self._done} micro-batches of the present step are done; call it right "
                 f"after a step() that returned True, or before the first forward"
+            )
+
+    def warn_of_loss(self, what: str) -> None:
+        """Warn if backwards of the present step have run, whose gradients `what` leaves out.
+
+        Raises DsError if they have updated parameters, which the step's number, the schedule and
+        the loss scale do not know yet.
+        """
+        if self._has_stepped:
+            raise DsError(
+                f"{what}: backward has updated parameters already (update_in_backward), and the "
+                f"step is not counted: whoever resumes would take it twice. Save right after a "
+                f"step() that returned True"
+            )
+        told = "a backward of the present step has run"
+        if self._done:
+            told = f"{self._done} micro-batches of the present step are done"
+        if self._done or self._has_gradients:
+            warnings.warn(
+                f"{what}: {told}, and gradients are not part of a checkpoint: whoever resumes "
+                f"goes on behind them. Save right after a step() that returned True",
+                stacklevel=3,
             )
 
 

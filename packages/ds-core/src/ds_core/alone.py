@@ -79,9 +79,7 @@ class Alone(WholeModel):
             if gradient is not None and gradient.layout is not torch.strided:
                 param.grad = gradient.coalesce() if self._sparse else gradient.to_dense()
 
-    @torch.no_grad()
-    def update(self, grad_scale: float | torch.Tensor = 1.0) -> None:
-        """Step with gradients times `grad_scale`; parameters that were not used are left alone."""
+    def _update(self, grad_scale: float | torch.Tensor) -> None:
         self._settle_layouts()
         if fused.is_one_pass(self.optimizer):
             self._update_in_one_pass(grad_scale)

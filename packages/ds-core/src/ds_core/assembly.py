@@ -156,7 +156,14 @@ def _sharding(
         transport = CastGradients(transport, _DTYPES[config.communication_data_type])
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "mesh": mesh}
     parts["precision"] = precision
-    found: Sharding | None = _provided("sharding", config, transport=transport, **parts)
+    found: Sharding | None = _provided(
+        "sharding",
+        config,
+        transport=transport,
+        accumulation=config.gradient_accumulation_steps,
+        scales_gradients=bool(config.gradient_clipping or precision.loss_scale),
+        **parts,
+    )
     sparse = config.sparse_gradients
     if found is not None and sparse:
         raise ConfigError(

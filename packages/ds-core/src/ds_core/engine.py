@@ -23,7 +23,7 @@ from torch import nn
 from ds_core import comm
 from ds_core.accumulation import Accumulation, Held
 from ds_core.backward import differentiable_tensors, map_differentiable
-from ds_core.engine_files import EngineFiles, SavePolicy
+from ds_core.engine_files import EngineFiles, ReadsInFlight, SavePolicy, told_of_torn
 from ds_core.errors import CommError, DsError, NonFiniteError
 from ds_core.precision import LossScaler, Precision
 from ds_core.seams import (
@@ -98,7 +98,8 @@ class Engine(EngineFiles):
         self._run_module = precision.applied_to(module.__call__, self.device.type)
         self._losses: list[torch.Tensor] = []
         self._scaled_by_loss = False
-        self._saving, self._saver = saving or SavePolicy(), None
+        self._saving, self._reads = saving or SavePolicy(), ReadsInFlight()
+        sharding.before_change = self._reads
         self._compiled: CompiledBlocks | None = None
         self._batches: Iterator[Any] | None = None
         self._runner = runner or Sequential()
@@ -197,7 +198,7 @@ class Engine(EngineFiles):
     def _prepare_backward(self) -> None:
         """Gradients that are not sharded are averaged once per step, at its last micro-batch."""
         if self.sharding.updates_in_backward:
-            self._before_update()
+            self._refuse_torn("backward")
         early = not self._micro.is_boundary and not self.sharding.reduces_each_backward
         self.sharding.accumulate_locally = self._micro.held or early
         is_last = self._micro.is_boundary and not self._micro.held
@@ -210,12 +211,20 @@ class Engine(EngineFiles):
         the logits themselves would scale what comes back through the loss a second time.
         """
         if self._loss_factor() == 1.0:
+            if output.grad_fn is not None:  # else it is no result, and its hooks would add up
+                output.register_hook(self._note_backward)
             return output
         view = output.view_as(output)
         view.register_hook(self._scale_gradient)
         return view
 
+    def _note_backward(self, _: torch.Tensor | None = None) -> None:
+        """A backward that may be a plain `loss.backward()` has begun."""
+        updates = self.sharding.updates_in_backward and not self.sharding.accumulate_locally
+        self._micro.note_backward(took_step=updates)
+
     def _scale_gradient(self, gradient: torch.Tensor) -> torch.Tensor | None:
+        self._note_backward()
         if self._scaled_by_loss:
             return None
         return gradient * self._loss_factor()
@@ -253,6 +262,7 @@ class Engine(EngineFiles):
                 "computed under no_grad, or detached"
             )
         self._prepare_backward()
+        self._note_backward()
         self._emit(EventKind.BACKWARD_BEGIN)
         factor = self._loss_factor(divides=divides_by_accumulation)
         self._scaled_by_loss = True
@@ -303,6 +313,7 @@ class Engine(EngineFiles):
     def _release_gradients(self) -> None:
         self._prepare_backward()
         if not self.sharding.accumulate_locally:
+            self._note_backward()
             self.sharding.reduce_local()
 
     # ------------------------------------------------------------------ a step
@@ -312,7 +323,11 @@ class Engine(EngineFiles):
 
         Returns whether parameters were updated. With a loss scale, or if `skips_nonfinite`, a step
         whose gradients overflow on any rank is skipped on all. Else raises NonFiniteError if
-        gradients are not finite: the parameters are left as they were.
+        gradients are not finite: the parameters are left as they were, but for those that backward
+        has updated already (update_in_backward), which the error tells of.
+
+        An error in the middle of an update leaves parameters and state of different steps: further
+        steps and saves then raise TornError, until a checkpoint is loaded.
         """
         if not self._trains:
             raise DsError(
@@ -329,11 +344,11 @@ class Engine(EngineFiles):
         overflowed = not math.isfinite(norm)
         if overflowed and not (self.scaler.may_skip or self.skips_nonfinite):
             self._raise_nonfinite(norm)
+        self._refuse_torn("step")
         if not overflowed:
             clip = 1.0
             if self.max_grad_norm > 0:
                 clip = min(1.0, self.max_grad_norm / (norm + 1e-6))
-            self._before_update()
             self.sharding.update(clip / self.scaler.scale)
         self.sharding.zero_grad()
         scale = self.scaler.scale
@@ -355,6 +370,7 @@ class Engine(EngineFiles):
         has counted stay counted.
         """
         self.sharding.zero_grad()
+        self._micro.forget_gradients()
         self._losses.clear()
 
     def _figures(self, scale: float) -> dict[str, Any]:
@@ -372,7 +388,8 @@ class Engine(EngineFiles):
         """One whole optimizer step from an iterator of micro-batches; returns the mean loss.
 
         Without an iterator, goes on with the engine's own `dataloader`, epoch after epoch. After an
-        error in the middle (the data ended, memory ran out), the step counts as not begun.
+        error in the middle (the data ended, memory ran out), the step counts as not begun, unless
+        it had begun to change parameters: see `step`.
         """
         if batches is None:
             if self.dataloader is None:
@@ -407,17 +424,26 @@ class Engine(EngineFiles):
         self._losses.clear()
         # After a plain `loss.backward()` nobody has told the engine the loss.
         told = "loss not known" if loss is None else f"loss {float(loss):g}"
-        mine = (told, self.sharding.first_nonfinite())
+        mine = (told, self.sharding.first_nonfinite(), self.sharding.torn)
         everybody = comm.all_gather_object(mine, self.mesh.group("dp"), caller="non-finite check")
         self.sharding.zero_grad()
         found = "; ".join(
             f"rank {rank}: {its_loss}" + (f", first gradient {name!r}" if name else "")
-            for rank, (its_loss, name) in enumerate(everybody)
+            for rank, (its_loss, name, _) in enumerate(everybody)
         )
+        begin = f"step {self.global_step}: the gradient norm is {norm}"
+        advice = "lower the learning rate, look at the data of this step"
+        torn = told_of_torn([reason for _, _, reason in everybody])
+        if torn is not None:
+            # A rank whose share was finite has taken a step that others have not.
+            self.sharding.torn = self.sharding.torn or torn
+            raise NonFiniteError(
+                f"{begin} ({found}), and part of the step was taken before that was known: {torn}; "
+                f"load a checkpoint with its optimizer state (engine.load_checkpoint); {advice}"
+            )
         raise NonFiniteError(
-            f"step {self.global_step}: the gradient norm is {norm}, so the step was not taken "
-            f"({found}); lower the learning rate, look at the data of this step, or use fp16 with "
-            f"its loss scale if steps may be skipped"
+            f"{begin}, so the step was not taken ({found}); {advice}, or use fp16 with its loss "
+            f"scale if steps may be skipped"
         )
 
     # ------------------------------------------------------------------ beside the loop

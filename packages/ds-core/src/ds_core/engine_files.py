@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,9 +14,11 @@ from torch import nn
 from ds_core import comm
 from ds_core.agreement import TagValidation, agree_on_tag
 from ds_core.buffers import persistent_buffers
+from ds_core.errors import TornError
 from ds_core.seams import EventKind, Sharding
 
 if TYPE_CHECKING:
+    from ds_core.accumulation import Accumulation
     from ds_core.checkpoint import AsyncSaver, LoadedWeights, PendingSave
     from ds_core.engine import Engine
 
@@ -40,6 +42,31 @@ class SavePolicy:
     shows_figures: bool = False
 
 
+class ReadsInFlight:
+    """Called before parameters or state change: waits for a save that still reads them.
+
+    Apart from the engine, so that a sharding that has it does not keep the engine alive.
+
+    Attributes:
+        saver: who saves, once somebody does.
+    """
+
+    saver: AsyncSaver | None = None
+
+    def __call__(self) -> None:
+        if self.saver is not None:
+            self.saver.wait_for_reads()
+
+
+def told_of_torn(by_rank: Sequence[str | None]) -> str | None:
+    """What the first rank that is torn tells; None if none is."""
+    torn = [(rank, reason) for rank, reason in enumerate(by_rank) if reason is not None]
+    if not torn:
+        return None
+    rank, reason = torn[0]
+    return reason if len(by_rank) == 1 else f"rank {rank}: {reason}"
+
+
 class EngineFiles(nn.Module):
     """The half of an `Engine` that concerns files; the other half trains."""
 
@@ -47,8 +74,9 @@ class EngineFiles(nn.Module):
     sharding: Sharding
     mesh: comm.Mesh
     global_step: int
+    _micro: Accumulation
     _saving: SavePolicy
-    _saver: AsyncSaver | None
+    _reads: ReadsInFlight
     _pending: PendingSave | None = None
 
     if TYPE_CHECKING:
@@ -59,7 +87,9 @@ class EngineFiles(nn.Module):
         """The model's parameters and buffers, whole on every rank, copied to the CPU.
 
         The names are those of the model's own `state_dict`, so that it loads without an engine.
+        Raises TornError on every rank if an error ended a step in the middle.
         """
+        self._refuse_torn_anywhere("state_dict")
         state: dict[str, Any] = self.sharding.full_state_dict()
         first_names = {id(p): name for name, p in self.module.named_parameters()}
         for name, param in self.module.named_parameters(remove_duplicate=False):
@@ -72,10 +102,13 @@ class EngineFiles(nn.Module):
     ) -> None:
         """Take over parameters and buffers as `state_dict` returns them; the optimizer stays.
 
-        Raises CheckpointError if names (unless `strict` is false) or shapes differ. Collective.
+        Raises CheckpointError if names (unless `strict` is false) or shapes differ, and TornError
+        if an error ended a step in the middle, which has left the optimizer of no use. Collective.
         """
         from ds_core.engine_state import load_model
 
+        self._refuse_torn_anywhere("load_state_dict")
+        self._reads()
         load_model(cast("Engine", self), state_dict, strict=strict)
 
     def buffer_state(self) -> dict[str, torch.Tensor]:
@@ -118,11 +151,16 @@ class EngineFiles(nn.Module):
                 the one that `latest` names, and any that is in use. Default: `checkpoint.keep_last`
                 of the configuration, and that none is deleted.
 
-        Atomic: until it is complete, the previous checkpoint stays the one that loads. Collective.
+        Atomic: until it is complete, the previous checkpoint stays the one that loads. Gradients
+        are not part of it: between a backward and the end of its step it warns, and raises DsError
+        if backward has updated parameters already (update_in_backward). Raises TornError on every
+        rank if an error ended a step in the middle. Collective.
         """
         from ds_core import checkpoint
         from ds_core.engine_state import state_to_save
 
+        self._refuse_torn_anywhere("save_checkpoint")
+        self._micro.warn_of_loss("save_checkpoint")
         self.wait_for_checkpoint()
         tag = tag or f"step{self.global_step}"
         tag = agree_on_tag(tag, self._saving.tag_validation, self.mesh.group(*self.mesh.axes))
@@ -134,9 +172,12 @@ class EngineFiles(nn.Module):
             cast("Engine", self), client_state, exclude_frozen=exclude_frozen_parameters
         )
         if self._saving.asynchronous if asynchronous is None else asynchronous:
-            if self._saver is None:
-                self._saver = checkpoint.AsyncSaver()
-            self._pending = self._saver.save(directory, tag, state, **options)
+            saver = self._reads.saver
+            if saver is None:
+                patience = self.mesh.group(*self.mesh.axes).timeout
+                timeout_s = None if patience is None else patience.total_seconds()
+                saver = self._reads.saver = checkpoint.AsyncSaver(timeout_s=timeout_s)
+            self._pending = saver.save(directory, tag, state, **options)
             self._emit(EventKind.CHECKPOINT, path=str(self._pending.path), action="being written")
             return str(self._pending.path)
         path = str(checkpoint.save(directory, tag, state, **options))
@@ -157,17 +198,31 @@ class EngineFiles(nn.Module):
         self._emit(EventKind.CHECKPOINT, path=path, action="saved")
         return path
 
-    def _before_update(self) -> None:
-        """What is about to change must not be read any more by a save in flight."""
-        if self._saver is not None:
-            self._saver.wait_for_reads()
+    def _refuse_torn(self, what: str, torn: str | None = None) -> None:
+        """Raise TornError if parameters and state are of different steps, here or as `torn` says.
+
+        Costs no message. Where other ranks are whole, they end with an error when this one does
+        not come to what they do together.
+        """
+        reason = torn or self.sharding.torn
+        if reason is not None:
+            raise TornError(
+                f"{what}: parameters and optimizer state do not belong to one step ({reason}); "
+                f"load a checkpoint with its optimizer state (engine.load_checkpoint) or start anew"
+            )
+
+    def _refuse_torn_anywhere(self, what: str) -> None:
+        """As `_refuse_torn`, on every rank if any is torn. Collective."""
+        group = self.mesh.group(*self.mesh.axes)
+        by_rank = comm.all_gather_object(self.sharding.torn, group, caller=what)
+        self._refuse_torn(what, told_of_torn(by_rank))
 
     def _close_saver(self) -> None:
         try:
             self.wait_for_checkpoint()
         finally:
-            if self._saver is not None:
-                self._saver.close()
+            if self._reads.saver is not None:
+                self._reads.saver.close()
 
     def load_checkpoint(
         self,
@@ -198,11 +253,15 @@ class EngineFiles(nn.Module):
                 without it, each rank verifies what it reads, as it reads it.
 
         Raises CheckpointError if it is missing, damaged, or of another model; the engine must not
-        be used then. Collective.
+        be used then: steps and saves raise TornError until a load succeeds. So they do after an
+        error that ended a step in the middle; then only a load with the optimizer's states puts
+        things right, and without them it raises TornError. Collective.
         """
         from ds_core.checkpoint.foreign_load import as_ours
         from ds_core.engine_state import load
 
+        if load_module_only or not load_optimizer_states:
+            self._refuse_torn_anywhere("load_checkpoint without optimizer states")
         self.wait_for_checkpoint()
         with as_ours(directory, tag) as imported:
             path, client_state = load(
@@ -240,10 +299,13 @@ class EngineFiles(nn.Module):
             strict: whether a name that only the model or only the files have is an error.
 
         Returns what was found, missing and unexpected. Raises CheckpointError on every rank if a
-        file is missing or damaged, or of another model. Collective.
+        file is missing or damaged, or of another model, and TornError as `load_state_dict` does.
+        Collective.
         """
         from ds_core.engine_state import load_pretrained
 
+        self._refuse_torn_anywhere("load_pretrained")
+        self._reads()
         return load_pretrained(cast("Engine", self), source, rename=rename, strict=strict)
 
     def save_model(
@@ -268,10 +330,12 @@ class EngineFiles(nn.Module):
             exclude_frozen_parameters: leave out what is not trained.
             overwrite: replace weights that are there already.
 
-        Raises CheckpointError on every rank if rank 0 cannot write. Collective.
+        Raises CheckpointError on every rank if rank 0 cannot write, and TornError if an error
+        ended a step in the middle. Collective.
         """
         from ds_core.model_export import save_model
 
+        self._refuse_torn_anywhere("save_model")
         return save_model(
             cast("Engine", self), directory, dtype=dtype, max_shard_bytes=max_shard_bytes,
             exclude_frozen=exclude_frozen_parameters, overwrite=overwrite,

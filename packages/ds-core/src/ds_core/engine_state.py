@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ds_core.buffers import persistent_buffers
 from ds_core.errors import CheckpointError
+from ds_core.passing_state import passing_keys, with_others_ignored, with_own_only
 
 if TYPE_CHECKING:
     from ds_core.checkpoint import LoadedWeights
@@ -63,7 +64,8 @@ def load(
         engine.sharding.prepare_load()
     state = _state(engine)
     state["model"] = without_excluded(path, state["model"])
-    state["optimizer"] = known_to(path, state["optimizer"]) if with_optimizer else {}
+    own_keys = state["optimizer"].keys()
+    state["optimizer"] = _fillable(engine, path, state["optimizer"]) if with_optimizer else {}
     # What another world or config need not have had: the checkpoint's are returned all the same.
     del state["rng"], state["lr_scheduler"], state["about"], state["data"]
     parts = None if with_optimizer else {"model", "client"}
@@ -72,7 +74,8 @@ def load(
     loaded = checkpoint.load(path, state=state, parts=parts, strict=strict, verify=verify)
     # Loading its own state makes a sharding publish what was written into it.
     groups = in_own_order(loaded["groups"], state["groups"])
-    published = {"state": loaded["optimizer"], "groups": groups}
+    taken = {key: values for key, values in loaded["optimizer"].items() if key in own_keys}
+    published = {"state": taken, "groups": groups}
     engine.sharding.load_state_dict(published if with_optimizer else engine.sharding.state_dict())
     if not only_model:
         _restore(engine, loaded, with_scheduler=lr_scheduler)
@@ -173,7 +176,15 @@ def _about(engine: Engine) -> dict[str, Any]:
         "aliases": {name: names[id(p)] for name, p in everywhere if names[id(p)] != name},
         "frozen": [name for name, p in engine.module.named_parameters() if not p.requires_grad],
         "buffers": [name for name, _ in persistent_buffers(engine.module)],
+        "passing": passing_keys(engine.sharding),
     }
+
+
+def _fillable(engine: Engine, checkpoint: Place, optimizer_state: _State) -> _State:
+    """The part of the optimizer's state to load, and what of the checkpoint's is let go."""
+    own = passing_keys(engine.sharding)
+    found = with_own_only(checkpoint, known_to(checkpoint, optimizer_state), own)
+    return with_others_ignored(checkpoint, found)
 
 
 def known_to(checkpoint: Place, optimizer_state: _State) -> _State:
@@ -226,6 +237,9 @@ def without_excluded(checkpoint: Place, model_state: dict[str, Any]) -> dict[str
 
 
 def _restore(engine: Engine, loaded: dict[str, Any], *, with_scheduler: bool) -> None:
+    # Micro-batches of a step that had begun belong to what was before.
+    engine._micro.replace()
+    engine.zero_grad()
     own = loaded["engine"]
     engine.global_step, engine.skipped_steps = own["global_step"], own["skipped_steps"]
     engine.scaler.load_state_dict(own["loss_scale"])

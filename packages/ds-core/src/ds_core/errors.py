@@ -29,6 +29,13 @@ class NonFiniteError(DsError, FloatingPointError):
     """A loss or gradient is not finite. The message names the step, the tensor and the rank."""
 
 
+class TornError(DsError, RuntimeError):
+    """An error ended a step in the middle: parameters and optimizer state are of different steps.
+
+    The message names that error. Loading a checkpoint with its optimizer state puts it right.
+    """
+
+
 class CheckpointError(DsError, RuntimeError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 

@@ -8,7 +8,7 @@ An optimizer may do more in its pass than `torch.optim` has words for. It says w
 | `gradients`  | by parameter, used in place of `.grad`; in any float format             |
 | `grad_scale` | one number that gradients are multiplied by                             |
 | `copies`     | by parameter, tensors that receive its new value, rounded               |
-| `undo`       | whether to keep what the optimizer's `rollback()` needs                 |
+| `undo`       | whether to keep what its `rollback()` needs; `can_roll_back` says if it has any |
 """
 
 from __future__ import annotations
@@ -110,6 +110,21 @@ def step_scaled(optimizer: Optimizer, scale: float | torch.Tensor, device: torch
         target.step()
     finally:
         del target.grad_scale, target.found_inf
+
+
+def step_unless(optimizer: Optimizer, skipped: torch.Tensor) -> None:
+    """`optimizer.step()`, or nothing where a flag on the device says so; the host need not know.
+
+    Args:
+        optimizer: one of which `fuses_scale` is true.
+        skipped: the flag: one truth value on the parameters' device.
+    """
+    target: Any = optimizer
+    target.found_inf = skipped.to(torch.float32)
+    try:
+        target.step()
+    finally:
+        del target.found_inf
 
 
 def _runs(cls: Any, device: torch.device, dtype: torch.dtype) -> bool:

@@ -62,6 +62,29 @@ def state_of(optimizer: torch.optim.Optimizer, param: torch.Tensor) -> dict[str,
     return found
 
 
+def is_wide(value: object) -> bool:
+    """Whether a state has numbers for elements; not one for the whole parameter, as a count has."""
+    return isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+@torch.no_grad()
+def devices_of_state(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], like: torch.Tensor
+) -> dict[str, torch.device]:
+    """By key, where an optimizer keeps the state tensors of a parameter like `like`, 1-D.
+
+    Asked by a step of one element, for torch has no word for it: counts of steps are on the
+    parameter's device for some kernels, and on the CPU for others.
+    """
+    probe = torch.nn.Parameter(torch.zeros(1, device=like.device, dtype=like.dtype))
+    try:
+        allocate_state_of(optimizer, group, probe)
+        state = optimizer.state.get(probe, {})
+        return {k: v.device for k, v in state.items() if isinstance(v, torch.Tensor)}
+    finally:
+        optimizer.state.pop(probe, None)
+
+
 @torch.no_grad()
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
     """Give `optimizer` the state of its first step, for a checkpoint to fill.

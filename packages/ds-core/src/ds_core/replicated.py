@@ -179,9 +179,7 @@ class Replicated(WholeModel):
         norms = [vector_norm(bucket.stored()) for bucket in self._buckets]
         return torch.stack(norms).double().square_().sum().sqrt_().cpu()
 
-    @torch.no_grad()
-    def update(self, grad_scale: float | torch.Tensor = 1.0) -> None:
-        """Step with gradients times `grad_scale`; parameters that no rank used are left alone."""
+    def _update(self, grad_scale: float | torch.Tensor) -> None:
         self._settle()
         used = self._used_anywhere()
         if fused.is_one_pass(self.optimizer):

@@ -5,7 +5,8 @@ The base of the shardings of stage 0; they differ in what becomes of the gradien
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from ds_core.optimizer_state import (
     state_of,
 )
 from ds_core.precision import Precision
+from ds_core.seams.sharding import change_freely, tearing
 
 
-class WholeModel:
+class WholeModel(ABC):
     """Parameters that this rank holds whole, and the optimizer that updates them.
 
     Args:
@@ -47,6 +49,8 @@ class WholeModel:
         broadcast: bool,
     ) -> None:
         self.optimizer = optimizer
+        self.torn: str | None = None
+        self.before_change: Callable[[], None] = change_freely
         self._parameters = dict(model.named_parameters())
         check_same_model(
             [
@@ -99,6 +103,17 @@ class WholeModel:
         with torch.no_grad():
             for name, master in self._master.items():
                 self._parameters[name].data.copy_(master)
+
+    @torch.no_grad()
+    def update(self, grad_scale: float | torch.Tensor = 1.0) -> None:
+        """Step with gradients times `grad_scale`; parameters that no rank used are left alone."""
+        self.before_change()
+        with tearing(self, "the optimizer's step"):
+            self._update(grad_scale)
+
+    @abstractmethod
+    def _update(self, grad_scale: float | torch.Tensor) -> None:
+        """See `update`."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -177,10 +192,13 @@ class WholeModel:
 
     def prepare_load(self) -> None:
         """Allocate optimizer state by a step that changes nothing."""
+        self.before_change()
+        self.torn = self.torn or "prepare_load() dropped states, and no load_state_dict() followed"
         allocate_state(self.optimizer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Adopt loaded state."""
+        self.before_change()
         load_groups(self.param_groups, state_dict["groups"])
         if isinstance(self.optimizer, PortableState):
             for name in self._trained():
@@ -188,6 +206,7 @@ class WholeModel:
                 if own:
                     self.optimizer.load_portable_state(self._target(name), own)
         self._publish()
+        self.torn = None
 
     def memory(self) -> dict[str, int]:
         """Bytes that this rank holds between steps, by kind."""

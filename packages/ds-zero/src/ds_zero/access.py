@@ -83,7 +83,8 @@ class GatheredParameters:
 
     @torch.no_grad()
     def _keep_edits(self, source: int) -> None:
-        for _, units in self._owners.values():
+        for owner, units in self._owners.values():
+            owner.before_change()
             for unit in units:
                 comm.broadcast(unit.full, unit.group, source=source, caller=unit.name)
                 unit.adopt_full()

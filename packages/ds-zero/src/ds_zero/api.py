@@ -13,6 +13,7 @@ from ds_core.precision import Precision
 from ds_core.seams import Dense, Transport
 from ds_zero.checks import OWNER
 from ds_zero.errors import ShardError
+from ds_zero.host_steps.combinations import check_combination
 from ds_zero.host_steps.zenflow import ZenFlow
 from ds_zero.offload import Offload
 from ds_zero.optimizer import ZeroOptimizer
@@ -37,6 +38,8 @@ def shard(
     update_in_backward: bool = False,
     check_memory: bool = True,
     zenflow: ZenFlow | None = None,
+    accumulation: int = 1,
+    scales_gradients: bool = False,
 ) -> ZeroOptimizer:
     """Shard `model` and `optimizer` over the data-parallel ranks; returns the optimizer to use.
 
@@ -76,6 +79,9 @@ def shard(
             error is the whole memory plan (see `memory_plan`), which is logged otherwise.
         zenflow: update the most important part of every shard at each step, and the rest now and
             then; needs `offload` of the optimizer to "cpu". Default: all at each step.
+        accumulation: micro-batches per step that are to come, for the check of memory alone.
+        scales_gradients: whether the caller multiplies gradients before the step, as for a loss
+            scale: advice for a model that does not fit then keeps off what rules that out.
         broadcast: make all ranks start from rank 0's values (not for a model from `Init`).
 
     Raises ShardError for a stage, model or optimizer that cannot be sharded or does not fit,
@@ -89,24 +95,14 @@ def shard(
     if prefetch < 0:
         raise ShardError(f"prefetch: got {prefetch}, expected 0 or more")
     offload = offload or Offload()
-    offload.check_stage(stage)
     if update_in_backward and max_grad_norm is not None:
         raise ShardError(
             f"update_in_backward: got True with max_grad_norm={max_grad_norm}, but the norm is "
             f"known only after backward, when every unit has been updated; leave out one of them"
         )
-    if update_in_backward and offload.speculative:
-        raise ShardError(
-            "update_in_backward: got True with offload.speculative, which keeps gradients to step "
-            "again; leave out one of them"
-        )
-    if zenflow is not None:
-        _check_zenflow(offload, update_in_backward)
-    if update_in_backward and offload.ratio == "auto":
-        raise ShardError(
-            'update_in_backward: got True with offload.ratio="auto", which measures a step after '
-            "backward; give the ratio as a number"
-        )
+    check_combination(stage, offload, update_in_backward=update_in_backward, zenflow=zenflow)
+    if accumulation < 1:
+        raise ShardError(f"accumulation: got {accumulation}, expected at least 1")
     sharded = ZeroOptimizer(
         model,
         optimizer,
@@ -124,6 +120,8 @@ def shard(
         update_in_backward=update_in_backward,
         check_memory=check_memory,
         zenflow=zenflow,
+        accumulation=accumulation,
+        scales_gradients=scales_gradients,
     )
     reference = weakref.ref(sharded)
     for unit in sharded.units:
@@ -131,20 +129,3 @@ def shard(
             setattr(param, OWNER, reference)
             param._ds_zero_unit = unit.index  # type: ignore[attr-defined]
     return sharded
-
-
-def _check_zenflow(offload: Offload, update_in_backward: bool) -> None:
-    """Raise ShardError where there is no plain step on the host to be divided."""
-    reasons = {
-        f'the optimizer\'s states are on "{offload.optimizer}"': offload.optimizer != "cpu",
-        "offload.ratio leaves some of them on the device": offload.ratio != 1.0,
-        "offload.speculative steps everything in backward": offload.speculative,
-        "update_in_backward steps everything in backward": update_in_backward,
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise ShardError(
-                f"zenflow: it divides a step that the host takes after backward, but {reason}; "
-                f'shard with offload=Offload(optimizer="cpu") and without the other, or leave '
-                f"zenflow out"
-            )

@@ -11,16 +11,18 @@ Resources" (LOMO), section 3.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
-from ds_core import comm
+from ds_core import comm, fused
 from ds_core.gradients import vector_norm
-from ds_zero.errors import ShardError
+from ds_zero.errors import ShardError, TornShardError
 from ds_zero.inner_step import InnerStep
 from ds_zero.offload.homes import Homes
 from ds_zero.unit import Unit
 from ds_zero.whole_matrices import MatrixStep
+from ds_zero.wholeness import advice
 
 
 class EarlyUpdates:
@@ -35,8 +37,13 @@ class EarlyUpdates:
         matrices: of an optimizer that updates whole matrices; refused.
         homes: where the units' states live.
 
+        before_change: called before a backward changes anything.
+
     Attributes:
         norm_squares: by unit, the squared norm of this rank's part of its gradient, fp64.
+        failure: what ended the updates of this step on this rank; it is told when the step ends.
+
+    From the first gradient on that is not finite, this rank updates nothing until `forget`.
     """
 
     def __init__(
@@ -45,59 +52,165 @@ class EarlyUpdates:
         units: list[Unit],
         matrices: list[MatrixStep],
         homes: Homes,
+        before_change: Callable[[], None],
     ) -> None:
         if matrices:
             raise ShardError(
                 f"update_in_backward: {type(optimizer).__name__} puts matrices together from all "
                 f"units and ranks, after backward; leave it out, or use an elementwise optimizer"
             )
+        self._optimizer, self._homes, self._before_change = optimizer, homes, before_change
         self._step = InnerStep(optimizer, 1.0)
-        self._homes = homes
+        self._num_units = len(units)
         # In which order the last backward completed the units; the next one reads ahead by it.
         self._order: list[Unit] = []
+        self._seen: set[int] = set()
         self.norm_squares: dict[int, torch.Tensor] = {}
+        self.failure: Exception | None = None
+        self._torn: str | None = None
+        self._is_running = False
         self._pending: list[comm.Pending] = []
+        # Whether all gradients so far were finite, as the host knows; as the device does.
+        self._finite = True
+        self._finite_there: torch.Tensor | None = None
+        self._updated = torch.zeros((), dtype=torch.float64)
         for unit in units:
-            unit.on_reduced = self._update
+            unit.on_reduced = self._reduced
+
+    # ------------------------------------------------------------------ in backward
+
+    def begin_backward(self) -> None:
+        """A backward begins."""
+        self._torn = self.torn  # of the last one, if that did not end
+        self._is_running = True
+
+    def end_backward(self) -> None:
+        """It has ended."""
+        self._is_running = False
 
     @torch.no_grad()
-    def _update(self, unit: Unit) -> None:
-        if unit.index in self.norm_squares:
+    def _reduced(self, unit: Unit) -> None:
+        if unit.index in self._seen:
+            self._is_running = False  # this backward has changed nothing
             raise ShardError(
                 f"update_in_backward: {unit.name} has another gradient after it was updated; end "
                 f"each backward with step(), run micro-batches before the last under "
                 f"no_sync(), or shard without update_in_backward"
             )
-        if not self.norm_squares:
-            order, self._order = self._order, []
-            self._homes.expect(p.weights for each in order for p in each.optimizer_pieces)
-        self._order.append(unit)
-        unit.settle_gradient()
-        square = vector_norm(unit.grad).double().square_()
-        self.norm_squares[unit.index] = square
-        # Elsewhere than on a CPU the host would have to wait for the number.
-        if square.device.type != "cpu" or math.isfinite(float(square)):
-            used = unit.used if unit.group.size == 1 else [True] * len(unit.params)
-            self._step.run(unit, used)
+        begins = not self._seen
+        self._seen.add(unit.index)
+        if self.failure is None:
+            try:
+                if begins:
+                    self._begin()
+                self._order.append(unit)
+                self._update(unit)
+            except Exception as error:
+                # Told when the step ends: the other ranks wait for this one's gradients.
+                self.failure = error
+                told = f"{type(error).__name__}: {error}"
+                self._torn = self._torn or f"update_in_backward ended in the middle: {told}"
         unit.consume_gradient()
         # At stage 3 a unit that is whole now is not when the next pass gathers it.
         pending = unit.publish() if unit.stage < 3 else None
         if pending is not None:
             self._pending.append(pending)
 
-    def finish(self, grad_scale: float | torch.Tensor) -> None:
+    def _begin(self) -> None:
+        self._before_change()
+        order, self._order = self._order, []
+        self._homes.expect(p.weights for each in order for p in each.optimizer_pieces)
+
+    def _update(self, unit: Unit) -> None:
+        unit.settle_gradient()
+        square = vector_norm(unit.grad).double().square_()
+        self.norm_squares[unit.index] = square
+        used = unit.used if unit.group.size == 1 else [True] * len(unit.params)
+        if not _is_known(square):
+            self._update_unless(unit, used, ~torch.isfinite(square))
+            return
+        self._finite = self._finite and math.isfinite(float(square))
+        if self._finite:
+            self._step.run(unit, used)
+            self._updated = self._updated + 1
+
+    def _update_unless(self, unit: Unit, used: list[bool], wrong: torch.Tensor) -> None:
+        """Update, unless a gradient up to now is not finite, which the host would have to wait for.
+
+        An optimizer that cannot leave a step out then takes it with a gradient of zeros.
+        """
+        if not self._finite:
+            return
+        here = self._finite_there
+        here = self._finite_there = ~wrong if here is None else here & ~wrong
+        done: torch.Tensor | int = 1
+        if fused.fuses_scale(self._optimizer) and not fused.is_one_pass(self._optimizer):
+            done = here
+            InnerStep(self._optimizer, 1.0, unless=~here).run(unit, used)
+        else:
+            unit.grad.masked_fill_(~here, 0.0)
+            self._step.run(unit, used)
+        self._updated = self._updated.to(here.device) + done
+
+    # ------------------------------------------------------------------ the step
+
+    @property
+    def updated(self) -> torch.Tensor:
+        """How many units this rank has updated since `forget`, fp64."""
+        return self._updated
+
+    @property
+    def torn(self) -> str | None:
+        """What left only some units updated; None if nothing did."""
+        if self._torn is None and self._is_running and self._seen:
+            return (
+                f"a backward with update_in_backward ended in the middle, after "
+                f"{len(self._seen)} of {self._num_units} units"
+            )
+        return self._torn
+
+    def judge(self, norm: torch.Tensor, updated: int) -> None:
+        """Note the norm of all gradients, and how many units some rank has updated."""
+        if updated and not bool(torch.isfinite(norm)):
+            self._torn = self._torn or (
+                f"a gradient was not finite when {updated} of {self._num_units} units were updated "
+                f"in backward already"
+            )
+
+    def finish(self, norm: torch.Tensor, grad_scale: float | torch.Tensor) -> None:
         """End the step: wait until the model has the new parameters.
 
-        Raises ShardError for gradients that should have been scaled.
+        Raises ShardError for gradients that were not finite, or should have been scaled.
         """
+        while self._pending:
+            self._pending.pop().wait()
+        if not bool(torch.isfinite(norm)):
+            what = f"update_in_backward: the gradient norm is {float(norm)}"
+            if self._torn is not None:
+                raise TornShardError(f"{what}: {advice(self._torn)}")
+            raise ShardError(f"{what}; no unit was updated")
         if float(grad_scale) != 1.0:
             raise ShardError(
                 f"update_in_backward: gradients cannot be multiplied by {float(grad_scale):g} "
                 f"(clipping, or a loss scale) after they have been used; shard without it"
             )
-        while self._pending:
-            self._pending.pop().wait()
 
     def forget(self) -> None:
         """The next backward begins a step."""
+        self._torn = self.torn
+        self._is_running = False
+        self._seen.clear()
         self.norm_squares.clear()
+        self.failure = None
+        self._finite, self._finite_there = True, None
+        self._updated = torch.zeros((), dtype=torch.float64)
+
+    def mend(self) -> None:
+        """All units belong to one step again: they were loaded."""
+        self.forget()
+        self._torn = None
+
+
+def _is_known(number: torch.Tensor) -> bool:
+    """Whether the host reads it without waiting for a device."""
+    return number.device.type == "cpu"

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ds_core.precision import Precision
+from ds_zero.errors import ShardError
+from ds_zero.host_steps.combinations import check_combination
 from ds_zero.memory_plan import MemoryPlan, complaints
 from ds_zero.offload.choice import Tier
 from ds_zero.plan import UnitSpec
@@ -48,10 +50,8 @@ def least_change(
     axes = list(_axes(setup, specs, clips))
     tried = sorted(itertools.product(*axes), key=lambda chosen: sum(each.cost for each in chosen))
     for chosen in tried[1:]:
-        changed = setup
-        for option in chosen:
-            changed = option.apply(changed)
-        if changed.offload.parameters != "device" and changed.stage < 3:
+        changed = _changed(setup, chosen)
+        if changed is None:
             continue
         plan = plan_of(plan_unit_buffers(specs, changed))
         if not complaints([plan] * plan.local_ranks):
@@ -61,6 +61,18 @@ def least_change(
         "No change known here makes it fit: divide the largest unit (units=), take a smaller "
         "model, or give it more room."
     )
+
+
+def _changed(setup: Setup, chosen: Sequence[_Option]) -> Setup | None:
+    """The settings with these changes; None if `shard` refuses to combine them."""
+    try:
+        for option in chosen:
+            setup = option.apply(setup)
+        early, zenflow = setup.update_in_backward, setup.zenflow
+        check_combination(setup.stage, setup.offload, update_in_backward=early, zenflow=zenflow)
+    except ShardError:
+        return None
+    return setup
 
 
 def _axes(setup: Setup, specs: Sequence[UnitSpec], clips: bool) -> Iterator[list[_Option]]:

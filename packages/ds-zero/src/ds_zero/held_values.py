@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
+from ds_core import comm
 from ds_core.optimizer_state import allocate_state_of, load_groups
 from ds_zero import state
 from ds_zero.agreement import Agreement
@@ -33,14 +35,21 @@ class HeldValues(torch.optim.Optimizer, ABC):
     _zenflow: ZenFlowStep | None
     _agreed: Agreement | None
     _homes: Homes
+    _is_loading: bool
+    torn: str | None
+    before_change: Callable[[], None]
 
     @abstractmethod
     def take_back(self) -> None:
         """Weights and states are in their places, as the last step left them."""
 
     @abstractmethod
-    def _show_all(self) -> None:
-        """As `take_back`, and the model sees all that is done."""
+    def _settle_whole(self, operation: str) -> None:
+        """As `take_back`; ShardError on every rank if what one holds is no whole step."""
+
+    @abstractmethod
+    def _drop_unsettled(self) -> None:
+        """As `take_back`; of what is torn, errors do not matter any more."""
 
     @abstractmethod
     def hold_units(self, units: list[Unit]) -> AbstractContextManager[None]:
@@ -76,6 +85,7 @@ class HeldValues(torch.optim.Optimizer, ABC):
     def set_full_parameter(self, which: str | nn.Parameter, value: torch.Tensor) -> None:
         """Overwrite one parameter everywhere, master copy included. Collective."""
         self._parking.refuse("set_full_parameter", KINDS)
+        self.before_change()
         self.take_back()
         state.set_full_value(self, which, "parameter", value)
 
@@ -93,6 +103,7 @@ class HeldValues(torch.optim.Optimizer, ABC):
     ) -> None:
         """Overwrite an optimizer state such as "exp_avg" of one parameter. Collective."""
         self._parking.refuse("set_full_optimizer_state", KINDS)
+        self.before_change()
         self.take_back()
         state.set_full_value(self, which, key, value)
 
@@ -121,34 +132,56 @@ class HeldValues(torch.optim.Optimizer, ABC):
         state.set_local_value(self, which, kind, value)
 
     def publish(self) -> None:
-        """Make parameters that were edited or loaded visible to the model. Collective."""
+        """Make parameters that were edited or loaded visible to the model. Collective.
+
+        Raises ShardError on every rank if one has `torn` a step.
+        """
         self._parking.refuse("publish", KINDS)
-        self.take_back()
+        self.before_change()
+        self._settle_whole("publish")
+        self._publish()
+
+    def _publish(self) -> None:
         for unit in self.units:
             unit.refresh()
-            pending = unit.publish()
-            if pending is not None:
-                pending.wait()
+            _wait(unit.publish())
 
     # ------------------------------------------------------------------ state and memory
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer state by parameter name, each rank's share as `FlatShard`s, for DCP.
 
-        Loads into any stage and world size. See `model_state` for the parameters.
+        Loads into any stage and world size. See `model_state` for the parameters. Collective.
+
+        Raises ShardError on every rank if one has `torn` a step, but for `prepare_load`.
         """
         self._parking.refuse("state_dict", KINDS)
-        self._show_all()
-        return state.optimizer_state(self)
+        self._settle_whole("state_dict")
+        found = state.optimizer_state(self)
+        if self._zenflow is not None:
+            found["state"].update(self._zenflow.shown_state())
+        return found
+
+    def passing_state(self) -> dict[str, str]:
+        """Keys of `state_dict` that a run of another kind need not know; what is lost with each."""
+        return {} if self._zenflow is None else self._zenflow.passing_state()
 
     def prepare_load(self) -> None:
-        """Allocate the optimizer state that loading a checkpoint fills in place."""
+        """Allocate the optimizer state that loading a checkpoint fills in place.
+
+        Until `load_state_dict` nothing that is held belongs to a step: it is `torn`.
+        """
         self._parking.refuse("prepare_load", KINDS)
-        self.take_back()
+        self.before_change()
+        self._drop_unsettled()
+        self._is_loading = True
+        self.torn = self.torn or "prepare_load() dropped states, and no load_state_dict() followed"
+        for unit in self.units:
+            unit.rescue_shard()
         for unit in self._trainable:
             for piece in unit.optimizer_pieces:
                 group = self._inner.param_groups[piece.group_index]
-                unit.take_from_disk(piece)
+                unit.take_from_disk(piece, rescues=True)
                 self._inner.state.pop(piece.weights, None)
                 with unit.present(piece, edits=False):
                     allocate_state_of(self._inner, group, piece.weights)
@@ -157,17 +190,40 @@ class HeldValues(torch.optim.Optimizer, ABC):
                 self._zenflow.allocate(unit.optimizer_pieces)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Adopt a `state_dict()` whose tensors DCP filled in place, and publish. Collective."""
+        """Adopt a `state_dict()` whose tensors DCP filled in place, and publish. Collective.
+
+        Nothing is `torn` any more.
+        """
         self._parking.refuse("load_state_dict", KINDS)
-        self.take_back()
+        self.before_change()
+        self._drop_unsettled()
         load_groups(self.param_groups, state_dict["groups"])
         state.adopt_loaded(self, state_dict["state"])
-        self.publish()
+        self._publish_loaded(state_dict["state"])
+        self._is_loading, self._agreed, self.torn = False, None, None
+        if self._early is not None:
+            self._early.mend()
+        if self._ahead is not None:
+            self._ahead.torn = None
+
+    def _publish_loaded(self, loaded: dict[str, Any]) -> None:
+        """Let the model see what was loaded: with ZenFlow what that of the checkpoint saw."""
+        has_shown = self._zenflow is not None and self._zenflow.has_shown(loaded)
+        if not (has_shown and self._is_loading):
+            self._publish()
+            return
+        for unit in self.units:
+            with unit.updating(whole=False):
+                pass  # it was written where updates leave it
+            _wait(unit.publish())
 
     def model_state(self) -> dict[str, Any]:
-        """Parameters by name, each rank's share as `FlatShard`s of the most precise copy."""
+        """Parameters by name, each rank's share as `FlatShard`s of the most precise copy.
+
+        Collective. Raises ShardError as `state_dict` does.
+        """
         self._parking.refuse("model_state", KINDS)
-        self._show_all()
+        self._settle_whole("model_state")
         return state.model_state(self)
 
     def memory(self) -> dict[str, int]:
@@ -184,3 +240,8 @@ class HeldValues(torch.optim.Optimizer, ABC):
     def memory_by_tier(self) -> dict[Place, dict[str, int]]:
         """The same by "device", "host" and "disk"; a model on the CPU has no device."""
         return state.memory_by_tier(self)
+
+
+def _wait(pending: comm.Pending | None) -> None:
+    if pending is not None:
+        pending.wait()

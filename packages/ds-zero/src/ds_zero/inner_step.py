@@ -82,6 +82,8 @@ class InnerStep:
         optimizer: the user's, whose groups hold flat shards.
         grad_scale: factor on every gradient.
         undo: whether the optimizer keeps what takes the step back (`fused.can_undo`).
+        unless: a flag on the device, true to leave the step out, for an optimizer of which
+            `fused.fuses_scale` is true; gradients are not scaled then.
     """
 
     def __init__(
@@ -90,8 +92,9 @@ class InnerStep:
         grad_scale: float | torch.Tensor,
         *,
         undo: bool = False,
+        unless: torch.Tensor | None = None,
     ) -> None:
-        self._optimizer, self._undo = optimizer, undo
+        self._optimizer, self._undo, self._unless = optimizer, undo, unless
         self._scale = grad_scale
         self._unit_scale = isinstance(grad_scale, float) and grad_scale == 1.0
         self._one_pass = fused.is_one_pass(optimizer)
@@ -140,7 +143,9 @@ class InnerStep:
         for piece in pieces:
             piece.weights.grad = self._gradient(unit, piece)
         with self._only(pieces):
-            if self._fuses_scale:
+            if self._unless is not None:
+                fused.step_unless(self._optimizer, self._unless)
+            elif self._fuses_scale:
                 fused.step_scaled(self._optimizer, self._scale, pieces[0].weights.device)
             else:
                 self._optimizer.step()

@@ -8,7 +8,7 @@ run is sure to need: whole units, their gradients, and buffers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from ds_core.observers.units import told_bytes
 from ds_zero.holdings import KINDS, PLACES, Place, by_place
 from ds_zero.init import held_bytes
 from ds_zero.room import Room
-from ds_zero.unit_plan import UnitPlan, rounded_up
+from ds_zero.unit_plan import UnitPlan, accumulates_locally, plan_unit_buffers, rounded_up
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class MemoryPlan:
         title: what is planned.
         held: bytes that outlive a step, by place and kind; "padding" is part of the others.
         buffers: at most, of what offloaded state passes through, by place.
+        undo: what takes speculative steps back, from backward until the step, by place.
+        moving: beyond all that, if the states of Twin-Flow's "auto" go to one side.
         transient: bytes that come and go beside that: whole units and local gradients.
         laying_out: the most that is there while units are made, one after the other.
         present: bytes of the model as it is now, which go as its units are made.
@@ -47,6 +49,8 @@ class MemoryPlan:
     activations: int | None = None
     room: Room = field(default_factory=Room)
     local_ranks: int = 1
+    undo: Mapping[Place, int] = field(default_factory=dict)
+    moving: Mapping[Place, int] = field(default_factory=dict)
     advice: str = ""
 
     def persistent(self, place: Place) -> int:
@@ -57,7 +61,9 @@ class MemoryPlan:
         """The most bytes of a place that are in use at once."""
         if place == "disk":
             return sum(size for _, size in self.files)
-        at_work = self.persistent(place) + self.buffers.get(place, 0) + self.transient.get(place, 0)
+        at_work = self.persistent(place)
+        for also in (self.buffers, self.undo, self.moving, self.transient):
+            at_work += also.get(place, 0)
         return max(at_work, self.laying_out.get(place, 0))
 
     def to_come(self, place: Place) -> int:
@@ -83,6 +89,8 @@ class MemoryPlan:
         row("= between steps", {place: self.persistent(place) for place in places})
         row("  of which padding", {p: self.held.get(p, {}).get("padding", 0) for p in places})
         row("buffers, at most", self.buffers)
+        row("to take steps back", self.undo)
+        row("if states move", self.moving)
         row("whole units, local gradients", self.transient)
         row("while units are made", self.laying_out)
         rows.append(("= needed", *(_told(self.needed(place)) for place in places)))
@@ -131,13 +139,15 @@ def planned(
         title=title,
         held=by_place(each for unit in units for each in unit.holdings()),
         buffers={"host": buffer_bytes(units)},
-        transient={near: _transient(units, activations or 0)},
+        transient=_transient(units, activations or 0),
         laying_out={near: _laying_out(units, owned)},
         present={near: sum(owned)},
         files=tuple((folder or "a folder", size) for folder, size in files if size),
         activations=activations,
         room=room or Room(),
         local_ranks=local_ranks,
+        undo={"host": sum(unit.undo() for unit in units)},
+        moving=_moving(units),
     )
 
 
@@ -147,7 +157,37 @@ def buffer_bytes(units: Sequence[UnitPlan]) -> int:
     shards = [rounded_up(u.own * u.dtype.itemsize) for u in units if u.shard == "disk"]
     records = [size for unit in units for size in unit.records()]
     pools = _pool(offload.buffers, records) + _pool(offload.parameter_buffers, shards)
-    return pools + sum(unit.passing() for unit in units)
+    apart = sum(unit.important() for unit in units)
+    if _steps_rest_beside(units):
+        apart += sum(unit.mean_of_rest() for unit in units)
+    return pools + apart + sum(unit.passing() for unit in units)
+
+
+def _steps_rest_beside(units: Sequence[UnitPlan]) -> bool:
+    zenflow = units[0].setup.zenflow
+    return zenflow is not None and zenflow.overlap_step
+
+
+def _moving(units: Sequence[UnitPlan]) -> dict[Place, int]:
+    """What each place needs more if the states of all units, or of none, come to be there."""
+    setup = units[0].setup
+    if not setup.may_move or sum(unit.spec.trainable for unit in units) < 2:
+        return {}
+    specs, before, most = [unit.spec for unit in units], _held(units), dict[Place, int]()
+    for ratio in (0.0, 1.0):
+        offload = replace(setup.offload, ratio=ratio)
+        after = _held(plan_unit_buffers(specs, replace(setup, offload=offload)))
+        for place, size in after.items():
+            most[place] = max(most.get(place, 0), size - before.get(place, 0))
+    return most
+
+
+def _held(units: Sequence[UnitPlan]) -> dict[Place, int]:
+    """Bytes by place that outlive a step, buffers and what takes it back included."""
+    found: dict[Place, int] = {"host": buffer_bytes(units) + sum(unit.undo() for unit in units)}
+    for each in (each for unit in units for each in unit.holdings()):
+        found[each.place] = found.get(each.place, 0) + each.nbytes
+    return found
 
 
 def _params(unit: UnitPlan) -> Iterable[nn.Parameter]:
@@ -158,10 +198,10 @@ def _pool(count: int, sizes: list[int]) -> int:
     return min(count, len(sizes)) * max(sizes, default=0)
 
 
-def _transient(units: Sequence[UnitPlan], activations: int) -> int:
+def _transient(units: Sequence[UnitPlan], activations: int) -> dict[Place, int]:
     """While computing: the root, one other unit with its gradients, and those gathered ahead.
 
-    While updating: one gradient in the dtype that the optimizer wants.
+    While updating: one gradient in the dtype that the optimizer wants, or a mean of several.
     """
     others = [unit for unit in units if not unit.spec.is_root]
     ahead = 1 + (units[0].setup.prefetch if len(others) > 1 else 0)
@@ -170,8 +210,14 @@ def _transient(units: Sequence[UnitPlan], activations: int) -> int:
     # The gradients of the root are complete when its backward ends, after all others.
     made = sum(u.local_gradients() for u in units if u.spec.is_root)
     made += max((u.local_gradients() for u in others), default=0)
-    updating = max(unit.recast() for unit in units)
-    return max(whole + made + activations, updating)
+    if accumulates_locally(units):
+        made = sum(u.local_gradients() for u in units)
+    computing = whole + made + activations
+    recast = max(unit.recast() for unit in units)
+    mean = 0 if _steps_rest_beside(units) else max(unit.mean_of_rest() for unit in units)
+    if units[0].setup.is_host:
+        return {"host": max(computing, recast + mean)}
+    return {"device": max(computing, recast), "host": mean}
 
 
 def _laying_out(units: Sequence[UnitPlan], owned: Sequence[int]) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ds_core.fused import prefer_fused
 from ds_core.gradients import GradientReducer
 from ds_core.optimizer_state import allocate_state_of
 from ds_core.precision import Precision
-from ds_core.seams import Transport
+from ds_core.seams import Transport, change_freely, tearing
 from ds_zero import checks, inner_step, preflight
 from ds_zero.agreement import Agreement, agree
 from ds_zero.checks import OWNER
@@ -34,10 +35,12 @@ from ds_zero.offload.choice import is_host
 from ds_zero.offload.homes import Homes
 from ds_zero.parking import KINDS, Parking
 from ds_zero.plan import Selector, UnitSpec, plan_units
+from ds_zero.publishing import Publishing
 from ds_zero.sharded_param import show_class
 from ds_zero.unit import Unit
 from ds_zero.unit_plan import Setup
 from ds_zero.whole_matrices import matrix_steps
+from ds_zero.wholeness import Trouble, Wholeness
 
 #: Kinds of parked state without which gradients cannot be read or written.
 _GRADIENTS = ("lp_grads", "contiguous_grad_buffer")
@@ -72,6 +75,8 @@ class ZeroOptimizer(HeldValues):
         update_in_backward: bool,
         check_memory: bool,
         zenflow: ZenFlow | None,
+        accumulation: int = 1,
+        scales_gradients: bool = False,
     ) -> None:
         specs = checks.parameters_of(model, optimizer, mesh.group("dp"))
         self._inner = optimizer
@@ -90,14 +95,17 @@ class ZeroOptimizer(HeldValues):
                 preflight.state_bytes_of(optimizer, device),
                 offload,
                 update_in_backward,
+                accumulation=accumulation,
+                zenflow=zenflow,
                 prefetch=prefetch,
                 is_host=is_host(device),
             )
-            clips, group = max_grad_norm is not None, mesh.group("dp")
+            clips, group = scales_gradients or max_grad_norm is not None, mesh.group("dp")
             self.memory_plan = preflight.check_memory(
                 plan, setup, group, device=device, clips=clips
             )
         self._homes = Homes(offload, device, dist.get_rank())
+        self._before_change = _BeforeChange()
         if self.memory_plan is not None:
             self._homes.tell_speed(self.memory_plan.files, self.memory_plan.room)
         self.updates_in_backward = update_in_backward
@@ -151,7 +159,9 @@ class ZeroOptimizer(HeldValues):
         #: What a backward has updated already, of an optimizer that updates in backward.
         self._early: EarlyUpdates | None = None
         if update_in_backward:
-            self._early = EarlyUpdates(self._inner, self._trainable, self._matrices, self._homes)
+            self._early = EarlyUpdates(
+                self._inner, self._trainable, self._matrices, self._homes, self._before_change
+            )
             self.reduces_each_backward = False
         self._worker: HostWorker | None = None
         #: Steps that are taken before they are asked for, of an optimizer that speculates.
@@ -170,7 +180,34 @@ class ZeroOptimizer(HeldValues):
             ranks = mesh.group("dp")
             self._twins = TwinFlow(self._inner, self._trainable, offload, ranks, self._worker)
         if self._worker is not None and offload.speculative:
-            self._ahead = Speculation(self._inner, self._trainable, self._worker)
+            self._ahead = Speculation(
+                self._inner, self._trainable, self._worker, self._before_change
+            )
+        sources = [self._homes, self._early, self._ahead]
+        self._wholeness = Wholeness([each for each in sources if each is not None], device)
+        self._is_loading = False
+
+    @property
+    def before_change(self) -> Callable[[], None]:
+        """Called before parameters or states change; set it to wait for who still reads them."""
+        return self._before_change.call
+
+    @before_change.setter
+    def before_change(self, call: Callable[[], None]) -> None:
+        self._before_change.call = call
+
+    @property
+    def torn(self) -> str | None:
+        """Why what this rank holds does not belong to one step, after an error; None if it does.
+
+        Steps, saves and `publish` are refused then, on all ranks, until a checkpoint is loaded:
+        `prepare_load`, then `load_state_dict`.
+        """
+        return self._wholeness.reason
+
+    @torn.setter
+    def torn(self, reason: str | None) -> None:
+        self._wholeness.reason = reason
 
     def _put_on_disk(self, unit: Unit) -> dict[torch.Tensor, dict[str, Any]]:
         """Allocate the states of a unit that lives on disk, and write them; their small parts."""
@@ -260,20 +297,40 @@ class ZeroOptimizer(HeldValues):
         if self._ahead is not None:
             self._ahead.take_back()
         if self._zenflow is not None:
-            self._zenflow.settle()
+            with tearing(self, "a step of what ZenFlow leaves for later"):
+                self._zenflow.settle()
 
-    def _show_all(self) -> None:
-        """As `take_back`; with ZenFlow the model also sees all that is done, as one that resumes
-        does. Collective then.
+    def _settle_whole(self, operation: str) -> None:
+        """As `take_back`, and all is on disk that is to be there. Collective.
+
+        Raises ShardError on every rank if that failed on one, or a step was torn before.
         """
-        self.take_back()
+        if self._is_loading:
+            return
+        cause: Exception | None = None
+        try:
+            self.take_back()
+            self._homes.settle()
+        except Exception as error:
+            cause = error
+        self._wholeness.check(operation, self.mesh.group("dp"), cause)
+
+    def _drop_unsettled(self) -> None:
+        """As `take_back`; of what is torn, errors do not matter any more."""
+        if self.torn is None:
+            self.take_back()
+            return
+        if self._ahead is not None:
+            self._ahead.drop()
         if self._zenflow is not None:
-            self.publish()
+            self._zenflow.drop()
 
     def _begin_backward(self) -> None:
         needs = {"lp_params", *_GRADIENTS} if self._early is None else KINDS
         self._parking.refuse("backward", needs)
         self._agreed = None
+        if self._early is not None:
+            self._early.begin_backward()
         if self._ahead is not None:
             self._ahead.begin_backward()
         self._reducer.begin()
@@ -284,6 +341,8 @@ class ZeroOptimizer(HeldValues):
         if self._gather is not None:
             self._gather.end_backward()
         self._reducer.finish()
+        if self._early is not None:
+            self._early.end_backward()
         if self._ahead is not None:
             self._ahead.end_backward()
 
@@ -321,18 +380,48 @@ class ZeroOptimizer(HeldValues):
         """Global L2 norm of the averaged gradients, a float64 scalar equal on all ranks.
 
         Infinite or NaN if any gradient on any rank is. Collective, once per backward.
+
+        Raises ShardError on every rank if one of them cannot take the step, or has `torn` one.
         """
         self._parking.refuse("grad_norm", _GRADIENTS)
         self._reducer.settle()
-        if self._agreed is None or self._agreed.norm is None:
-            squares = {} if self._early is None else self._early.norm_squares
-            if self._ahead is not None:
-                squares = self._ahead.norm_squares()
-            self._agreed = agree(self._trainable, with_norm=True, squares=squares)
-        assert self._agreed.norm is not None
-        if self._ahead is not None and not bool(torch.isfinite(self._agreed.norm)):
+        norm = self._agree(with_norm=True).norm
+        assert norm is not None
+        if self._ahead is not None and not bool(torch.isfinite(norm)):
             self._ahead.take_back()
-        return self._agreed.norm
+        return norm
+
+    def _agree(self, *, with_norm: bool) -> Agreement:
+        """What all ranks know of the gradients; asked once. Raises what made work ahead fail."""
+        if self._agreed is not None and not (with_norm and self._agreed.norm is None):
+            return self._agreed
+        squares: Mapping[int, torch.Tensor] = {}
+        updated: torch.Tensor | None = None
+        failure: BaseException | None = None
+        if self._early is not None:
+            squares, updated = self._early.norm_squares, self._early.updated
+            failure = self._early.failure
+        elif self._ahead is not None:
+            squares, failure = self._ahead.norm_squares(), self._ahead.error
+        trouble = self._wholeness.trouble
+        if trouble is None and failure is not None:
+            told = f"a step ahead failed, and was undone: {type(failure).__name__}: {failure}"
+            trouble = Trouble(told, is_torn=False)
+        try:
+            self._agreed = agree(
+                self._trainable,
+                with_norm=with_norm,
+                squares=squares,
+                updated=updated,
+                trouble=trouble,
+            )
+        except ShardError as error:
+            if failure is not None:
+                raise failure from error
+            raise
+        if self._early is not None and self._agreed.norm is not None:
+            self._early.judge(self._agreed.norm, self._agreed.updated)
+        return self._agreed
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale the next step's gradients so that their global L2 norm is at most `max_norm`.
@@ -368,17 +457,28 @@ class ZeroOptimizer(HeldValues):
 
         Unit by unit, so that the gathers of one overlap the arithmetic of the next. A parameter
         that no rank used keeps its value and state, as in plain PyTorch. Collective.
+
+        Raises ShardError on every rank if one has `torn` a step. An error in the middle of this
+        one tears it: it is raised on its rank, and the next step or save on the others.
         """
         self._parking.refuse("update", KINDS)
+        self.before_change()
         if self._gather is not None:
             self._gather.settle()
         self._reducer.settle()
-        if self._early is not None:
-            self._early.finish(grad_scale)
-            return
-        if self._agreed is None:
-            self._agreed = agree(self._trainable, with_norm=False)
-        used = self._agreed.used
+        agreed = self._agree(with_norm=self._early is not None)
+        try:
+            if self._early is not None:
+                assert agreed.norm is not None
+                self._early.finish(agreed.norm, grad_scale)
+            else:
+                with tearing(self, "the optimizer's step"):
+                    self._update(agreed.used, grad_scale)
+        except BaseException:
+            self._agreed = None  # who steps again asks again
+            raise
+
+    def _update(self, used: dict[int, list[bool]], grad_scale: float | torch.Tensor) -> None:
         for matrices in self._matrices:
             matrices.run(used, grad_scale)
         step = inner_step.InnerStep(self._inner, grad_scale)
@@ -388,17 +488,23 @@ class ZeroOptimizer(HeldValues):
         if self._twins is not None:
             self._twins.run(used, grad_scale, self._ahead)
             return
-        pending = []
+        publishing = Publishing()
         for unit in self._trainable:
-            mine = used[unit.index]
-            if self._zenflow is not None:
-                self._zenflow.run(unit, mine, grad_scale, step)
-            elif self._ahead is None or not self._ahead.settle(unit, mine, grad_scale):
-                step.run(unit, mine)
-            pending.append(unit.publish())
-        for gather in pending:
-            if gather is not None:
-                gather.wait()
+            publishing.attempt(partial(self._step_unit, unit, used[unit.index], grad_scale, step))
+            publishing.publish(unit)
+        publishing.finish()
+
+    def _step_unit(
+        self,
+        unit: Unit,
+        used: list[bool],
+        grad_scale: float | torch.Tensor,
+        step: inner_step.InnerStep,
+    ) -> None:
+        if self._zenflow is not None:
+            self._zenflow.run(unit, used, grad_scale, step)
+        elif self._ahead is None or not self._ahead.settle(unit, used, grad_scale):
+            step.run(unit, used)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients. Their persistent buffers stay; nothing is written."""
@@ -407,7 +513,7 @@ class ZeroOptimizer(HeldValues):
         if self._early is not None:
             self._early.forget()
         if self._ahead is not None:
-            self._ahead.take_back()
+            (self._ahead.take_back if self.torn is None else self._ahead.drop)()
         self._reducer.forget()
         for unit in self._trainable:
             unit.clear_gradient()
@@ -508,6 +614,7 @@ class ZeroOptimizer(HeldValues):
         Raises ShardError for unknown names, if something is parked already, and on all ranks if
         one has no room.
         """
+        self.before_change()
         self._parking.park(
             include, device, pin_memory=pin_memory, non_blocking=non_blocking, folder=folder
         )
@@ -543,7 +650,9 @@ class ZeroOptimizer(HeldValues):
     def close(self) -> None:
         """Undo the sharding: the model is whole again, with no hook of ours. Collective."""
         self.reload_states()
-        self._show_all()
+        self._drop_unsettled()
+        if self._zenflow is not None and self.torn is None:
+            self._publish()  # the model sees all that is done
         if self._worker is not None:
             self._worker.close()
         if self._gather is not None:
@@ -598,6 +707,16 @@ def _member(group: comm.Group) -> tuple[int, int]:
 def _trained_numel(spec: UnitSpec) -> int:
     """Elements of a unit that an optimizer updates; all of them or none."""
     return sum(each.param.numel() for each in spec.params) if spec.trainable else 0
+
+
+class _BeforeChange:
+    """Whom to call before parameters or states change; several parts share one."""
+
+    def __init__(self) -> None:
+        self.call: Callable[[], None] = change_freely
+
+    def __call__(self) -> None:
+        self.call()
 
 
 class _Nobody:

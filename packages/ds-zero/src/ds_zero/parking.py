@@ -17,8 +17,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ds_core import comm
+from ds_core.optimizer_state import is_wide
 from ds_core.seams import TensorFile
 from ds_zero.errors import ShardError
+from ds_zero.offload.buffers import whole_pages
 from ds_zero.offload.choice import Tier
 from ds_zero.offload.crossing import host_empty
 from ds_zero.sharded_param import hide
@@ -31,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 #: What may be parked, as DeepSpeed calls it.
 KINDS = ("optim_states", "hp_params", "lp_params", "lp_grads", "contiguous_grad_buffer")
-_PAGE = 4096
 
 
 class _Place:
@@ -134,7 +135,7 @@ class Parking:
         if self._file is not None:
             if self._places:
                 last = self._places[-1]
-                place.offset = -(-(last.offset + last.nbytes) // _PAGE) * _PAGE
+                place.offset = whole_pages(last.offset + last.nbytes)
             self._file.preallocate(place.offset + place.nbytes)
             self._file.write(source.cpu(), place.offset).wait()
         else:
@@ -169,7 +170,7 @@ class Parking:
             resident = "optim_states" in kinds and unit.states != "nvme"
             for piece in unit.optimizer_pieces if resident else ():
                 for value in self._optimizer.state.get(piece.weights, {}).values():
-                    if isinstance(value, torch.Tensor) and value.dim() > 0:
+                    if is_wide(value):
                         yield value
 
     @staticmethod

@@ -49,7 +49,8 @@ class ZeroPlanner:
         units = _plan(section, workload)
         places = by_place(each for unit in units for each in unit.holdings())
         memory = in_memory(places)
-        buffers = buffer_bytes(units)
+        # What takes steps back is there from backward on.
+        buffers = buffer_bytes(units) + sum(unit.undo() for unit in units)
         trained = sum(unit.own for unit in units if unit.spec.trainable)
         updated = memory["gradients"] if section.stage > 1 else trained * 4
         updated += 2 * (memory["master"] + memory["optimizer"])
@@ -139,6 +140,7 @@ def _plan(section: ZeroSection, work: Workload) -> list[UnitPlan]:
         offload=section.offload(),
         update_in_backward=section.update_in_backward,
         accumulation=work.accumulation,
+        zenflow=None if section.zenflow is None else section.zenflow.choice(),
         prefetch=1 if section.stage3_prefetch_bucket_size else 0,
         is_host=work.is_host,
     )
@@ -201,7 +203,7 @@ def _messages(stage: int, units: list[UnitPlan], work: Workload) -> Iterator[Mes
     if stage == 3:
         yield from _gathers(units, passes, ranks)
     if trained:
-        flags = 8 * (1 + sum(len(unit.spec.params) for unit in trained))
+        flags = 8 * (3 + sum(len(unit.spec.params) for unit in trained))
         yield Message(
             "all_gather", "gradient norm", "dp", "control", "update", 1, (ranks - 1) * flags
         )

@@ -12,10 +12,12 @@ from torch import nn
 
 from ds_core import comm, ops
 from ds_core.errors import DsError
-from ds_core.optimizer_state import allocate_state_of
+from ds_core.optimizer_state import allocate_state_of, is_wide
 from ds_core.precision import Precision
 from ds_zero.errors import ShardError
 from ds_zero.fitting import least_change
+from ds_zero.host_steps.combinations import check_combination
+from ds_zero.host_steps.zenflow import ZenFlow
 from ds_zero.memory_plan import MemoryPlan, complaints, planned
 from ds_zero.offload.choice import Offload
 from ds_zero.plan import ParamSpec, Selector, UnitSpec, plan_units
@@ -47,6 +49,7 @@ def memory_plan(
     activations: int | None = None,
     device: torch.device | str | None = None,
     room: Room | None = None,
+    zenflow: ZenFlow | None = None,
 ) -> MemoryPlan:
     """What `ds_zero.shard` with the same arguments will hold on each tier, without allocating it.
 
@@ -60,21 +63,23 @@ def memory_plan(
         optimizer: whose states are counted; default: AdamW.
         world_size, rank: over how many ranks, and which of them is meant.
         local_ranks: ranks on this host, which share its memory and disks.
-        precision, offload, update_in_backward, prefetch, units, leaf_modules, min_unit_numel,
-            max_grad_norm: as `shard` takes them.
-        accumulation: micro-batches per step.
+        precision, offload, update_in_backward, accumulation, prefetch, units, leaf_modules,
+            min_unit_numel, max_grad_norm, zenflow: as `shard` takes them.
         activations: bytes of one micro-batch, if known.
         device: on which it will compute; default: the model's, the CPU for "meta".
         room: what is free; default: measured here and now.
 
-    Raises ShardError for a stage or a number of ranks that makes no sense.
+    Raises ShardError for a stage or a number of ranks that makes no sense, and for what `shard`
+    refuses to combine.
     """
     if stage not in (1, 2, 3):
         raise ShardError(f"stage: got {stage!r}, expected 1, 2 or 3")
     if not 0 <= rank < world_size:
         raise ShardError(f"rank: got {rank} of world_size {world_size}, expected 0 or more, below")
+    if accumulation < 1:
+        raise ShardError(f"accumulation: got {accumulation}, expected at least 1")
     offload = offload or Offload()
-    offload.check_stage(stage)
+    check_combination(stage, offload, update_in_backward=update_in_backward, zenflow=zenflow)
     group_of: dict[int, int] = {}
     for index, group in enumerate([] if optimizer is None else optimizer.param_groups):
         group_of.update((id(param), index) for param in group["params"])
@@ -91,6 +96,7 @@ def memory_plan(
         offload=offload,
         update_in_backward=update_in_backward,
         accumulation=accumulation,
+        zenflow=zenflow,
         prefetch=prefetch,
         is_host=where.type in ("cpu", "meta"),
     )
@@ -185,6 +191,14 @@ def _title(units: Sequence[UnitPlan]) -> str:
         told.append(f"optimizer on {setup.offload.optimizer}")
     if setup.offload.parameters != "device":
         told.append(f"parameters on {setup.offload.parameters}")
+    if setup.offload.ratio != 1.0:
+        told.append(f"ratio {setup.offload.ratio}")
+    if setup.offload.speculative:
+        told.append("speculative steps")
+    if setup.zenflow is not None:
+        told.append("ZenFlow")
+    if setup.accumulation > 1:
+        told.append(f"{setup.accumulation} micro-batches a step")
     if setup.update_in_backward:
         told.append("updates in backward")
     return "; ".join(told)
@@ -227,7 +241,7 @@ def _probed(
     if optimizer.state and shaped:
         # It allocates before its first step, as Adagrad does.
         held = optimizer.state.get(shaped[0], {}).values()
-        return dtype.itemsize * sum(isinstance(v, torch.Tensor) and v.dim() > 0 for v in held)
+        return dtype.itemsize * sum(is_wide(v) for v in held)
     twin = object.__new__(type(optimizer))
     # Without what a schedule put in its place, and without hooks: nobody shall see the step.
     own = {key: value for key, value in optimizer.__dict__.items() if key != "step"}

@@ -22,6 +22,8 @@ def from_config(
     mesh: comm.Mesh,
     precision: Precision,
     transport: Transport,
+    accumulation: int = 1,
+    scales_gradients: bool = False,
 ) -> ZeroOptimizer | None:
     """Shard as the section says; None at stage 0. Entry point of `ds_core.sharding`."""
     if section.stage == 0:
@@ -39,6 +41,8 @@ def from_config(
         update_in_backward=section.update_in_backward,
         check_memory=section.check_memory,
         zenflow=None if section.zenflow is None else section.zenflow.choice(),
+        accumulation=accumulation,
+        scales_gradients=scales_gradients,
     )
 
 

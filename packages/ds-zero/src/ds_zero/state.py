@@ -11,10 +11,11 @@ from torch import nn
 
 from ds_core import comm
 from ds_core.flat import Piece
-from ds_core.optimizer_state import PortableState, state_of
+from ds_core.optimizer_state import PortableState, is_wide, state_of
 from ds_zero.errors import ShardError
 from ds_zero.holdings import Holding, Place, by_place, in_memory
 from ds_zero.inner_step import split_by_parameter
+from ds_zero.offload.shard_home import DiskShard, HostShard
 from ds_zero.unit import Unit
 from ds_zero.unit_piece import OptimizerPiece
 
@@ -79,7 +80,7 @@ def _local(optimizer: HeldValues, unit: Unit, piece: Piece | None, kind: str) ->
     if isinstance(value, torch.Tensor) and value.shape == mine.weights.shape:
         return value[start - mine.start : stop - mine.start]
     each = [state_of(optimizer._inner, weights) for weights in optimizer.state]
-    keys = {k for values in each for k, v in values.items() if _is_wide(v)}
+    keys = {k for values in each for k, v in values.items() if is_wide(v)}
     if kind in keys and not held:
         # No step has used the parameter yet.
         return torch.zeros_like(mine.weights.detach()[start - mine.start : stop - mine.start])
@@ -89,15 +90,11 @@ def _local(optimizer: HeldValues, unit: Unit, piece: Piece | None, kind: str) ->
     )
 
 
-def _is_wide(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0
-
-
 def local_value(optimizer: HeldValues, which: str | nn.Parameter, kind: str) -> torch.Tensor:
     """See `ZeroOptimizer.local_value`."""
     unit, position = _find(optimizer, which)
     with _held(optimizer, unit, _piece_of(unit, position), kind, edits=False) as value:
-        return value if unit.is_resident else value.clone()
+        return value.clone() if unit.is_away(kind) else value
 
 
 def local_shard(unit: Unit, position: int) -> torch.Tensor:
@@ -133,7 +130,7 @@ def _copied_or_error(
     mine, complaint = unit.full.new_empty(0), None
     try:
         with _held(optimizer, unit, piece, kind, edits=False) as value:
-            mine = value if unit.is_resident else value.clone()
+            mine = value.clone() if unit.is_away(kind) else value
     except ShardError as error:
         complaint = str(error)
     if kind not in ("parameter", "gradient"):
@@ -243,14 +240,20 @@ def full_state_dict(optimizer: HeldValues) -> dict[str, torch.Tensor]:
 
 
 def _stated(optimizer: HeldValues, unit: Unit, piece: Piece, kind: str) -> Any:
-    """What a checkpoint holds of a parameter or state: `FlatShard`; a lazy one if it is away."""
+    """What a checkpoint holds of a parameter or state: `FlatShard`; a lazy one if it is on disk.
+
+    What is in memory must not be lazy: a save that reads it late would find a step's part of it.
+    """
     from ds_core.checkpoint import FlatShard
 
     shape, start = piece.slot.shape, piece.start
-    if unit.is_resident:
+    if not unit.is_away(kind):
         return FlatShard(_local(optimizer, unit, piece, kind), shape, start)
     home = unit.shard_home if kind == "parameter" and unit.master is None else None
     own = slice(piece.offset, piece.offset + _numel(piece))
+    if isinstance(home, HostShard):
+        return FlatShard(home.host[own], shape, start)
+    assert home is None or isinstance(home, DiskShard)
 
     def read() -> torch.Tensor:
         if home is not None:
@@ -260,6 +263,7 @@ def _stated(optimizer: HeldValues, unit: Unit, piece: Piece, kind: str) -> Any:
 
     @torch.no_grad()
     def write(values: torch.Tensor) -> None:
+        optimizer.before_change()
         if home is not None:
             home.write(own.start, values)
             return
@@ -328,7 +332,7 @@ def adopt_loaded(optimizer: HeldValues, loaded: dict[str, dict[str, Any]]) -> No
                 continue
             held = optimizer.state.get(piece.weights, {})
             for key in list(held):
-                if _is_wide(held[key]):
+                if is_wide(held[key]):
                     continue
                 for value in _loaded_values(optimizer, unit, piece, loaded, key)[:1]:
                     held[key] = value.clone() if isinstance(value, torch.Tensor) else value
@@ -343,9 +347,9 @@ def _adopt_packed(
         start = part.offset - piece.start
         for key, own in values.items():
             value = loaded.get(key, {}).get(part.slot.name)
-            if value is None or (_is_wide(own) and value.is_lazy):
+            if value is None or (is_wide(own) and value.is_lazy):
                 continue  # a lazy one was written as it was read
-            if _is_wide(own):
+            if is_wide(own):
                 own[start : start + _numel(part)].copy_(value.local.reshape(-1))
             else:
                 values[key] = value
@@ -361,7 +365,7 @@ def _differ(
     optimizer: HeldValues, unit: Unit, piece: OptimizerPiece, loaded: dict[str, dict[str, Any]]
 ) -> bool:
     for key, own in state_of(optimizer._inner, piece.weights).items():
-        if not _is_wide(own):
+        if not is_wide(own):
             values = _loaded_values(optimizer, unit, piece, loaded, key)
             if any(value != values[0] for value in values):
                 return True
@@ -400,9 +404,12 @@ def _holdings(optimizer: HeldValues) -> Iterator[Holding]:
             if unit.master is not None and unit.states == "nvme":
                 size = weights.element_size()
                 yield Holding("disk", "master", weights.numel() * size, gap * size)
-            for value in optimizer.state.get(weights, {}).values():
-                if _is_wide(value):
+            # Not `optimizer.state`: to ask for it is to want all states in their places.
+            for value in optimizer._inner.state.get(weights, {}).values():
+                if is_wide(value):
                     size = value.element_size()
                     padding = gap * size if value.shape == weights.shape else 0
                     yield Holding(place, "optimizer", value.numel() * size, padding)
     yield Holding("host", "buffers", optimizer._homes.buffer_bytes)
+    if optimizer._zenflow is not None:
+        yield Holding("host", "buffers", optimizer._zenflow.buffer_bytes())

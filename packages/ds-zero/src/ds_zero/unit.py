@@ -158,10 +158,10 @@ class Unit(UnitHomes):
                 f"{self.name}: its parameters are parked by offload_states(); call "
                 f"reload_states() first, on all ranks"
             )
-        if not self.is_full:
-            self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
         if self.shard_home is not None:
             self._bring_shard(fill=True)
+        if not self.is_full:
+            self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
         return self._wire.all_gather(self.full, self.shard, self.group, caller=self.name)
 
     def fetch_ahead(self) -> None:

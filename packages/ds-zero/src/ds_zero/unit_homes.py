@@ -9,10 +9,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 import torch
 
 from ds_core.flat import FlatLayout
+from ds_core.optimizer_state import devices_of_state, is_wide
 from ds_zero.offload.choice import Tier
 from ds_zero.offload.crossing import Crossing, host_empty
 from ds_zero.offload.homes import Homes
-from ds_zero.offload.shard_home import HostShard, ShardHome, memory_of
+from ds_zero.offload.shard_home import DiskShard, HostShard, ShardHome, memory_of
 from ds_zero.unit_piece import OptimizerPiece
 
 
@@ -95,15 +96,27 @@ class UnitHomes(ABC):
             self._leave_shard()
 
     @property
+    def shown(self) -> torch.Tensor | ShardHome:
+        """The shard that the model computes with, where an update leaves it."""
+        if self._outgoing is not None:
+            return self._outgoing
+        return self.shard if self.shard_home is None else self.shard_home
+
+    @property
     def _shard_is_here(self) -> bool:
         return self.shard.untyped_storage().size() > 0
 
     def _bring_shard(self, *, fill: bool) -> None:
         """Give a shard that lives elsewhere its memory, and its values."""
         self.shard.untyped_storage().resize_(self.shard.nbytes)
-        if fill:
-            assert self.shard_home is not None
+        if not fill:
+            return
+        assert self.shard_home is not None
+        try:
             self.shard_home.fetch_into(self.shard)
+        except BaseException:
+            self.shard.untyped_storage().resize_(0)  # or what it holds would pass for values
+            raise
 
     def _leave_shard(self) -> None:
         """Take the memory of a shard that lives elsewhere, unless a gather may still read it."""
@@ -145,17 +158,25 @@ class UnitHomes(ABC):
 
         def tensors() -> dict[str, torch.Tensor]:
             state = optimizer.state[piece.weights].items()
-            found = {key: value for key, value in state if _is_wide(value)}
+            found = {key: value for key, value in state if is_wide(value)}
             return {"weights": piece.weights, **found} if has_master else found
 
         swap.adopt(piece.weights, tensors)
 
-    def take_from_disk(self, piece: OptimizerPiece) -> None:
-        """Give a piece's states memory of their own, to be laid out anew."""
+    def rescue_shard(self) -> None:
+        """Before a load: the shard is where it lives, whatever an error has left of an update."""
+        if isinstance(self.shard_home, DiskShard):
+            self.shard_home.rescue()
+        self._leave_shard()
+
+    def take_from_disk(self, piece: OptimizerPiece, *, rescues: bool = False) -> None:
+        """Give a piece's states memory of their own, to be laid out anew.
+
+        rescues: also where they could not be written.
+        """
         swap = self._homes.swap
         if swap is not None and piece.weights in swap:
-            swap.bring(piece.weights)
-            swap.forget(piece.weights)
+            swap.release(piece.weights, rescues=rescues)
 
     def drop_master(self) -> None:
         """The pieces have taken the master weights over: the flat copy has no memory any more."""
@@ -205,7 +226,12 @@ class UnitHomes(ABC):
         for piece in self.optimizer_pieces:
             piece.weights.data = weights[piece.start : piece.stop]
             state = optimizer.state.get(piece.weights, {})
-            state.update({k: v.to(weights.device) for k, v in state.items() if _is_wide(v)})
+            if state:
+                group = optimizer.param_groups[piece.group_index]
+                places = devices_of_state(optimizer, group, weights)
+                for key, value in state.items():
+                    if isinstance(value, torch.Tensor):
+                        state[key] = value.to(places.get(key, weights.device))
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -224,10 +250,13 @@ class UnitHomes(ABC):
             return self.shard[start:stop]
         return piece.weights.detach()[start - piece.start : stop - piece.start]
 
-    @property
-    def is_resident(self) -> bool:
-        """Whether weights and states have memory of their own at all times."""
-        return self.states != "nvme" and (self.shard_home is None or self.master is not None)
+    def is_away(self, kind: str) -> bool:
+        """Whether weights ("parameter") or states have memory only while they are used."""
+        if kind == "gradient":
+            return False
+        if kind == "parameter" and self.master is None:
+            return self.shard_home is not None
+        return self.states == "nvme"
 
     @property
     def weights_dtype(self) -> torch.dtype:
@@ -238,7 +267,3 @@ class UnitHomes(ABC):
     def is_full(self) -> bool:
         """Whether the full parameters are present on this rank."""
         return self.full.untyped_storage().size() > 0
-
-
-def _is_wide(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0

@@ -14,8 +14,9 @@ import torch
 from ds_core.flat import FlatLayout
 from ds_core.precision import Precision
 from ds_zero.holdings import Holding, Place
+from ds_zero.host_steps.zenflow import ZenFlow, at_most_important, state_itemsize
+from ds_zero.offload.buffers import PAGE_BYTES
 from ds_zero.offload.choice import Offload
-from ds_zero.offload.swap import ALIGN_BYTES as PAGE_BYTES
 from ds_zero.plan import UnitSpec
 from ds_zero.unit_piece import optimizer_ranges, unit_layout
 
@@ -37,6 +38,7 @@ class Setup:
         offload: what leaves the device.
         update_in_backward: whether gradients are used up in backward.
         accumulation: micro-batches per step.
+        zenflow: how parts of a shard are stepped apart, if they are.
         prefetch: units gathered ahead at stage 3.
         is_host: whether the model computes on the CPU, so that "cpu" is no other memory.
         gap_bytes: what of `state_bytes` elements of no parameter have; default: as others.
@@ -49,6 +51,7 @@ class Setup:
     offload: Offload = field(default_factory=Offload)
     update_in_backward: bool = False
     accumulation: int = 1
+    zenflow: ZenFlow | None = None
     prefetch: int = 1
     is_host: bool = False
     gap_bytes: StateBytes | None = None
@@ -64,6 +67,11 @@ class Setup:
         tier = self.offload.parameters
         return tier == "nvme" or (tier == "cpu" and not self.is_host)
 
+    @property
+    def may_move(self) -> bool:
+        """Whether states change sides once both have been measured."""
+        return self.offload.ratio == "auto" and not self.is_host
+
 
 @dataclass(frozen=True)
 class UnitPlan:
@@ -78,6 +86,7 @@ class UnitPlan:
         dtype, grad_dtype: of parameters and accumulated gradients.
         master: dtype of the most precise copy, None if it is the shard itself.
         states, shard: where the optimizer's states, and the shard, live.
+        leaves: whether the states were sent from the device, be it to the same memory.
     """
 
     spec: UnitSpec
@@ -90,6 +99,7 @@ class UnitPlan:
     master: torch.dtype | None
     states: Place
     shard: Place
+    leaves: bool = False
 
     # ------------------------------------------------------------------ sizes
 
@@ -160,7 +170,11 @@ class UnitPlan:
                 yield Holding("disk", "master", (stop - start) * size, gap * size)
             state = self.setup.state_bytes(group, stop - start, self.stepped)
             of_gap = self.setup.gap_bytes or self.setup.state_bytes
-            yield Holding(self.states, "optimizer", state, of_gap(group, gap, self.stepped))
+            in_gap = of_gap(group, gap, self.stepped)
+            if self.setup.zenflow is not None:
+                state += (stop - start) * state_itemsize()
+                in_gap += gap * state_itemsize()
+            yield Holding(self.states, "optimizer", state, in_gap)
 
     def _gradients(self) -> Iterator[Holding]:
         size, near = self.grad_dtype.itemsize, self.setup.near
@@ -176,12 +190,46 @@ class UnitPlan:
         if not self.crosses:
             return 0
         found = 0
-        outgoing = self.master is not None and (self.master != self.dtype or self.states == "disk")
+        apart = self.setup.zenflow is not None or self.states == "disk"
+        outgoing = self.master is not None and (self.master != self.dtype or apart)
         if outgoing and not (self.stage == 3 and self.shard == "host"):
             found += self.own * self.dtype.itemsize
         if self.setup.accumulation > 1 and not self.setup.update_in_backward:
             found += self.own * self.grad_dtype.itemsize
         return found
+
+    @property
+    def rounds(self) -> bool:
+        """Whether an update leaves rounded weights beside those of the optimizer."""
+        in_place = self.crosses and self.master == self.dtype
+        return self.master is not None and (not in_place or self.shard == "host")
+
+    def undo(self) -> int:
+        """Bytes that take a step back, from backward until the step, where it is speculative."""
+        if not (self.setup.offload.speculative and self.leaves):
+            return 0
+        found = self.own * self.dtype.itemsize if self.rounds else 0
+        for group, start, stop in self.ranges():
+            found += (stop - start) * self.stepped.itemsize
+            found += self.setup.state_bytes(group, stop - start, self.stepped)
+        return found
+
+    def important(self) -> int:
+        """Bytes of what ZenFlow steps apart: weights and states of their own, places; at most."""
+        if self.setup.zenflow is None:
+            return 0
+        found = 0
+        for group, start, stop in self.ranges():
+            many = at_most_important(stop - start, self.setup.zenflow.topk_ratio, self.gap)
+            found += many * (self.stepped.itemsize + torch.int64.itemsize)
+            found += self.setup.state_bytes(group, many, self.stepped)
+        return found
+
+    def mean_of_rest(self) -> int:
+        """Bytes of the mean gradient with which ZenFlow steps the rest."""
+        if self.setup.zenflow is None:
+            return 0
+        return sum(stop - start for _, start, stop in self.ranges()) * torch.float32.itemsize
 
     # ------------------------------------------------------------------ what comes and goes
 
@@ -251,7 +299,8 @@ def plan_unit_buffers(specs: Sequence[UnitSpec], setup: Setup) -> list[UnitPlan]
         if spec.trainable:
             wide = torch.promote_types(dtype, setup.precision.master or dtype)
             crosses = states != setup.near and not setup.is_host
-            master = wide if wide != dtype or crosses else None
+            apart = wide != dtype or crosses or setup.zenflow is not None
+            master = wide if apart else None
         shard: Place = setup.near
         if stage == 3 and setup.shards_leave:
             in_cpu = setup.offload.parameters == "cpu"
@@ -259,5 +308,15 @@ def plan_unit_buffers(specs: Sequence[UnitSpec], setup: Setup) -> list[UnitPlan]
                 in_cpu, numel_in_cpu = True, numel_in_cpu + layout.shard_numel
             shard = "host" if in_cpu else "disk"
         grad = setup.precision.grad or dtype
-        found.append(UnitPlan(spec, setup, layout, rank, stage, dtype, grad, master, states, shard))
+        leaves = spec.trainable and tier != "device"
+        found.append(
+            UnitPlan(spec, setup, layout, rank, stage, dtype, grad, master, states, shard, leaves)
+        )
     return found
+
+
+def accumulates_locally(units: Sequence[UnitPlan]) -> bool:
+    """Whether an engine keeps whole gradients of all units from one micro-batch to the next."""
+    setup = units[0].setup
+    plain = all(u.grad_dtype == u.dtype for u in units if u.spec.trainable)
+    return setup.accumulation > 1 and (setup.update_in_backward or (setup.stage == 1 and plain))

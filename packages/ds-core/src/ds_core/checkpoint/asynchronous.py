@@ -30,6 +30,7 @@ from ds_core.checkpoint.sharded import FlatShard
 from ds_core.checkpoint.snapshot import HostBuffers, Snapshot
 from ds_core.checkpoint.state import FlatState
 from ds_core.checkpoint.store import checked_state
+from ds_core.comm.group import timeout_of
 from ds_core.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class AsyncSaver:
 
     The ranks agree in a process group of their own (gloo), so that training's collectives are not
     disturbed. A rank that dies ends the save with an error on the others; one that is stopped does
-    so after `timeout_s`.
+    so after `timeout_s`, and a program that ends waits no longer than that.
 
     A program that ends waits for the save in flight. Errors of the thread are logged at once and
     raised by the next `save`, `wait` or `close`, on every rank; one that nobody asks for is shown
@@ -113,7 +114,7 @@ class AsyncSaver:
     Args:
         group: the ranks that hold the state. Default: all.
         timeout_s: how long ranks wait for one another, which includes the time that the slowest
-            takes to write. Default: the timeout of `group`, or half an hour.
+            takes to write. Default: the timeout of `group`.
 
     Example:
         >>> import tempfile, torch
@@ -172,7 +173,8 @@ class AsyncSaver:
 
         Raises:
             CheckpointError: on every rank, if the save before failed, this state cannot be saved,
-                or ranks differ in directory or tag.
+                or ranks differ in tag. Directories are not compared: ranks may see one under two
+                names.
         """
         if self._is_closed:
             raise CheckpointError("save: this AsyncSaver is closed; make another one")
@@ -209,8 +211,8 @@ class AsyncSaver:
     def wait_for_reads(self) -> None:
         """Return when the save in flight reads from no lazy shard any more.
 
-        Whoever owns such shards calls it before overwriting them; the engine does so before each
-        update. Without lazy shards it returns at once.
+        Whoever owns such shards calls it before overwriting them; in an engine the sharding does,
+        as its `before_change`. Without lazy shards it returns at once.
         """
         if self._pending is not None:
             self._pending._reads_done.wait()
@@ -296,14 +298,19 @@ class _Work:
     source: Snapshot | None
     trouble: Exception | None
 
+    def copied(self) -> Snapshot:
+        """The copy; raises why there is none."""
+        _raise(self.trouble)
+        assert self.source is not None
+        return self.source
+
 
 def _run(work: _Work, pending: PendingSave) -> None:
     """The thread: write, publish, and say how it went."""
     begin = time.perf_counter()
     try:
-        source = work.source if work.source is not None else _Failed(work.trouble)
         write_and_publish(
-            work.ranks, work.to, work.items, source, work.metadata, pending._reads_done.set
+            work.ranks, work.to, work.items, work.copied, work.metadata, pending._reads_done.set
         )
     except BaseException as error:
         pending._error = error
@@ -312,21 +319,6 @@ def _run(work: _Work, pending: PendingSave) -> None:
         pending.figures = pending.figures._replace(write_s=time.perf_counter() - begin)
         pending._reads_done.set()
         pending._done.set()
-
-
-class _Failed(Snapshot):
-    """Stands for a copy that could not be made: the error is raised when it is to be written."""
-
-    def __init__(self, error: Exception | None) -> None:
-        self._error = error
-        self.state_dict = {}
-
-    def resolve_data(self, write_item: Any) -> torch.Tensor:
-        _raise(self._error)
-        raise AssertionError("unreachable")
-
-    def lookup_object(self, index: Any) -> Any:
-        _raise(self._error)
 
 
 def _raise(error: Exception | None) -> None:
@@ -341,8 +333,10 @@ def _own_group(
     if not (dist.is_available() and dist.is_initialized()):
         return None
     options: dict[str, Any] = {"backend": "gloo"}
-    if timeout_s is not None:
-        options["timeout"] = timedelta(seconds=timeout_s)
+    # torch gives a new group half an hour, whatever the one it is made from has.
+    whole = dist.group.WORLD if group is None else group
+    assert whole is not None
+    options["timeout"] = timeout_of(whole) if timeout_s is None else timedelta(seconds=timeout_s)
     if group is None or group is dist.group.WORLD:
         return dist.new_group(**options)
     # Only members call. Such a group is named by its ranks, and a name must not be used again: the

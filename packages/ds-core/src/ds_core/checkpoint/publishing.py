@@ -53,17 +53,19 @@ def write_and_publish(
     ranks: Ranks,
     destination: Destination,
     items: SavePlan,
-    source: SavePlanner,
+    source: Callable[[], SavePlanner],
     metadata: Metadata | None,
     when_read: Callable[[], object] = lambda: None,
 ) -> Place:
     """Write this rank's part; when all have, the checkpoint gets its tag. Returns its directory.
 
-    Collective. Raises CheckpointError on every rank if any fails; nothing of it is left then.
+    Collective. Raises CheckpointError on every rank if any fails. Nothing of it is left then,
+    unless contact was lost after it had got its tag: it stays, and the error of rank 0 says so.
 
     Args:
         items: what this rank writes.
-        source: hands out the tensors and values of the items.
+        source: returns what hands out the tensors and values of the items, or raises why there is
+            none, which every rank is told then.
         metadata: of all ranks, on rank 0.
         when_read: called when this rank's part is written, and no source is read any more.
     """
@@ -73,7 +75,7 @@ def write_and_publish(
 
     def write() -> list[WriteResult]:
         name = data_file_name(ranks.rank, draft.suffix)
-        results = writer.write_data(replace(items, storage_data=name), source).value()
+        results = writer.write_data(replace(items, storage_data=name), source()).value()
         when_read()
         return results
 
@@ -84,9 +86,12 @@ def write_and_publish(
 
     try:
         target = ranks.through_first(what, write, publish)
-    except CheckpointError:
-        if ranks.rank == 0:
-            draft.discard()
+    except CheckpointError as error:
+        if ranks.rank == 0 and draft.discard():
+            raise CheckpointError(
+                f"{error}; the checkpoint {directory / tag} itself is complete and stays, but "
+                f"{tags.LATEST_NAME!r} may name another"
+            ) from error
         raise
     ranks.first(
         f"pointing {tags.LATEST_NAME!r} to the complete checkpoint {target}",

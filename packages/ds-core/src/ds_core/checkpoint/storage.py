@@ -15,6 +15,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,7 +122,8 @@ class SafetensorsWriter(StorageWriter):
         """Give every rank its file name; remove what is to be overwritten."""
         with _as_checkpoint_errors(f"cannot overwrite {self.path}"):
             (self.path / INDEX_NAME).unlink(missing_ok=True)
-            for old in _inside(self.path):
+            files: list[Place] = list(self.path.iterdir())
+            for old in files:
                 if old.name.startswith("rank_") and old.name.endswith(".safetensors"):
                     old.unlink()
         return [replace(plan, storage_data=data_file_name(n)) for n, plan in enumerate(plans)]
@@ -147,7 +149,8 @@ class SafetensorsWriter(StorageWriter):
         if not items:
             return []
         entries = [_entry(item) for item in items]
-        if not self.path.is_dir():
+        # An object store has no folders, so there is nothing to see before the first file.
+        if isinstance(self.path, Path) and not self.path.is_dir():
             raise CheckpointError(
                 f"{self.path} was created by the coordinator but is not visible from this rank; "
                 "a checkpoint directory must be on a file system that all ranks share"
@@ -341,10 +344,6 @@ def held_state(planner: SavePlanner | LoadPlanner) -> Mapping[str, Any]:
     """The state that a planner hands out, by name, as far as it tells."""
     held = getattr(planner, "state_dict", None)
     return held if isinstance(held, Mapping) else {}
-
-
-def _inside(folder: Place) -> list[Place]:
-    return list(folder.iterdir())
 
 
 def _reading_order(

@@ -67,7 +67,7 @@ def save(
     flat = ranks.each(to.what, lambda: checked_state(state))
     agree_on_tag(ranks, to)
     planned = plan_save(ranks, to.what, flat, planner)
-    return write_and_publish(ranks, to, planned.items, planned.planner, planned.metadata)
+    return write_and_publish(ranks, to, planned.items, lambda: planned.planner, planned.metadata)
 
 
 def load(

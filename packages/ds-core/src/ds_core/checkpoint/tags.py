@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ds_core.checkpoint.files import modified_s, remove_tree, rename, replace_atomically, write_all
-from ds_core.checkpoint.index import INDEX_NAME
+from ds_core.checkpoint.index import INDEX_NAME, Index
 from ds_core.checkpoint.remote import Place
 from ds_core.errors import CheckpointError
 
@@ -48,17 +48,35 @@ class Draft(NamedTuple):
     path: Place
     suffix: str = ""
 
-    def discard(self) -> None:
-        """Remove what was written; what cannot be removed is only logged."""
+    def discard(self) -> bool:
+        """Remove what was written, unless it is a checkpoint by now; whether it is one.
+
+        What cannot be removed is only logged.
+        """
         if not self.suffix:
+            if not self.path.exists():  # it has been renamed
+                return True
             discard(self.path)
-            return
+            return False
         try:
+            if self._is_named_by_index():
+                return True
             for path in self.path.iterdir():
                 if path.name.endswith(f"{self.suffix}.safetensors"):
                     path.unlink()
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             logger.warning("cannot remove what was written to %s: %s", self.path, error)
+        return False
+
+    def _is_named_by_index(self) -> bool:
+        """Whether the index in the folder is that of this draft.
+
+        Asked of the store, since a request that seemed to fail may have come through.
+        """
+        if not _is_complete(self.path):
+            return False
+        mine = f"{self.suffix}.safetensors"
+        return any(name.endswith(mine) for name in Index.read(self.path).files)
 
 
 def checked_tag(tag: str) -> str:
@@ -160,7 +178,8 @@ def commit(draft: Draft, directory: Place, tag: str) -> Place:
     """Give a complete checkpoint its tag, durably; remove what it replaces."""
     target = directory / tag
     if draft.suffix:
-        for path in _inside(target):  # its index is there already, and names none of these
+        files: list[Place] = list(target.iterdir())
+        for path in files:  # its index is there already, and names none of these
             is_data = path.name.endswith(".safetensors")
             if is_data and not path.name.endswith(f"{draft.suffix}.safetensors"):
                 path.unlink(missing_ok=True)
@@ -237,10 +256,6 @@ def _is_complete(path: Place) -> bool:
 def _is_remainder(path: Place) -> bool:
     """Whether a folder holds nothing, or what is left of a checkpoint that has lost its index."""
     return path.is_dir() and all(_DATA_FILE.fullmatch(entry.name) for entry in path.iterdir())
-
-
-def _inside(folder: Place) -> list[Place]:
-    return list(folder.iterdir())
 
 
 def _siblings(directory: Place, tag: str, mark: str) -> list[Place]:

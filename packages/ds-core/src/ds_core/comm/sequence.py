@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -20,6 +21,8 @@ from ds_core.comm import board
 from ds_core.comm.failure import Call, collective_failed, sequence_differs
 from ds_core.comm.group import Group
 from ds_core.errors import CommError
+
+T = TypeVar("T")
 
 #: How often a rank that waits asks whether others have reported a failure.
 NEWS_S = 1.0
@@ -93,46 +96,56 @@ class SequenceCheck:
         self._announced.append(position)
         here = f"{self._key}/{position}"
         try:
-            self._store.set(f"{here}/{group.rank}", call.told())
+            self._ask(lambda store: store.set(f"{here}/{group.rank}", call.told()))
             if group.rank == 0:
                 keys = [f"{here}/{rank}" for rank in range(group.size)]
                 self._await(keys, call)
-                told = [value.decode() for value in self._store.multi_get(keys)]
+                told = [value.decode() for value in self._ask(lambda store: store.multi_get(keys))]
                 verdict = "" if len(set(told)) == 1 else json.dumps(told)
-                self._store.set(f"{here}/verdict", verdict or "same")
-                self._forget_old(f"{here}/verdict", keys)
+                self._ask(lambda store: self._publish(store, here, verdict or "same", keys))
             else:
                 self._await([f"{here}/verdict"], call)
-                answer = self._store.get(f"{here}/verdict").decode()
+                answer = self._ask(lambda store: store.get(f"{here}/verdict")).decode()
                 verdict = "" if answer == "same" else answer
         except CommError:
             raise
-        except RuntimeError as error:
+        except (RuntimeError, board.StoreHangsError) as error:
             raise collective_failed(call, position, group, error) from error
         if verdict:
             calls = dict(zip(group.ranks, json.loads(verdict), strict=True))
             raise sequence_differs(call, position, group, calls)
 
-    def _forget_old(self, verdict: str, keys: list[str]) -> None:
-        """Whoever announces something new has read the verdict before."""
+    def _ask(self, question: Callable[[Any], T]) -> T:
+        """What `question` returns for the store, whose host may be the rank that has stopped.
+
+        Raises StoreHangsError after the group's timeout.
+        """
+        timeout = self._group.timeout
+        within_s = board.ANSWER_S if timeout is None else timeout.total_seconds()
+        return board.ask(question, NEWS_S + within_s)
+
+    def _publish(self, store: Any, here: str, verdict: str, keys: list[str]) -> None:
+        """Say whether all agree. Whoever announces something new has read the verdict before."""
+        store.set(f"{here}/verdict", verdict)
         for key in (*keys, *self._verdicts):
-            self._store.delete_key(key)
-        self._verdicts = [verdict]
+            store.delete_key(key)
+        self._verdicts = [f"{here}/verdict"]
 
     def _await(self, keys: list[str], call: Call) -> None:
         """Return once the keys are there; raises as soon as it is known that they will not be."""
         waited_s, stuck = 0.0, f"{self._key}/stuck/{self._group.rank}"
+        told = json.dumps([self.position, call.told()])
         timeout = self._group.timeout
         while True:
             try:
-                self._store.wait(keys, timedelta(seconds=NEWS_S))
+                self._ask(lambda store: store.wait(keys, timedelta(seconds=NEWS_S)))
                 break
             except RuntimeError as error:
                 if "connection" in str(error).lower():
                     raise
             waited_s += NEWS_S
             # Whoever went by memory does not look for this exchange unless it is told of it.
-            self._store.set(stuck, json.dumps([self.position, call.told()]))
+            self._ask(lambda store: store.set(stuck, told))
             self.look_for_others()
             if board.someone_gave_up(self._others()):
                 self._explain(call)
@@ -140,7 +153,7 @@ class SequenceCheck:
                 late = TimeoutError(f"waited {waited_s:g} s for all ranks to announce this call")
                 raise collective_failed(call, self.position, self._group, late)
         if waited_s:
-            self._store.delete_key(stuck)
+            self._ask(lambda store: store.delete_key(stuck))
 
     def _explain(self, call: Call) -> None:
         """Another rank has given up: because of this rank's call, or of something else."""
@@ -181,7 +194,3 @@ class SequenceCheck:
     def _others(self) -> list[int]:
         mine = dist.get_rank()
         return [rank for rank in self._group.ranks if rank != mine]
-
-    @property
-    def _store(self) -> Any:
-        return dist.distributed_c10d._get_default_store()

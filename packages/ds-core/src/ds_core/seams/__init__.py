@@ -18,7 +18,15 @@ Each is a Protocol; a package registers its own under the entry-point group `ds_
 from ds_core.seams.observer import Event, EventKind, InputAdjuster, Observer
 from ds_core.seams.op import Implementation, Op, OpTools
 from ds_core.seams.runner import Runner, Sequential
-from ds_core.seams.sharding import FullValues, ParkableSharding, Sharding, ShardingFactory
+from ds_core.seams.sharding import (
+    FullValues,
+    ParkableSharding,
+    PassingState,
+    Sharding,
+    ShardingFactory,
+    change_freely,
+    tearing,
+)
 from ds_core.seams.tensor_files import TensorFile, TensorFiles, TensorFilesFactory, Transfer
 from ds_core.seams.transport import Dense, Transport
 
@@ -33,6 +41,7 @@ __all__ = [
     "Op",
     "OpTools",
     "ParkableSharding",
+    "PassingState",
     "Runner",
     "Sequential",
     "Sharding",
@@ -42,4 +51,6 @@ __all__ = [
     "TensorFilesFactory",
     "Transfer",
     "Transport",
+    "change_freely",
+    "tearing",
 ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -30,6 +30,18 @@ class Sharding(Protocol):
     #: What the coming backward's gradients will be multiplied by, unless they are clipped; None
     #: where more backwards follow before the step. Whoever works ahead of a step may rely on it.
     expected_scale: float | None
+    #: Why parameters and optimizer state do not belong to one step: an error ended an update, or
+    #: what took part of it early, in the middle, or what it wrote is lost. None if they do. Set by
+    #: the sharding (see `tearing`), on the rank that met the error; `load_state_dict` clears it.
+    #: Whoever would use such values (a step, a save) refuses, naming it; members of this protocol
+    #: that a load needs go on working.
+    torn: str | None
+    #: Called by the sharding before parameters or optimizer state change: by `update`, by a step
+    #: that is taken in backward or ahead of time, or by its setters (`set_full_parameter`,
+    #: `set_full_optimizer_state`, `prepare_load`, `load_state_dict`, `offload_states`), on the
+    #: thread that runs backward or the setter. Does nothing unless someone, as the engine, lets it
+    #: wait for a checkpoint that still reads them. May be called often; must not communicate.
+    before_change: Callable[[], None]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -66,16 +78,51 @@ class Sharding(Protocol):
         """Optimizer state by name as a checkpoint holds it: {"state": ..., "groups": [...]}."""
 
     def prepare_load(self) -> None:
-        """Allocate whatever state a checkpoint may fill in."""
+        """Allocate whatever state a checkpoint may fill in; torn until `load_state_dict`."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Adopt the loaded `state_dict()`, whose tensors were filled in place, and publish."""
+        """Adopt the loaded `state_dict()`, whose tensors were filled in place, and publish.
+
+        Nothing is torn afterwards: whoever fills only part of the tensors of one that is refuses.
+        """
 
     def memory(self) -> dict[str, int]:
         """Bytes that this rank holds between steps, by kind."""
 
     def close(self) -> None:
         """Leave the model whole and free of hooks."""
+
+
+class Tearable(Protocol):
+    """What an error can leave between two steps."""
+
+    torn: str | None
+
+
+@contextmanager
+def tearing(sharding: Tearable, doing: str) -> Iterator[None]:
+    """An error in the block leaves `sharding.torn` telling it; the first one counts.
+
+    doing: what was done, for the sentence "doing ended in the middle: ...".
+    """
+    try:
+        yield
+    except BaseException as error:  # an interrupt from the keyboard tears as well
+        if sharding.torn is None:
+            sharding.torn = f"{doing} ended in the middle: {type(error).__name__}: {error}"
+        raise
+
+
+def change_freely() -> None:
+    """The `before_change` of a sharding that nobody reads beside its own thread."""
+
+
+@runtime_checkable
+class PassingState(Protocol):
+    """A `Sharding` with optimizer state that other runs of the same model need not know."""
+
+    def passing_state(self) -> Mapping[str, str]:
+        """By key of such state, what a run loses now that does not take it over; "" for nothing."""
 
 
 @runtime_checkable
@@ -113,8 +160,22 @@ class ShardingFactory(Protocol):
         mesh: comm.Mesh,
         precision: Precision,
         transport: Transport,
+        accumulation: int,
+        scales_gradients: bool,
     ) -> Sharding | None:
-        """Shard the model, or return None if the section asks for nothing."""
+        """Shard the model, or return None if the section asks for nothing.
+
+        Args:
+            section: of the config, as the entry's name says.
+            model: on its device.
+            optimizer: on the model's parameters, before its first step.
+            mesh: the ranks.
+            precision: dtypes of parameters, master copy and gradients.
+            transport: how gradients travel.
+            accumulation: micro-batches per step.
+            scales_gradients: whether gradients are multiplied before the step, as for clipping or
+                a loss scale.
+        """
 
 
 @runtime_checkable

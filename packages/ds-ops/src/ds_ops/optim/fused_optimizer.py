@@ -282,6 +282,11 @@ class FusedOptimizer(Optimizer, ABC):
 
     # ------------------------------------------------------------------ undo
 
+    @property
+    def can_roll_back(self) -> bool:
+        """Whether a step was taken that `rollback` takes back."""
+        return bool(self._undos)
+
     @torch.no_grad()
     def rollback(self) -> None:
         """Take back the last step of every parameter that was stepped with `undo=True`, exactly.

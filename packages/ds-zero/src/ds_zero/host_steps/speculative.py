@@ -18,9 +18,10 @@ Superchips", section 4.4 (speculation-then-validation).
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ from ds_zero.inner_step import InnerStep, is_all_of, is_whole
 from ds_zero.unit import Unit
 from ds_zero.unit_piece import OptimizerPiece
 
+logger = logging.getLogger(__name__)
+
 
 class Speculation:
     """Takes the steps of the units on the host ahead of time.
@@ -42,15 +45,24 @@ class Speculation:
         optimizer: the user's, whose groups hold flat shards.
         units: the trained ones; those whose states are on the device step as they do without.
         worker: takes the steps.
+        before_change: called before a backward changes anything.
+
+    A step ahead that fails is undone, and its error raised by the step itself. Where that failed
+    too, `torn` says so.
 
     Attributes:
         expected_scale: what gradients will be multiplied by if they are not clipped; None: more
             backwards follow before the step, so that there is nothing to speculate about.
         taken, redone: units that stepped ahead so far, and those of them that were taken back.
+        torn: why the step of a unit could not be undone; None if all could.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, units: list[Unit], worker: HostWorker
+        self,
+        optimizer: torch.optim.Optimizer,
+        units: list[Unit],
+        worker: HostWorker,
+        before_change: Callable[[], None],
     ) -> None:
         for group in optimizer.param_groups:
             if is_whole(optimizer, group):
@@ -61,7 +73,8 @@ class Speculation:
                 )
         refuse_random_rounding(optimizer, "speculative", "leave it out")
         self._optimizer, self._worker = optimizer, worker
-        self._units = units
+        self._units, self._before_change = units, before_change
+        self.torn: str | None = None
         self._ahead: dict[int, _Ahead] = {}
         # By unit, which parameters the last step updated: what is expected of this one.
         self._used: dict[int, list[bool]] = {}
@@ -90,20 +103,29 @@ class Speculation:
         if unit.group.size > 1:
             own = [mine or other for mine, other in zip(own, before, strict=True)]
         guesses = self._is_open and unit.states != "device"
+        if guesses:
+            self._before_change()
         pieces = InnerStep(self._optimizer, 1.0).due(unit, own) if guesses else []
         if not pieces:
             return
         assert self.expected_scale is not None
-        ahead = _Ahead(unit, self._optimizer, pieces, own, self.expected_scale)
+        ahead = _Ahead(unit, self._optimizer, pieces, own, self.expected_scale, self._note_torn)
         self._ahead[unit.index] = ahead
         ahead.done = self._worker.start(ahead.take)
 
     def _take_back_unit(self, unit: Unit) -> None:
         """A gradient changes after its unit was stepped with it."""
         ahead = self._ahead.pop(unit.index, None)
-        if ahead is not None and ahead.finished():
+        if ahead is None:
+            return
+        if ahead.error is not None:
+            logger.warning("%s: its step ahead failed, and was undone: %s", unit.name, ahead.error)
+        elif ahead.finished():
             self.redone += 1
             ahead.take_back()
+
+    def _note_torn(self, reason: str) -> None:
+        self.torn = self.torn or reason
 
     # ------------------------------------------------------------------ the step
 
@@ -140,12 +162,24 @@ class Speculation:
     def wait(self) -> None:
         """Nothing is under way; gradients are where they are read."""
         for ahead in self._ahead.values():
-            ahead.finished()
+            ahead.wait()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What made a step ahead fail, for the step itself to raise. Waits for all of them."""
+        return next((a.error for a in self._ahead.values() if a.error is not None), None)
 
     def take_back(self) -> None:
         """Weights and states are as the last step left them."""
         for unit in self._units:
             self._take_back_unit(unit)
+
+    def drop(self) -> None:
+        """Forget what was stepped ahead, whatever became of it; all is about to be replaced."""
+        self.wait()
+        for ahead in self._ahead.values():
+            ahead.leave()
+        self._ahead.clear()
 
     def undo_bytes(self) -> int:
         """Bytes that this rank holds more, from the end of backward until the step."""
@@ -170,6 +204,7 @@ class _Ahead:
         pieces: what is updated.
         used: of which parameters.
         scale: factor on its gradient.
+        note_torn: told if weights and states could not be put back.
     """
 
     def __init__(
@@ -179,17 +214,28 @@ class _Ahead:
         pieces: list[OptimizerPiece],
         used: list[bool],
         scale: float,
+        note_torn: Callable[[str], None],
     ) -> None:
         self._unit, self._optimizer, self._pieces = unit, optimizer, pieces
         self._used, self._scale = list(used), scale
         self._settings = hyperparameters(optimizer)
-        self._taken = False
+        self._taken, self._note_torn = False, note_torn
         self._undos: list[Callable[[], None]] = []
         self._rounded: torch.Tensor | None = None
         # The tensors that the model, or a gather, reads; the pieces have their own meanwhile.
         self._shown: list[tuple[OptimizerPiece, torch.Tensor]] = []
         self.square: torch.Tensor | None = None
         self.done: Future[None] | None = None
+
+    def wait(self) -> None:
+        """Wait until it is over."""
+        if self.done is not None:
+            wait([self.done])
+
+    @property
+    def error(self) -> BaseException | None:
+        """What made it fail, once it is over."""
+        return None if self.done is None else self.done.exception()
 
     def finished(self) -> bool:
         """Wait until it is over; whether there was a step. Raises the error of one that failed."""
@@ -226,6 +272,7 @@ class _Ahead:
                 step.take(unit, self._pieces, self._rounded)
         except BaseException:
             self._taken = False
+            self.take_back()
             raise
 
     def _keep(self) -> None:
@@ -242,12 +289,22 @@ class _Ahead:
 
     def take_back(self) -> None:
         """Leave weights and states as they were."""
-        with torch.no_grad():
-            for undo in self._undos:
-                undo()
-            for piece, shown in self._shown:
-                piece.weights.data = shown
+        try:
+            with torch.no_grad():
+                self.leave()
+                for undo in self._undos:
+                    undo()
+        except BaseException as error:
+            told = f"{type(error).__name__}: {error}"
+            self._note_torn(f"{self._unit.name}: its step ahead could not be undone: {told}")
+            raise
         self._undos, self._rounded = [], None
+
+    def leave(self) -> None:
+        """The optimizer's weights are those that the model computes with again."""
+        for piece, shown in self._shown:
+            piece.weights.data = shown
+        self._shown = []
 
     def show(self) -> None:
         """Give the model, or whatever sends to it, the new weights."""
@@ -260,12 +317,13 @@ class _Ahead:
                 for piece in self._pieces:
                     part = slice(piece.start, piece.stop)
                     rounded[part].copy_(self._rounded[part])
-        self._undos, self._rounded = [], None
+        self._undos, self._shown, self._rounded = [], [], None
 
 
 def _rollback_of(twin: Any) -> Callable[[], None]:
     def undo() -> None:
-        twin.rollback()
+        if twin.can_roll_back:  # not if the step failed before it changed anything
+            twin.rollback()
 
     return undo
 

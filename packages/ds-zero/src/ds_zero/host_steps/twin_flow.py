@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from functools import partial
 from statistics import median
@@ -28,6 +28,7 @@ from ds_zero.host_steps.speculative import Speculation, refuse_random_rounding
 from ds_zero.host_steps.worker import HostWorker
 from ds_zero.inner_step import InnerStep, is_all_of
 from ds_zero.offload.choice import Offload, Tier, nearest_split
+from ds_zero.publishing import Publishing
 from ds_zero.unit import Unit
 from ds_zero.unit_piece import OptimizerPiece
 
@@ -95,34 +96,40 @@ class TwinFlow:
     ) -> None:
         """Update all units and publish them. Collective; first those on the device, in order."""
         step = InnerStep(self._optimizer, grad_scale)
-        pending: list[comm.Pending | None] = []
-        begun: list[tuple[Unit, Future[None] | None, ExitStack]] = []
+        publishing = Publishing()
+        begun: dict[int, tuple[Future[None], ExitStack]] = {}
         host_seconds: list[float] = []
-        for unit in self._on("host"):
-            done, stack = None, ExitStack()
-            taken = ahead is not None and ahead.settle(unit, used[unit.index], grad_scale)
-            pieces = [] if taken else step.due(unit, used[unit.index])
+
+        def begin(unit: Unit) -> None:
+            if ahead is not None and ahead.settle(unit, used[unit.index], grad_scale):
+                return
+            pieces = step.due(unit, used[unit.index])
             if pieces:
+                stack = ExitStack()
                 whole = is_all_of(unit, pieces)
                 rounded = stack.enter_context(unit.updating(whole=whole))
                 work = partial(self._take, unit, pieces, rounded, grad_scale, host_seconds)
-                done = self._worker.start(work)
-            begun.append((unit, done, stack))
+                begun[unit.index] = self._worker.start(work), stack
+
+        def end(done: Future[None], stack: ExitStack) -> None:
+            done.result()
+            since = time.perf_counter()
+            stack.close()
+            host_seconds.append(time.perf_counter() - since)
+
+        for unit in self._on("host"):
+            publishing.attempt(partial(begin, unit))
         watch = _Stopwatch(self._units[0].full.device)
         for unit in self._on("device"):
-            step.run(unit, used[unit.index])
+            publishing.attempt(partial(step.run, unit, used[unit.index]))
             watch.lap()
-            pending.append(unit.publish())
-        for unit, done, stack in begun:
-            if done is not None:
-                done.result()
-            begin = time.perf_counter()
-            stack.close()
-            host_seconds.append(time.perf_counter() - begin)
-            pending.append(unit.publish())
-        for gather in pending:
-            if gather is not None:
-                gather.wait()
+            publishing.publish(unit)
+        for unit in self._on("host"):
+            if unit.index in begun:
+                publishing.attempt(partial(end, *begun[unit.index]))
+            publishing.publish(unit)
+        wait([done for done, _ in begun.values()])  # also after an error
+        publishing.finish()
         if self._measures:
             self._measure(sum(host_seconds), watch)
 

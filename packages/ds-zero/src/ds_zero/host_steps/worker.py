@@ -21,15 +21,15 @@ class HostWorker:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="ds-zero-host-step")
 
     def start(self, work: Callable[[], None]) -> Future[None]:
-        """Begin `work`, without autograd; its error is raised by `result()` of what this returns.
-
-        Where it runs at once, the error is raised here.
-        """
+        """Begin `work`, without autograd; `result()` of what this returns raises its error."""
         if self._pool is not None:
             return self._pool.submit(_without_autograd, work)
         done: Future[None] = Future()
-        _without_autograd(work)
-        done.set_result(None)
+        try:
+            _without_autograd(work)
+            done.set_result(None)
+        except Exception as error:
+            done.set_exception(error)
         return done
 
     def close(self) -> None:

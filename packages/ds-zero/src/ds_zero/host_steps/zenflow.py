@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -34,12 +34,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_core.optimizer_state import PortableState, allocate_state_of
+from ds_core.flat import Piece
+from ds_core.optimizer_state import PortableState, allocate_state_of, is_wide
 from ds_core.optimizer_twin import noted_groups, twin_of
 from ds_zero.errors import ShardError
 from ds_zero.host_steps.speculative import refuse_random_rounding
 from ds_zero.host_steps.worker import HostWorker
 from ds_zero.inner_step import InnerStep, is_whole
+from ds_zero.offload.shard_home import DiskShard
 from ds_zero.unit import Unit
 from ds_zero.unit_piece import OptimizerPiece
 
@@ -47,6 +49,8 @@ from ds_zero.unit_piece import OptimizerPiece
 BLOCK = 256
 #: Keys of ours in the state of the optimizer.
 WAITING, IMPORTANT, STEPS = "zenflow_waiting", "zenflow_important", "zenflow_steps"
+#: In checkpoints: weights as the model saw them, which an update in a thread may be ahead of.
+SHOWN = "zenflow_shown"
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ class ZenFlowStep:
         for unit in units:
             unit.separate_weights()
         self._parts: dict[torch.Tensor, _Part] = {}
-        self._done: list[tuple[Unit, OptimizerPiece, Future[None]]] = []
+        self._done: list[_Rest] = []
 
     def run(
         self, unit: Unit, used: list[bool], grad_scale: float | torch.Tensor, plain: InnerStep
@@ -200,7 +204,7 @@ class ZenFlowStep:
         index = state[IMPORTANT].nonzero().flatten()
         own = nn.Parameter(weights[index])
         held = {
-            key: value[index] if _is_wide(value) else _copied(value)
+            key: value[index] if is_wide(value) else _copied(value)
             for key, value in state.items()
             if key not in (WAITING, IMPORTANT, STEPS)
         }
@@ -215,7 +219,7 @@ class ZenFlowStep:
         state = self._state(piece)
         piece.weights.detach()[part.index] = part.weights.detach()
         for key, value in part.state.items():
-            if _is_wide(value):
+            if is_wide(value):
                 if key not in state:
                     state[key] = torch.zeros_like(piece.weights.detach(), dtype=value.dtype)
                 state[key][part.index] = value
@@ -251,7 +255,7 @@ class ZenFlowStep:
         to = unit.dtype if self._rounds[unit.index] else None
         groups = noted_groups(self._optimizer)
         work = partial(self._step_rest, piece, mean, count, to, groups)
-        self._done.append((unit, piece, self._worker.start(work)))
+        self._done.append(_Rest(piece, self._worker.start(work), mean.nbytes))
 
     def _step_rest(
         self,
@@ -282,16 +286,56 @@ class ZenFlowStep:
 
     def _finish(self, piece: OptimizerPiece) -> None:
         """Wait for the step of the rest of a piece."""
-        for entry in [e for e in self._done if e[1] is piece]:
+        for entry in [each for each in self._done if each.piece is piece]:
             self._done.remove(entry)
-            entry[2].result()
+            entry.done.result()
 
     def settle(self) -> None:
         """Wait for what is under way; weights and states of the optimizer are all in place."""
         while self._done:
-            self._done.pop()[2].result()
+            self._done.pop().done.result()
         for part in list(self._parts.values()):
             self._close(part.piece)
+
+    def drop(self) -> None:
+        """Wait for what is under way, whatever becomes of it; all of it is about to be replaced."""
+        wait([entry.done for entry in self._done])
+        self._done.clear()
+        self._parts.clear()
+
+    def shown_state(self) -> dict[str, dict[str, Any]]:
+        """The weights that the model sees, by `SHOWN` and parameter, where others may be ahead.
+
+        With them a run that resumes sees each update when the run that saved does, and saving
+        changes nothing for either.
+        """
+        if not self._choice.overlap_step or self._choice.topk_ratio == 1.0:
+            return {}
+        found: dict[str, Any] = {}
+        for unit in self._units:
+            for part in unit.layout.pieces(unit.group.rank):
+                if self._optimizer.state.get(unit.piece_at(part.offset).weights):
+                    found[part.slot.name] = _shown(unit, part)
+        return {SHOWN: found}
+
+    def has_shown(self, loaded: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint that was loaded has written what the model is to see."""
+        return bool(self.shown_state()) and SHOWN in loaded
+
+    def passing_state(self) -> dict[str, str]:
+        """Our keys, and what is lost now without each."""
+        waits = 0
+        for piece in (piece for unit in self._units for piece in unit.optimizer_pieces):
+            steps = self._steps(piece)
+            if steps > self._choice.warm_up and self._choice.topk_ratio < 1.0:
+                waits = max(waits, steps % self._choice.update_interval)
+        told = f"the gradients of {waits} steps, which the less important part waited with"
+        return {WAITING: told if waits else "", IMPORTANT: "", STEPS: "", SHOWN: ""}
+
+    def buffer_bytes(self) -> int:
+        """Bytes of what is stepped apart now, and of the mean gradients of steps under way."""
+        own = sum(part.nbytes for part in self._parts.values())
+        return own + sum(rest.nbytes for rest in self._done)
 
     def allocate(self, pieces: list[OptimizerPiece]) -> None:
         """Give states that a checkpoint is to fill ours too."""
@@ -302,13 +346,22 @@ class ZenFlowStep:
     def _allocate(self, piece: OptimizerPiece) -> None:
         state, shape = self._state(piece), piece.weights.shape
         if not state:
-            for _, _, done in self._done:
-                done.result()  # or it could see the groups of a step that is none
+            for rest in self._done:
+                rest.done.result()  # or it could see the groups of a step that is none
             group = self._optimizer.param_groups[piece.group_index]
             allocate_state_of(self._optimizer, group, piece.weights)
             state = self._state(piece)
         state.setdefault(WAITING, torch.zeros(shape, dtype=torch.float32))
         state.setdefault(IMPORTANT, torch.zeros(shape, dtype=torch.uint8))
+
+
+@dataclass(frozen=True, eq=False)
+class _Rest:
+    """A step of the rest of a piece that was begun; `nbytes` of its mean gradient."""
+
+    piece: OptimizerPiece
+    done: Future[None]
+    nbytes: int
 
 
 @dataclass
@@ -330,6 +383,12 @@ class _Part:
     def rest(self) -> bool:
         """Whether there are others."""
         return self.index.numel() < self.piece.weights.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Of its memory."""
+        states = sum(value.nbytes for value in self.state.values() if is_wide(value))
+        return self.weights.nbytes + self.index.nbytes + states
 
 
 class _Compact:
@@ -366,6 +425,17 @@ def important(gradient: torch.Tensor, ratio: float) -> torch.Tensor:
     return chosen.repeat_interleave(BLOCK)[:numel].cpu()
 
 
+def at_most_important(numel: int, ratio: float, gap: int) -> int:
+    """The most elements that `important` chooses, with gaps filled as their neighbours."""
+    count = -(-numel // BLOCK)
+    return min(numel, min(count, max(1, round(ratio * count))) * BLOCK + gap)
+
+
+def state_itemsize() -> int:
+    """Bytes per element of the states that are ours: gradients that wait, and the choice."""
+    return torch.float32.itemsize + torch.uint8.itemsize
+
+
 def _fill_gaps(unit: Unit, piece: OptimizerPiece, chosen: torch.Tensor) -> None:
     """Let the padding after a parameter be as its last element: no checkpoint has it."""
     parts = unit.parts_of(piece)
@@ -396,8 +466,24 @@ def _standing_for(optimizer: torch.optim.Optimizer, steps: int) -> Iterator[None
             group.update({key: value for key, value in values.items() if key != "params"})
 
 
-def _is_wide(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0
+def _shown(unit: Unit, part: Piece) -> Any:
+    """A `FlatShard` of the weights of a part that the model sees."""
+    from ds_core.checkpoint import FlatShard
+
+    source, shape = unit.shown, part.slot.shape
+    start, stop = part.offset, part.offset + part.stop - part.start
+    if isinstance(source, torch.Tensor):
+        return FlatShard(source[start:stop], shape, part.start)
+    home = source
+    assert isinstance(home, DiskShard)
+    return FlatShard.lazy(
+        stop - start,
+        unit.dtype,
+        shape,
+        part.start,
+        read=lambda: home.read(start, stop),
+        write=lambda values: home.write(start, values),
+    )
 
 
 def _copied(value: Any) -> Any:

@@ -34,9 +34,11 @@ class Offload:
             Needs memory for weights and states a second time, from backward to step.
         pin_memory: whether host memory is page-locked, for copies beside the program.
         piece_numel: elements of one read or write of states on disk; a larger parameter is one.
-        buffers: such pieces in memory at a time: one read, one updated, one written.
-        parameter_buffers: shards of parameters on their way between memory and disk at a time.
-        max_numel_in_cpu: with parameters on "nvme": so many elements stay in host memory.
+        buffers: such pieces in memory at a time: read ahead, updated, written. As in a config.
+        parameter_buffers: shards of parameters on their way between memory and disk at a time. As
+            in a config.
+        max_numel_in_cpu: with parameters on "nvme": so many elements stay in host memory. None by
+            default, since "nvme" says disk; a config's `max_in_cpu` is 10**9, as DeepSpeed's.
     """
 
     optimizer: Tier = "device"
@@ -47,8 +49,8 @@ class Offload:
     speculative: bool = False
     pin_memory: bool = True
     piece_numel: int = 1 << 24
-    buffers: int = 3
-    parameter_buffers: int = 3
+    buffers: int = 4
+    parameter_buffers: int = 5
     max_numel_in_cpu: int = 0
 
     def __post_init__(self) -> None:

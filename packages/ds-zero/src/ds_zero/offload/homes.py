@@ -14,7 +14,7 @@ from ds_core.seams import TensorFile, TensorFiles
 from ds_core.tensor_files import open_tensor_files
 from ds_zero.errors import ShardError
 from ds_zero.holdings import Place
-from ds_zero.offload.buffers import BufferPool
+from ds_zero.offload.buffers import BufferPool, whole_pages
 from ds_zero.offload.choice import Offload, Tier, is_host
 from ds_zero.offload.crossing import Crossing, SideStream
 from ds_zero.offload.disk_speed import tell_speed
@@ -111,7 +111,7 @@ class Homes:
         if self._shard_file is None or self._shard_pool is None:
             self._shard_file = self._open("parameters", self.offload.folder_of_parameters)
             self._shard_pool = BufferPool(self.files, self.offload.parameter_buffers)
-        offset, self._shard_end = self._shard_end, self._shard_end + -(-shard.nbytes // 4096) * 4096
+        offset, self._shard_end = self._shard_end, self._shard_end + whole_pages(shard.nbytes)
         self._shard_file.preallocate(self._shard_end)
         home = DiskShard(shard, self._shard_file, offset, self._shard_pool)
         self._disk_shards.append(home)
@@ -172,18 +172,26 @@ class Homes:
             read, written = read + self.swap.bytes_read, written + self.swap.bytes_written
         return read, written
 
+    @property
+    def torn(self) -> str | None:
+        """Why values that should be on disk are not: the first write that failed; None if none."""
+        pools = [self._shard_pool, None if self.swap is None else self.swap.pool]
+        for pool in pools:
+            for staging in () if pool is None else tuple(pool.failed):
+                return f"what was written to disk is lost: {staging.error}"
+        return None
+
     def settle(self) -> None:
-        """Wait for what is being written."""
+        """Wait for what is being written. Raises the OSError of what failed."""
         for home in self._disk_shards:
-            if home.is_writing():
-                home.vacate()
+            home.settle()
         if self.swap is not None:
             self.swap.settle()
 
     def close(self) -> None:
         """Wait for what is under way, and close the files; what they held is gone."""
         for home in self._disk_shards:
-            home.vacate()
+            home.close()
         if self._shard_file is not None:
             self._shard_file.close()
         if self.swap is not None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import torch
 
-from ds_core.seams import TensorFile, Transfer
-from ds_zero.offload.buffers import BufferPool
+from ds_core.seams import TensorFile
+from ds_zero.offload.buffers import BufferPool, Staging
 from ds_zero.offload.crossing import SideStream, host_empty
 
 
@@ -24,12 +24,6 @@ class ShardHome(Protocol):
 
     def store(self, shard: torch.Tensor) -> None:
         """Keep the values of `shard`, which may be freed once this returns."""
-
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """A copy of some elements in host memory; from any thread, while nothing is stored."""
-
-    def write(self, start: int, values: torch.Tensor) -> None:
-        """Replace the elements from `start` on."""
 
 
 class HostShard:
@@ -53,14 +47,6 @@ class HostShard:
         if shard.data_ptr() != self.host.data_ptr():
             self._side.copy(self.host, shard).wait()
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """See `ShardHome.read`."""
-        return self.host[start:stop].clone()
-
-    def write(self, start: int, values: torch.Tensor) -> None:
-        """See `ShardHome.write`."""
-        self.host[start : start + values.numel()].copy_(values)
-
 
 class DiskShard:
     """Lives in a file.
@@ -75,88 +61,87 @@ class DiskShard:
     def __init__(
         self, shard: torch.Tensor, file: TensorFile, offset: int, pool: BufferPool
     ) -> None:
-        self._file, self._offset, self._pool = file, offset, pool
+        self._file, self._offset = file, offset
+        self._staging, self._lock = Staging(file, pool), pool.lock
         self._bytes, self._dtype = shard.nbytes, shard.dtype
-        self._buffer: torch.Tensor | None = None
-        self._transfer: Transfer | None = None
-        # Whether the transfer under way is a write.
-        self._writes = False
         self.bytes_read = self.bytes_written = 0
         self.store(shard)
 
     def ahead(self) -> None:
         """See `ShardHome.ahead`."""
-        if self._transfer is not None or self._bytes == 0:
-            return
-        buffer = self._pool.take(self._bytes, owner=self, wait=False)
-        if buffer is not None:
-            self._begin_read(buffer)
+        with self._lock:
+            if self._staging.error is None:  # or whoever wants the shard is told
+                self._begin_read(wait=False)
 
-    def _begin_read(self, buffer: torch.Tensor) -> None:
-        self._buffer, self._writes = buffer, False
-        self._transfer = self._file.read(buffer[: self._bytes], self._offset)
-        self.bytes_read += self._bytes
+    def _begin_read(self, *, wait: bool) -> None:
+        """Begin to read, unless the values are in the buffer or on their way already."""
+        if self._staging.buffer is not None or self._bytes == 0:
+            return
+        if self._staging.take(self._bytes, wait=wait):
+            self._staging.read(self._bytes, self._offset)
+            self.bytes_read += self._bytes
 
     def fetch_into(self, shard: torch.Tensor) -> None:
         """See `ShardHome.fetch_into`."""
         if self._bytes == 0:
             return
-        if self._transfer is None:
-            buffer = self._pool.take(self._bytes, owner=self)
-            assert buffer is not None
-            self._begin_read(buffer)
-        assert self._transfer is not None
-        assert self._buffer is not None
-        self._transfer.wait()  # of a write: what is being written is what is wanted
-        shard.copy_(self._buffer[: self._bytes].view(self._dtype))
-        self.vacate()
+        with self._lock:
+            self._begin_read(wait=True)
+            self._staging.arrive()  # of a write: what is being written is what is wanted
+            shard.copy_(self._values())
+            self._staging.vacate()
 
     def store(self, shard: torch.Tensor) -> None:
         """See `ShardHome.store`."""
-        self.vacate()
         if self._bytes == 0:
             return
-        buffer = self._pool.take(self._bytes, owner=self)
-        assert buffer is not None
-        self._buffer, self._writes = buffer, True
-        buffer[: self._bytes].view(self._dtype).copy_(shard)
-        self._transfer = self._file.write(buffer[: self._bytes], self._offset)
+        with self._lock:
+            if self._staging.error is None:  # of the values before, which are wanted no more
+                self._staging.vacate()
+            self._staging.take(self._bytes)
+            self._values().copy_(shard)
+            self._write()
+
+    def _write(self) -> None:
+        self._staging.write(self._bytes, self._offset)
         self.bytes_written += self._bytes
 
+    def _values(self) -> torch.Tensor:
+        assert self._staging.buffer is not None
+        return self._staging.buffer[: self._bytes].view(self._dtype)
+
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """See `ShardHome.read`."""
-        transfer = self._transfer
-        if transfer is not None and self._writes:
-            transfer.wait()
+        """A copy of some elements; from any thread, while nothing is stored."""
+        self.settle()
         found = torch.empty(stop - start, dtype=self._dtype)
         self._file.read(found, self._offset + start * self._dtype.itemsize).wait()
         return found
 
     def write(self, start: int, values: torch.Tensor) -> None:
-        """See `ShardHome.write`."""
-        self.vacate()
+        """Replace the elements from `start` on."""
         own = values.to("cpu", self._dtype).contiguous()
-        self._file.write(own, self._offset + start * self._dtype.itemsize).wait()
+        with self._lock:
+            self._staging.vacate()
+            self._file.write(own, self._offset + start * self._dtype.itemsize).wait()
 
-    def is_writing(self) -> bool:
-        """Whether its buffer comes free without anybody's doing (`BufferPool`'s question)."""
-        return self._writes and self._transfer is not None
+    def rescue(self) -> None:
+        """Write once more what could not be written; for who is about to replace the values."""
+        with self._lock:
+            with suppress(OSError):
+                self._staging.arrive()
+            if self._staging.error is not None:
+                self._write()
 
-    def is_written(self) -> bool:
-        """Whether that is the case by now."""
-        return self._transfer is None or self._transfer.done()
+    def settle(self) -> None:
+        """Wait for a write that is under way. Raises the OSError of one that failed."""
+        with self._lock:
+            if self._staging.is_writing or self._staging.error is not None:
+                self._staging.vacate()
 
-    def vacate(self) -> None:
-        """Wait for what is under way and give the buffer back."""
-        if self._transfer is None:
-            return
-        transfer, self._transfer = self._transfer, None
-        buffer, self._buffer = self._buffer, None
-        try:
-            transfer.wait()
-        finally:
-            assert buffer is not None
-            self._pool.give(buffer)
+    def close(self) -> None:
+        """Wait for whatever is under way, of which nobody wants to know any more."""
+        with self._lock:
+            self._staging.drop()
 
 
 @contextmanager

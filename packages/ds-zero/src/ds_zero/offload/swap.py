@@ -15,16 +15,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import torch
 
-from ds_core.seams import TensorFile, Transfer
-from ds_zero.offload.buffers import BufferPool
-
-#: Records and fields begin at multiples of this, which direct transfers ask for.
-ALIGN_BYTES = 4096
+from ds_core.seams import TensorFile
+from ds_zero.offload.buffers import BufferPool, Staging, whole_pages
 
 
 @dataclass(frozen=True)
@@ -40,52 +37,34 @@ class _Field:
 
 @dataclass
 class _Record:
-    """The states of one piece, on disk or in memory."""
+    """The states of one piece, on disk or in memory.
+
+    Attributes:
+        staging: its memory while it is there, or on its way.
+    """
 
     tensors: Callable[[], dict[str, torch.Tensor]]
+    staging: Staging
     fields: tuple[_Field, ...] = ()
     offset: int = 0
     size: int = 0
-    buffer: torch.Tensor | None = None
-    transfer: Transfer | None = None
-    writes: bool = False
     is_here: bool = False
-    pool: BufferPool | None = field(default=None, repr=False)
-
-    def is_writing(self) -> bool:
-        """Whether its buffer comes free without anybody's doing."""
-        return self.writes and self.transfer is not None
-
-    def is_written(self) -> bool:
-        """Whether that is the case by now."""
-        return self.transfer is None or self.transfer.done()
-
-    def vacate(self) -> None:
-        """Wait for what is under way and give the buffer back."""
-        transfer, self.transfer, self.writes = self.transfer, None, False
-        buffer, self.buffer = self.buffer, None
-        try:
-            if transfer is not None:
-                transfer.wait()
-        finally:
-            if buffer is not None:
-                assert self.pool is not None
-                self.pool.give(buffer)
 
 
 class Swap:
-    """The optimizer states of one rank that are on disk.
+    """The optimizer states of one rank that are on disk; for several threads, in turns.
 
     Args:
         file: holds them; nobody else writes it.
         pool: memory that they pass through.
 
     Attributes:
+        pool: of that memory.
         bytes_read, bytes_written: so far, of records.
     """
 
     def __init__(self, file: TensorFile, pool: BufferPool) -> None:
-        self._file, self._pool = file, pool
+        self._file, self.pool, self._lock = file, pool, pool.lock
         self._records: dict[torch.Tensor, _Record] = {}
         self._upcoming: deque[torch.Tensor] = deque()
         self._end = 0
@@ -97,18 +76,9 @@ class Swap:
         return weights in self._records
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors on disk."""
-        return sum(f.nbytes for record in self._records.values() for f in record.fields)
-
-    @property
     def buffer_bytes(self) -> int:
         """Bytes of the memory that records pass through."""
-        return self._pool.nbytes
-
-    def bytes_of(self, weights: torch.Tensor) -> dict[str, int]:
-        """Bytes on disk of one piece, by the key of its tensors."""
-        return {f.key: f.nbytes for f in self._records[weights].fields}
+        return self.pool.nbytes
 
     # ------------------------------------------------------------------ coming and going
 
@@ -119,98 +89,128 @@ class Swap:
             weights: the optimizer's parameter.
             tensors: gives what of it is to be on disk, by key; asked anew whenever it goes.
         """
-        record = self._records[weights] = _Record(tensors, pool=self._pool)
-        record.is_here = True
-        self.put_back(weights)
+        with self._lock:
+            staging = Staging(self._file, self.pool)
+            self._records[weights] = _Record(tensors, staging, is_here=True)
+            self.put_back(weights)
 
-    def forget(self, weights: torch.Tensor) -> None:
-        """Let go of a piece that is in memory; it keeps its tensors, in memory of their own."""
-        record = self._records.pop(weights)
-        assert record.is_here
-        self._vacant.setdefault(record.size, []).append(record.offset)
-        for tensor in record.tensors().values():
-            tensor.data = tensor.detach().clone()
-        record.vacate()
+    def release(self, weights: torch.Tensor, *, rescues: bool = False) -> None:
+        """Let go of a piece; it has its tensors in memory of their own from now on.
+
+        rescues: its values are about to be replaced: take what is left of them, and no error.
+        """
+        with self._lock:
+            record = self._records[weights]
+            if rescues:
+                self._rescue(record)
+            self.bring(weights)
+            del self._records[weights]
+            self._vacate_place(record)
+            for tensor in record.tensors().values():
+                tensor.data = tensor.detach().clone()
+            record.staging.vacate()
+
+    def _rescue(self, record: _Record) -> None:
+        """Show what is left of a record: what could not be written, or zeros for what is gone."""
+        with suppress(OSError):
+            if record.staging.is_writing:
+                record.staging.arrive()
+        if record.staging.error is not None:
+            record.staging.rescue()
+            self._show(record)
+            return
+        try:
+            if not record.is_here:
+                self._begin_read(record, wait=True)
+                record.staging.arrive()
+        except OSError:
+            record.staging.take(record.size)
+            assert record.staging.buffer is not None
+            record.staging.buffer.zero_()
+            self._show(record)
 
     def expect(self, order: Iterable[torch.Tensor]) -> None:
         """These pieces will be brought, in this order: begin to read the first."""
-        self._upcoming = deque(order)
-        self._read_ahead()
+        with self._lock:
+            self._upcoming = deque(order)
+            self._read_ahead()
 
     def bring(self, weights: torch.Tensor) -> None:
         """Make the states of a piece present, and begin to read those that come next."""
-        record = self._records[weights]
-        if record.is_here:
-            return
-        if record.is_writing():
-            record.vacate()
-        if record.transfer is None:
-            buffer = self._pool.take(record.size, owner=record)
-            assert buffer is not None
-            self._begin_read(record, buffer)
-        assert record.transfer is not None
-        transfer, record.transfer = record.transfer, None
-        transfer.wait()
-        self._show(record)
-        while self._upcoming and self._records[self._upcoming[0]].is_here:
-            self._upcoming.popleft()
-        self._read_ahead()
+        with self._lock:
+            record = self._records[weights]
+            if record.is_here:
+                return
+            if record.staging.is_writing:
+                record.staging.vacate()
+            self._begin_read(record, wait=True)
+            record.staging.arrive()
+            self._show(record)
+            while self._upcoming and self._records[self._upcoming[0]].is_here:
+                self._upcoming.popleft()
+            self._read_ahead()
 
     def put_back(self, weights: torch.Tensor) -> None:
         """Begin to write the states of a piece; it has no memory from now on."""
-        record = self._records[weights]
-        tensors = record.tensors()
-        fields = _laid_out(tensors)
-        if fields != record.fields:
-            self._move(record, fields)
-        if record.buffer is None:
-            record.buffer = self._pool.take(record.size, owner=record)
-        assert record.buffer is not None
-        for each in record.fields:
-            tensor, place = tensors[each.key], _view(record.buffer, each)
-            if tensor.data_ptr() != place.data_ptr():
-                place.copy_(tensor)
-            _hide(tensor)
-        record.is_here = False
-        record.writes = True
-        record.transfer = self._file.write(record.buffer[: record.size], record.offset)
-        self.bytes_written += sum(each.nbytes for each in record.fields)
+        with self._lock:
+            record = self._records[weights]
+            tensors = record.tensors()
+            fields = _laid_out(tensors)
+            if fields != record.fields:
+                self._move(record, fields)
+            record.staging.take(record.size)
+            for each in record.fields:
+                tensor, place = tensors[each.key], _view(record.staging, each)
+                if tensor.data_ptr() != place.data_ptr():
+                    place.copy_(tensor)
+                _hide(tensor)
+            record.is_here = False
+            record.staging.write(record.size, record.offset)
+            self.bytes_written += sum(each.nbytes for each in record.fields)
 
     def leave(self, weights: torch.Tensor) -> None:
         """The states of a piece were only read: they lose their memory, and nothing is written."""
-        record = self._records[weights]
-        for tensor in record.tensors().values():
-            _hide(tensor)
-        record.is_here = False
-        record.vacate()
+        with self._lock:
+            record = self._records[weights]
+            for tensor in record.tensors().values():
+                _hide(tensor)
+            record.is_here = False
+            record.staging.vacate()
 
     @contextmanager
     def present(self, weights: torch.Tensor, *, edits: bool) -> Iterator[None]:
-        """The states of a piece are in memory inside the block; `edits` to them are kept."""
-        record = self._records.get(weights)
-        if record is None or record.is_here:
-            yield
-            return
-        self.bring(weights)
-        try:
-            yield
-        finally:
-            if edits:
-                self.put_back(weights)
-            else:
-                self.leave(weights)
+        """The states of a piece are in memory inside the block; `edits` to them are kept.
+
+        Another thread waits for the end of the block, or it would find them gone in its own.
+        """
+        with self._lock:
+            record = self._records.get(weights)
+            if record is None or record.is_here:
+                yield
+                return
+            self.bring(weights)
+            try:
+                yield
+            finally:
+                if edits:
+                    self.put_back(weights)
+                else:
+                    self.leave(weights)
 
     def settle(self) -> None:
         """Wait for what is being written, and free the buffers. Raises the error of a write."""
-        for record in self._records.values():
-            if record.is_writing():
-                record.vacate()
+        with self._lock:
+            for record in self._records.values():
+                if record.staging.is_writing or record.staging.error is not None:
+                    record.staging.vacate()
 
     def close(self) -> None:
-        """Wait for everything, and close the file."""
-        self.settle()
-        self._pool.clear()
-        self._file.close()
+        """Wait for everything, of which nobody wants to know any more, and close the file."""
+        with self._lock:
+            for record in self._records.values():
+                record.staging.drop()
+            self.pool.clear()
+            self._file.close()
 
     # ------------------------------------------------------------------ records
 
@@ -218,44 +218,52 @@ class Swap:
         """Begin to read what comes next, as far as there are buffers."""
         for weights in self._upcoming:
             record = self._records[weights]
-            if record.is_here or (record.transfer is not None and not record.writes):
+            if record.is_here or record.staging.is_reading:
                 continue
-            if record.is_writing():
+            if record.staging.error is not None:
+                return  # whoever brings it is told
+            if record.staging.is_writing or not self._begin_read(record, wait=False):
                 return
-            buffer = self._pool.take(record.size, owner=record, wait=False)
-            if buffer is None:
-                return
-            self._begin_read(record, buffer)
 
-    def _begin_read(self, record: _Record, buffer: torch.Tensor) -> None:
-        record.buffer = buffer
-        record.transfer = self._file.read(buffer[: record.size], record.offset)
+    def _begin_read(self, record: _Record, *, wait: bool) -> bool:
+        """Begin to read, if that has not begun; without `wait`, False if there is no room now."""
+        if record.staging.is_reading:
+            return True
+        if not record.staging.take(record.size, wait=wait):
+            return False
+        record.staging.read(record.size, record.offset)
         self.bytes_read += sum(each.nbytes for each in record.fields)
+        return True
 
     def _show(self, record: _Record) -> None:
-        assert record.buffer is not None
         tensors = record.tensors()
         for each in record.fields:
-            tensors[each.key].data = _view(record.buffer, each)
+            tensors[each.key].data = _view(record.staging, each)
         record.is_here = True
 
     def _move(self, record: _Record, fields: tuple[_Field, ...]) -> None:
         """Give a record a new layout, in a new place of the file; its tensors keep their values."""
         for tensor in record.tensors().values():
-            if record.buffer is not None:
+            if record.staging.buffer is not None:
                 tensor.data = tensor.detach().clone()  # it may lie in the buffer
-        record.vacate()
+        record.staging.vacate()
         size = max((each.start + each.nbytes for each in fields), default=0)
-        fits = size <= record.size
-        record.fields, record.size = fields, -(-size // ALIGN_BYTES) * ALIGN_BYTES
-        if fits:
+        record.fields = fields
+        if size <= record.size:
             return
+        self._vacate_place(record)
+        record.size = whole_pages(size)
         if self._vacant.get(record.size):
             record.offset = self._vacant[record.size].pop()
             return
         record.offset = self._end
         self._end += record.size
         self._file.preallocate(self._end)
+
+    def _vacate_place(self, record: _Record) -> None:
+        """Its place in the file is for others from now on."""
+        if record.size:
+            self._vacant.setdefault(record.size, []).append(record.offset)
 
 
 def _laid_out(tensors: dict[str, torch.Tensor]) -> tuple[_Field, ...]:
@@ -268,8 +276,9 @@ def _laid_out(tensors: dict[str, torch.Tensor]) -> tuple[_Field, ...]:
     return tuple(fields)
 
 
-def _view(buffer: torch.Tensor, of: _Field) -> torch.Tensor:
-    return buffer[of.start : of.start + of.nbytes].view(of.dtype).view(of.shape)
+def _view(staging: Staging, of: _Field) -> torch.Tensor:
+    assert staging.buffer is not None
+    return staging.buffer[of.start : of.start + of.nbytes].view(of.dtype).view(of.shape)
 
 
 def _hide(tensor: torch.Tensor) -> None:

@@ -76,10 +76,18 @@ def open_deepspeed(folder: Path, *, drop_objects: bool = False) -> Foreign:
             a way that only DeepSpeed's own converter can undo (tensor, pipeline or expert
             parallel).
     """
+    try:
+        return _open(folder, drop_objects)
+    except KeyError as error:
+        raise CheckpointError(
+            f"{folder}: an entry {error} is missing, which DeepSpeed writes; the files are of "
+            f"another release than 0.19 knows, or of something else"
+        ) from error
+
+
+def _open(folder: Path, drop_objects: bool) -> Foreign:
     models = [_load(path, drop_objects) for path in _model_files(folder)]
     model = models[0]
-    if "module" not in model:
-        raise CheckpointError(f"{folder}: the model states have no entry 'module'")
     if (folder / "zero").is_dir():
         return _open_universal(folder, models, drop_objects)
     optims = [_load(path, drop_objects) for path in _optim_files(folder)]

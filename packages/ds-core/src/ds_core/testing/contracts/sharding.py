@@ -16,7 +16,7 @@ from torch import nn
 from ds_core import checkpoint, comm
 from ds_core.engine_state import known_to
 from ds_core.precision import Precision
-from ds_core.seams import Sharding
+from ds_core.seams import ParkableSharding, Sharding
 from ds_core.testing.contracts.base import Contract
 from ds_core.testing.contracts.model import (
     ContractModel,
@@ -96,6 +96,14 @@ class ShardingContract(Contract):
         for size in self.world_sizes:
             self.run(_loads_what_others_saved, str(tmp_path), largest, world_size=size)
 
+    def test_an_error_within_an_update_is_told_until_a_load(self, tmp_path: Path) -> None:
+        for size in self.world_sizes:
+            self.run(_tells_that_it_is_torn, str(tmp_path / str(size)), world_size=size)
+
+    def test_it_says_so_before_it_changes_anything(self, tmp_path: Path) -> None:
+        for size in self.world_sizes:
+            self.run(_asks_before_changes, str(tmp_path / str(size)), world_size=size)
+
     def test_memory_is_stated_by_kind_and_does_not_grow(self) -> None:
         self.run(_memory_is_steady)
 
@@ -113,9 +121,10 @@ class _Run:
         self.mesh = comm.Mesh.world()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.model = ContractModel(seed)
+        self.optimizer = optimizer_of(self.model)
         self.sharding = factory(
             self.model,
-            optimizer_of(self.model),
+            self.optimizer,
             mesh=self.mesh,
             precision=precision or Precision(),
         )
@@ -388,6 +397,56 @@ def _loads_what_others_saved(factory: Factory, folder: str, saved_at: int) -> No
     run.step(2)
     run.plain_step(2)
     run.check_parameters()
+
+
+def _tells_that_it_is_torn(factory: Factory, folder: str) -> None:
+    run = _Run(factory)
+    run.step(0)
+    run.plain_step(0)
+    checkpoint.save(folder, "t", _checkpoint_state(run.sharding))
+    assert run.sharding.torn is None
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the memory is full")
+
+    # On every rank, where the first of the parameters have their new values.
+    failing = run.optimizer.register_step_post_hook(fail)
+    with pytest.raises(RuntimeError, match="the memory is full"):
+        run.step(1)
+    failing.remove()
+    assert run.sharding.torn is not None
+    assert "the memory is full" in run.sharding.torn
+    run.sharding.zero_grad()
+    _load(run.sharding, folder)
+    assert run.sharding.torn is None
+    run.step(1)
+    run.plain_step(1)
+    run.check_parameters()
+
+
+def _asks_before_changes(factory: Factory, folder: str) -> None:
+    run = _Run(factory)
+    run.step(0)
+    checkpoint.save(folder, "t", _checkpoint_state(run.sharding))
+    asked: list[str] = []
+    run.sharding.before_change = lambda: asked.append(doing)
+    doing = "update"
+    run.step(1)
+    doing = "prepare_load"
+    run.sharding.prepare_load()
+    assert run.sharding.torn is not None, "what was dropped is not loaded yet"
+    state = _checkpoint_state(run.sharding)
+    state["optimizer"] = known_to(checkpoint.find(folder), state["optimizer"])
+    loaded = checkpoint.load(folder, state=state)
+    doing = "load_state_dict"
+    run.sharding.load_state_dict({"state": loaded["optimizer"], "groups": loaded["groups"]})
+    assert {"update", "prepare_load", "load_state_dict"} <= set(asked)
+    assert run.sharding.torn is None
+    if isinstance(run.sharding, ParkableSharding):
+        doing = "offload_states"
+        run.sharding.offload_states(None, "cpu", False, False, folder=None)
+        assert doing in asked
+        run.sharding.reload_states()
 
 
 def _memory_is_steady(factory: Factory) -> None:

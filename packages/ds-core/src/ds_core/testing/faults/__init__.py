@@ -8,6 +8,7 @@ that the program gives its engine as an observer. Nothing in the library knows o
 from ds_core.testing.faults.acts import (
     die,
     die_on_call,
+    fail_open_files,
     file_size_limit,
     flip_byte,
     poisoned_empty,
@@ -28,6 +29,7 @@ __all__ = [
     "die",
     "die_on_call",
     "draw",
+    "fail_open_files",
     "file_size_limit",
     "fill_disk",
     "flip_byte",

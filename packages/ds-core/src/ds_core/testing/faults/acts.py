@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import os
 import signal
@@ -87,6 +89,32 @@ def flip_byte(path: str | os.PathLike[str], offset: int) -> None:
             raise ValueError(f"flip_byte: {path} has no byte at offset {offset}")
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([value[0] ^ 0xFF]))
+
+
+def fail_open_files(word: str, *, on: Literal["read", "write"]) -> list[str]:
+    """Let the kernel refuse to read or to write files that this process has open; returns which.
+
+    From now on it answers EBADF, in native code too: their descriptors are replaced by ones that
+    lack the right. Files without a name, as swap files are, are found as well. Linux.
+
+    Args:
+        word: that is in their path.
+        on: what is refused.
+    """
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        link = f"/proc/self/fd/{number}"
+        with contextlib.suppress(OSError):  # one that the listing itself had open is gone
+            path = os.readlink(link)
+            if word not in path:
+                continue
+            direct = fcntl.fcntl(int(number), fcntl.F_GETFL) & os.O_DIRECT
+            right = os.O_WRONLY if on == "read" else os.O_RDONLY
+            crippled = os.open(link, right | direct | os.O_CLOEXEC)
+            os.dup2(crippled, int(number), inheritable=False)
+            os.close(crippled)
+            found.append(path)
+    return found
 
 
 @contextmanager

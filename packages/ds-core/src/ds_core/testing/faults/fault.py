@@ -13,7 +13,7 @@ from ds_core.testing.faults.acts import flip_byte, truncate
 
 Kind = Literal[
     "kill", "stop", "full disk", "wrong shape", "stuck loader", "truncated", "bit-flipped",
-    "missing",
+    "missing", "swap error", "stopped writer",
 ]  # fmt: skip
 Point = Literal["forward", "backward", "step", "save", "load", "file"]
 
@@ -27,6 +27,8 @@ KINDS: dict[Kind, tuple[Point, ...]] = {
     "truncated": ("file",),
     "bit-flipped": ("file",),
     "missing": ("file",),
+    "swap error": ("step",),
+    "stopped writer": ("save",),
 }
 #: Kinds that befall a file of a checkpoint, not a rank.
 DAMAGES: tuple[Kind, ...] = ("truncated", "bit-flipped", "missing")
@@ -37,13 +39,15 @@ class Fault:
     """One fault that waits for its moment.
 
     Attributes:
-        kind: what happens.
+        kind: what happens. "swap error": a disk fails under offloaded state; "stopped writer": a
+            rank is stopped while the thread of an asynchronous save writes.
         point: in which part of training; "file" for damage to a checkpoint between two runs.
         rank: to whom.
         step: during which optimizer step, from 1; a save counts to the step that it follows. A load
             of a checkpoint comes at its own time.
         nth: how many calls of Python functions into `point`; at its end if it has fewer.
-        fraction: how far into a file, or into the bytes of a checkpoint, from 0 to 1.
+        fraction: how far into a file, or into the bytes of a checkpoint, from 0 to 1. A disk fails
+            to write below 0.5, to read from there on.
     """
 
     kind: Kind

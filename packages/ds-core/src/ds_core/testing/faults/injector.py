@@ -8,17 +8,18 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from ds_core.seams import Event, EventKind
-from ds_core.testing.faults.acts import die, file_size_limit
+from ds_core.testing.faults.acts import die, fail_open_files, file_size_limit
 from ds_core.testing.faults.disks import fill_disk
 from ds_core.testing.faults.fault import DAMAGES, Fault
 
@@ -92,6 +93,9 @@ class FaultInjector:
             self._wrap_files(engine, fault)
             if fault.kind == "stuck loader":
                 self._wrap_loader(engine, fault)
+        elif fault.kind == "swap error":
+            if event.kind is EventKind.UPDATE_BEGIN and engine.global_step == fault.step - 1:
+                self._fail_swap(fault)
         elif fault.kind == "wrong shape":
             if event.kind is EventKind.FORWARD_BEGIN and engine.global_step == fault.step - 1:
                 self._widen_output(engine)
@@ -109,6 +113,8 @@ class FaultInjector:
         """Have saving and loading, of this engine alone, be windows of their own."""
         if fault.kind == "full disk":
             engine.save_checkpoint = self._on_full_disk(engine, fault)  # type: ignore[method-assign]
+        elif fault.kind == "stopped writer":
+            engine.save_checkpoint = self._stopping(engine, fault)  # type: ignore[method-assign]
         elif fault.kind in ("kill", "stop") and fault.point == "save":
             engine.save_checkpoint = self._window(  # type: ignore[method-assign]
                 engine.save_checkpoint, lambda: engine.global_step == fault.step, fault.nth
@@ -170,10 +176,49 @@ class FaultInjector:
             if engine.global_step != fault.step:
                 return save(directory, *args, **kwargs)
             self._note(sys._getframe())
+            before = threading.enumerate()
             with self._full(Path(directory), fault):
-                return save(directory, *args, **kwargs)
+                path = save(directory, *args, **kwargs)
+                # A thread that it left behind is to meet this disk; what it says is told later.
+                for thread in threading.enumerate():
+                    if thread not in before:
+                        thread.join()
+                return path
 
         return wrapped
+
+    def _fail_swap(self, fault: Fault) -> None:
+        self._fault = None  # once
+        self._note(sys._getframe())
+        on: Literal["read", "write"] = "write" if fault.fraction < 0.5 else "read"
+        failed = fail_open_files(".swap", on=on)
+        assert failed, "a swap error needs state on disk"
+
+    def _stopping(self, engine: Engine, fault: Fault) -> Callable[..., Any]:
+        save = engine.save_checkpoint
+
+        @functools.wraps(save)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if engine.global_step != fault.step:
+                return save(*args, **kwargs)
+            self._countdown = fault.nth + 1
+            threading.setprofile(self._count_in_thread)
+            try:
+                return save(*args, **kwargs)
+            finally:
+                threading.setprofile(None)
+
+        return wrapped
+
+    def _count_in_thread(self, frame: FrameType, event: str, argument: Any) -> None:
+        """Strike at the `nth` call of a thread, or as it ends."""
+        if event == "return" and frame.f_code is threading.Thread.run.__code__:
+            self._countdown = 1
+        elif event != "call":
+            return
+        self._countdown -= 1
+        if self._countdown == 0:
+            self._strike(frame)
 
     @contextlib.contextmanager
     def _full(self, directory: Path, fault: Fault) -> Iterator[None]:
