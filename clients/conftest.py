@@ -133,7 +133,7 @@ def commands(python: str) -> dict[str, list[str]]:
             *(python, "-m", "accelerate.commands.launch"),
             *("--num_processes", "2", "--num_machines", "1", "--machine_rank", "0"),
             *("--main_process_ip", "127.0.0.1", "--main_process_port", port),
-            *("--cpu", "--mixed_precision", "no", "--dynamo_backend", "no"),
+            *("--mixed_precision", "no", "--dynamo_backend", "no"),
         ],
     }
 

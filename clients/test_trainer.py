@@ -57,6 +57,8 @@ def written(folder: Path, config: dict) -> str:
 def trained(request, launch, is_ours, tmp_path_factory):
     """(name, job) of a run of each kind, with checkpoints at 3 and 6."""
     name = request.param
+    if "offload" in name and not is_ours:
+        pytest.skip("the original package compiles its optimizer for the CPU first")
     folder = tmp_path_factory.mktemp(f"stage{name}")
     config = written(folder, {**AUTO, "zero_optimization": ZERO[name]})
     job = launch(
