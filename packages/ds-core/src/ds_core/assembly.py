@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from ds_core.decisions import decisions
 from ds_core.engine import Engine
 from ds_core.errors import ConfigError, DsError
 from ds_core.observers import standard_observers
+from ds_core.optimizers import NoOptimizer
 from ds_core.precision import LossScale, Precision
 from ds_core.replicated import Replicated
 from ds_core.seams import Dense, Observer, Sharding
@@ -44,6 +45,8 @@ def initialize(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     mesh: comm.Mesh | None = None,
     observers: tuple[Observer, ...] = (),
+    param_groups: Iterable[dict[str, Any]] | None = None,
+    training: bool = True,
 ) -> Engine:
     """Assemble an `Engine` from a model and a config.
 
@@ -57,12 +60,17 @@ def initialize(
         collate_fn: for that loader.
         mesh: the ranks and their axes; default: all ranks along "dp".
         observers: beside those that the config asks for.
+        param_groups: as torch.optim takes them, for the optimizer that the config names: groups
+            with hyperparameters of their own. Default: one group of all that is trained.
+        training: if False, the engine only runs the model: there is no optimizer, nothing is
+            trained until it is closed, and no master copy or gradient is ever allocated. What the
+            config says of an optimizer and a schedule is not used.
 
     Raises ConfigError for a config that cannot be honoured, DsError if there is no optimizer, or if
     model and optimizer cannot be trained together.
     Collective; starts the process group if none runs.
     """
-    check_model(model)
+    check_model(model, trains=training)
     comm.init()
     mesh = comm.Mesh.world() if mesh is None else mesh
     data_ranks = mesh.size("dp")
@@ -78,13 +86,17 @@ def initialize(
         logs.show(config.log_level, packages, rank=dist.get_rank())
     precision, reason = _precision(config, device_kind)
     _place(model, device_kind.device())
-    optimizer = _optimizer(model, config, optimizer, precision)
-    check_optimizer(model, optimizer)
+    frozen: tuple[nn.Parameter, ...] = ()
+    if training:
+        optimizer = _optimizer(model, config, optimizer, precision, param_groups)
+        check_optimizer(model, optimizer)
+    else:
+        optimizer, precision, frozen = NoOptimizer(), precision.for_inference(), _freeze(model)
     sharding = _sharding(config, model, optimizer, mesh, precision)
     _broadcast_buffers(model, mesh.group("dp"))
     _cast_statistics(model, precision.compute)
     runner = _provided("runners", config, model=model, mesh=mesh)
-    scheduler = _scheduler(config, lr_scheduler, sharding, optimizer)
+    scheduler = _scheduler(config, lr_scheduler, sharding, optimizer) if training else None
     dp = mesh.group("dp")
     loader = None
     if training_data is not None:
@@ -123,6 +135,8 @@ def initialize(
         device=device_kind.device(),
         decisions=decided,
         saving=config.checkpoint.policy(),
+        frozen=frozen,
+        trains=training,
     )
     if config.compile.enabled:
         engine.compile(backend=config.compile.backend, **config.compile.kwargs)
@@ -225,7 +239,13 @@ def _optimizer(
     config: configuration.Config,
     given: torch.optim.Optimizer | None,
     precision: Precision,
+    param_groups: Iterable[dict[str, Any]] | None,
 ) -> torch.optim.Optimizer:
+    if given is not None and param_groups is not None:
+        raise DsError(
+            "initialize: param_groups are for the optimizer that the config names, but "
+            "optimizer= is given, which has its own; leave one of them out"
+        )
     if given is not None and config.optimizer is not None:
         logger.info("optimizer: the given one is used, the config's section is not")
     if given is not None:
@@ -241,10 +261,18 @@ def _optimizer(
     sections = [config.section(name) for name in plugins.registered("sharding")]
     return optimizers.build(
         config.optimizer,
-        trainable,
+        trainable if param_groups is None else param_groups,
         fuse=not config.sparse_gradients,
         on_host=any(getattr(section, "steps_on_host", False) for section in sections),
     )
+
+
+def _freeze(model: nn.Module) -> tuple[nn.Parameter, ...]:
+    """Leave nothing of the model to be trained; returns what was, to undo it."""
+    trained = tuple(param for param in model.parameters() if param.requires_grad)
+    for param in trained:
+        param.requires_grad_(False)
+    return trained
 
 
 def _provided(seam: plugins.Seam, config: configuration.Config, **parts: Any) -> Any:

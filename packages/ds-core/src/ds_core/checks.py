@@ -10,8 +10,11 @@ from torch import nn
 from ds_core.errors import DsError
 
 
-def check_model(model: Any, error: type[DsError] = DsError) -> None:
-    """Raise `error` unless `model` is a module with values, some trainable, that nobody wraps."""
+def check_model(model: Any, error: type[DsError] = DsError, *, trains: bool = True) -> None:
+    """Raise `error` unless `model` is a module with values that nobody wraps.
+
+    trains: whether some of it must be trainable.
+    """
     if not isinstance(model, nn.Module):
         raise error(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -26,7 +29,7 @@ def check_model(model: Any, error: type[DsError] = DsError) -> None:
                 f"model: parameter {name!r} is on the meta device and has no values; materialize "
                 f"it first, or build the model under ds_zero.Init()"
             )
-    if not any(param.requires_grad for param in parameters.values()):
+    if trains and not any(param.requires_grad for param in parameters.values()):
         raise error(
             f"model: {type(model).__name__} has no trainable parameter ({len(parameters)} frozen); "
             f"set requires_grad on what should be trained"

@@ -53,6 +53,8 @@ class Engine(EngineFiles):
         global_step: optimizer steps taken, skipped ones included.
         grad_norm: global L2 norm of the last step's gradients before clipping, or None.
         dataloader: yields this rank's micro-batches of `training_data`, or None.
+        skips_nonfinite: whether a step whose gradients are not finite is left out, as it is with a
+            loss scale, rather than an error. May be set between steps.
 
     Every method that runs the model or touches parameters is collective.
     """
@@ -76,6 +78,8 @@ class Engine(EngineFiles):
         device: torch.device | None = None,
         decisions: Mapping[str, Any] | None = None,
         saving: SavePolicy | None = None,
+        frozen: Iterable[nn.Parameter] = (),
+        trains: bool = True,
     ) -> None:
         super().__init__()
         self.module = module
@@ -86,6 +90,8 @@ class Engine(EngineFiles):
         self.scaler = LossScaler(precision.loss_scale)
         self.device = device or next(module.parameters()).device
         self.global_step = self.skipped_steps = 0
+        self.skips_nonfinite = False
+        self._trains, self._frozen = trains, tuple(frozen)
         self.grad_norm: float | None = None
         self.was_step_applied = False
         self._micro = Accumulation(accumulation, managed=managed_accumulation)
@@ -214,15 +220,28 @@ class Engine(EngineFiles):
             return None
         return gradient * self._loss_factor()
 
-    def _loss_factor(self) -> float:
-        return self.scaler.scale * self._loss_weight / self._micro.steps
+    def _loss_factor(self, *, divides: bool = True) -> float:
+        factor = self.scaler.scale * self._loss_weight
+        return factor / self._micro.steps if divides else factor
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(
+        self,
+        loss: torch.Tensor,
+        *,
+        retain_graph: bool = False,
+        divides_by_accumulation: bool = True,
+    ) -> None:
         """Backward of one micro-batch's loss, scaled as precision and accumulation ask for.
 
         `loss.backward()` does the same for a loss that depends on the model's outputs only; under
         fp16 this is the safer of the two, because the loss itself is scaled before its gradient
         can underflow.
+
+        Args:
+            loss: a scalar.
+            retain_graph: keep what autograd has saved, for another backward through it.
+            divides_by_accumulation: if False, the caller has divided the loss by the number of
+                micro-batches of the step already, or weighs them otherwise.
         """
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise DsError(
@@ -235,10 +254,10 @@ class Engine(EngineFiles):
             )
         self._prepare_backward()
         self._emit(EventKind.BACKWARD_BEGIN)
-        factor = self._loss_factor()
+        factor = self._loss_factor(divides=divides_by_accumulation)
         self._scaled_by_loss = True
         try:
-            (loss if factor == 1.0 else loss * factor).backward()
+            (loss if factor == 1.0 else loss * factor).backward(retain_graph=retain_graph)
         finally:
             self._scaled_by_loss = False
         self._losses.append(loss.detach())
@@ -291,10 +310,15 @@ class Engine(EngineFiles):
     def step(self) -> bool:
         """Count one micro-batch; after the last of a step, clip and update the parameters.
 
-        Returns whether parameters were updated. With a loss scale, a step whose gradients
-        overflow on any rank is skipped on all. Raises NonFiniteError if gradients are not finite
-        without one: the parameters are left as they were.
+        Returns whether parameters were updated. With a loss scale, or if `skips_nonfinite`, a step
+        whose gradients overflow on any rank is skipped on all. Else raises NonFiniteError if
+        gradients are not finite: the parameters are left as they were.
         """
+        if not self._trains:
+            raise DsError(
+                "step: this engine was made with training=False and has no optimizer; make one "
+                "that trains"
+            )
         self.was_step_applied = False
         if not self._micro.advance():
             return False
@@ -303,7 +327,7 @@ class Engine(EngineFiles):
         self.grad_norm = norm
         self._emit(EventKind.REDUCED, grad_norm=norm)
         overflowed = not math.isfinite(norm)
-        if overflowed and not self.scaler.may_skip:
+        if overflowed and not (self.scaler.may_skip or self.skips_nonfinite):
             self._raise_nonfinite(norm)
         if not overflowed:
             clip = 1.0
@@ -484,11 +508,17 @@ class Engine(EngineFiles):
             self._compiled = None
         # A file that one rank cannot write must not keep the others waiting.
         with ExitStack() as steps:
+            steps.callback(self._thaw)
             steps.callback(self.sharding.close)
             steps.callback(self._adjusters.clear)
             steps.callback(self._observers.clear)
             steps.callback(self._emit, EventKind.CLOSE)
             steps.callback(self._close_saver)
+
+    def _thaw(self) -> None:
+        """What was frozen for the life of an engine that does not train can be trained again."""
+        for param in self._frozen:
+            param.requires_grad_(True)
 
     def _emit(self, kind: EventKind, /, **values: Any) -> None:
         if not self._observers:

@@ -182,6 +182,10 @@ class EngineFiles(nn.Module):
     ) -> dict[str, Any]:
         """Load a checkpoint of any stage and world size; returns its `client_state`.
 
+        One that DeepSpeed wrote (ZeRO stages 0 to 3, universal) is loaded as well: rank 0 imports
+        it into a folder beside it, which is gone afterwards. What of its client state only running
+        code could read is left out.
+
         Args:
             directory: holds the checkpoints, or is one.
             tag: which one; default: the latest.
@@ -196,19 +200,23 @@ class EngineFiles(nn.Module):
         Raises CheckpointError if it is missing, damaged, or of another model; the engine must not
         be used then. Collective.
         """
+        from ds_core.checkpoint.foreign_load import as_ours
         from ds_core.engine_state import load
 
         self.wait_for_checkpoint()
-        path, client_state = load(
-            cast("Engine", self),
-            directory,
-            tag,
-            strict=load_module_strict,
-            optimizer=load_optimizer_states,
-            lr_scheduler=load_lr_scheduler_states,
-            only_model=load_module_only,
-            verify=verify,
-        )
+        with as_ours(directory, tag) as imported:
+            path, client_state = load(
+                cast("Engine", self),
+                directory if imported is None else imported,
+                tag if imported is None else None,
+                strict=load_module_strict,
+                optimizer=load_optimizer_states,
+                lr_scheduler=load_lr_scheduler_states,
+                only_model=load_module_only,
+                verify=verify,
+            )
+        if imported is not None:
+            path = os.fspath(directory)
         self._emit(EventKind.CHECKPOINT, path=path, action="loaded")
         return client_state
 

@@ -109,6 +109,16 @@ class Choice(Protocol):
         ...
 
 
+class NoOptimizer(Optimizer):
+    """In the place of the optimizer of a model that is only run: it updates nothing."""
+
+    def __init__(self) -> None:
+        super().__init__([{"params": []}], {"lr": 0.0})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """There is nothing to do."""
+
+
 def build(
     choice: Choice,
     params: Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]],

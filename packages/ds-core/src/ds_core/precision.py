@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,10 @@ class Precision:
         if self.autocast is not None:
             forward = torch.autocast(device_type, self.autocast)(forward)
         return forward
+
+    def for_inference(self) -> Precision:
+        """The same for a model that is only run: no master copy, gradients or loss scale."""
+        return replace(self, master=None, grad=None, loss_scale=None)
 
     def __str__(self) -> str:
         parts = [f"parameters {_short(self.compute)}"]

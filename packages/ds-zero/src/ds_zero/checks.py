@@ -48,7 +48,7 @@ def parameters_of(
     Raises ShardError for a model or optimizer that cannot be sharded, and ModelMismatchError on
     every rank of `group` if theirs differ. Collective.
     """
-    check_model(model, ShardError)
+    check_model(model, ShardError, trains=any(g["params"] for g in optimizer.param_groups))
     check_optimizer(model, optimizer, ShardError)
     check_elementwise(optimizer)
     group_of: dict[int, int] = {}

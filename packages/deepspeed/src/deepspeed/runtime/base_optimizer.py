@@ -1,0 +1,191 @@
+"""The optimizer that `initialize` returns: the engine's, under the names that DeepSpeed's has."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from deepspeed._errors import NotProvidedError
+from ds_core.checkpoint import FlatShard
+
+if TYPE_CHECKING:
+    from ds_core.engine import Engine
+
+
+class DeepSpeedOptimizer:
+    """The class of which every optimizer of an engine is one."""
+
+
+class ParameterOffload:
+    """What programs take hold of to leave out the gathers of stage 3 while they generate.
+
+    Inside `deepspeed.zero.GatheredParameters` nothing is gathered a second time here, so there are
+    no hooks that would have to go, and none to register again.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.forward_hooks: list[Any] = []
+        self.backward_hooks: list[Any] = []
+        # An attribute of the object, so that the model's class stays as it is.
+        if not hasattr(module, "ds_external_parameters"):
+            object.__setattr__(module, "ds_external_parameters", _none)
+        for param in module.parameters():
+            if not hasattr(param, "ds_active_sub_modules"):
+                param.ds_active_sub_modules = set()  # type: ignore[attr-defined]
+
+    def _register_deepspeed_module(self, module: nn.Module) -> None:
+        """There is nothing to register."""
+
+
+def _none() -> tuple[()]:
+    """No parameter of another module is used: every parameter is gathered with its own unit."""
+    return ()
+
+
+class EngineOptimizer(DeepSpeedOptimizer, Optimizer):
+    """The optimizer of an engine, whatever it shards; `step` is the engine's.
+
+    Attributes:
+        optimizer: the torch optimizer that does the arithmetic, before sharding changed its groups.
+        parameter_offload: see `ParameterOffload`.
+
+    It is a `torch.optim.Optimizer` too, so that torch's schedules take it.
+    """
+
+    def __init__(self, engine: Engine, optimizer: Optimizer | None, *, stage: int) -> None:
+        self._engine, self.optimizer, self.zero_stage = engine, optimizer, stage
+        defaults = {} if optimizer is None else optimizer.defaults
+        self.__setstate__({"defaults": defaults})
+        self.parameter_offload = ParameterOffload(engine.module) if stage == 3 else None
+        if self.parameter_offload is None:
+            del self.parameter_offload
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The groups: hyperparameters, which may be changed, and what this rank holds."""
+        return self._engine.sharding.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._engine.sharding.param_groups[:] = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The state of what this rank holds, by tensor of `param_groups`."""
+        sharding: Any = self._engine.sharding
+        return sharding.state if isinstance(sharding, Optimizer) else sharding.optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        raise NotProvidedError("optimizer.state cannot be replaced; use load_state_dict")
+
+    @property
+    def overflow(self) -> bool:
+        """Whether the last step was skipped because gradients were not finite."""
+        norm = self._engine.grad_norm
+        return norm is not None and not torch.isfinite(torch.tensor(norm)).item()
+
+    @property
+    def loss_scale(self) -> float:
+        """What losses are multiplied by before backward; 1 without fp16."""
+        return self._engine.scaler.scale
+
+    cur_scale = loss_scale
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        """Whether the loss scale is adjusted while training."""
+        policy = self._engine.precision.loss_scale
+        return policy is not None and policy.static is None
+
+    @property
+    def _global_grad_norm(self) -> float | None:
+        return self._engine.grad_norm
+
+    def backward(self, loss: torch.Tensor, retain_graph: bool = False) -> None:
+        """Backward of a loss that the caller has divided by the micro-batches of a step."""
+        self._engine.backward(loss, retain_graph=retain_graph, divides_by_accumulation=False)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """As `engine.step()`, which programs of DeepSpeed call themselves."""
+        if closure is not None:
+            raise NotProvidedError("optimizer.step: a closure is not provided; call engine.step()")
+        self._engine.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget what accumulates; at stages 2 and 3 nothing, as there only a step forgets it."""
+        if self.zero_stage < 2:
+            self._engine.zero_grad()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: what an engine trains is fixed when it is made."""
+        raise NotProvidedError(
+            "optimizer.add_param_group: what an engine trains is fixed when it is made; give all "
+            "groups to deepspeed.initialize"
+        )
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """What this rank holds of the optimizer's state, for the same number of ranks and stage."""
+        held = self._engine.sharding.state_dict()
+        state = {
+            key: {name: _plain(value) for name, value in by_name.items()}
+            for key, by_name in held["state"].items()
+        }
+        return {
+            "optimizer_state_dict": {"state": state, "groups": held["groups"]},
+            "loss_scaler": self._engine.scaler.state_dict(),
+            "zero_stage": self.zero_stage,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: dict[str, Any], load_optimizer_states: bool = True, **_: Any
+    ) -> None:
+        """Take over what `state_dict` gave on this rank. Collective.
+
+        Raises NotProvidedError for the state of another optimizer, or of another stage or number of
+        ranks: for these there are checkpoints.
+        """
+        if "optimizer_state_dict" not in state_dict:
+            raise NotProvidedError(
+                "optimizer.load_state_dict: got a state that optimizer.state_dict() of this "
+                "package did not make; use engine.load_checkpoint, which also reads what "
+                "DeepSpeed saved"
+            )
+        self._engine.scaler.load_state_dict(state_dict["loss_scaler"])
+        if not load_optimizer_states:
+            return
+        sharding, saved = self._engine.sharding, state_dict["optimizer_state_dict"]
+        sharding.prepare_load()
+        own = sharding.state_dict()
+        for key, by_name in own["state"].items():
+            for name, value in by_name.items():
+                if name in saved["state"].get(key, {}):
+                    by_name[name] = _filled(key, name, value, saved["state"][key][name])
+        sharding.load_state_dict({"state": own["state"], "groups": saved["groups"]})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, FlatShard):
+        with value.opened() as local:
+            return local.detach().cpu().clone()
+    return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _filled(key: str, name: str, own: Any, saved: Any) -> Any:
+    if not isinstance(own, torch.Tensor):
+        return saved
+    with own.opened(fill=True) if isinstance(own, FlatShard) else nullcontext(own) as target:
+        if target.shape != saved.shape:
+            raise NotProvidedError(
+                f"optimizer.load_state_dict: {key} of {name} has {saved.numel()} elements, and "
+                f"this rank holds {target.numel()}; use engine.load_checkpoint, for any number of "
+                f"ranks"
+            )
+        target.copy_(saved)
+    return own
