@@ -9,6 +9,7 @@ from zero_models import CASES, Stack
 import ds_zero
 from ds_core.precision import Precision
 from ds_core.testing import run_ranks
+from ds_zero.offload import Offload
 
 BF16 = Precision(compute=torch.bfloat16, master=torch.float32)
 NAME = "blocks.1.up.weight"
@@ -246,3 +247,114 @@ def frozen_state() -> None:
     assert optimizer.full_gradient("blocks.0.base.up.weight") is None
     with pytest.raises(ds_zero.ShardError, match="is frozen: it has no optimizer state"):
         optimizer.full_optimizer_state("blocks.0.base.up.weight", "exp_avg")
+
+
+# ---------------------------------------------------------------------- holding and local parts
+
+
+def test_parameters_of_init_stay_whole_whatever_else_is_touched():
+    run_ranks(2, hold_many_of_init)
+
+
+def hold_many_of_init() -> None:
+    torch.manual_seed(0)
+    with ds_zero.Init():
+        model = Stack()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    block = model.blocks[0]
+    order = list(block.parameters())
+    if dist.get_rank() == 1:
+        order.reverse()  # ranks need not name them in one order
+    with ds_zero.GatheredParameters([*order, None, order[0]], modifier_rank=0), torch.no_grad():
+        assert not any("sharded" in repr(param) for param in block.parameters())
+        if dist.get_rank() == 0:  # nothing here may wait for the other rank
+            for param in block.parameters():
+                param.fill_(3.0)
+    for name, value in model.state_dict().items():
+        expected = torch.full_like(before[name], 3.0) if "blocks.0." in name else before[name]
+        assert torch.equal(value, expected), name
+
+
+def test_edits_without_modifier_and_after_an_error_are_lost_under_init():
+    run_ranks(2, lose_edits_of_init)
+
+
+def lose_edits_of_init() -> None:
+    with ds_zero.Init():
+        model = Stack()
+    weight = model.exit.weight
+    before = weight.detach().clone()
+    with ds_zero.GatheredParameters(weight):
+        weight.data.zero_()
+    assert torch.equal(weight, before)
+    with pytest.raises(ZeroDivisionError):
+        edit_and_fail(weight)
+    assert torch.equal(weight, before)
+    weight.data.add_(1)  # touched, and not stored yet
+    with ds_zero.GatheredParameters(weight):
+        assert torch.equal(weight, before + 1)
+
+
+def test_holders_of_one_unit_may_leave_in_any_order():
+    run_ranks(2, leave_in_any_order)
+
+
+def leave_in_any_order() -> None:
+    model, _ = sharded(CASES["untied"], 3)
+    up, down = model.blocks[1].up.weight, model.blocks[1].down.weight
+    first, second = ds_zero.GatheredParameters(up), ds_zero.GatheredParameters(down)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert "sharded" not in repr(down)
+    second.__exit__(None, None, None)
+    assert "sharded" in repr(down)
+
+
+def test_generation_without_hooks():
+    run_ranks(2, compute_without_hooks)
+
+
+def compute_without_hooks() -> None:
+    case = CASES["stack"]
+    model, optimizer = sharded(case, 3)
+    truth = plain(case, 1)[2]
+    with optimizer.gathered(), torch.no_grad():
+        expected = model(case.inputs(0, 0))
+        optimizer.remove_hooks()
+        assert torch.equal(model(case.inputs(0, 0)), expected)
+        optimizer.restore_hooks()
+        optimizer.restore_hooks()
+    assert sharded_steps(model, optimizer, case, 1) == pytest.approx(truth, abs=1e-6)
+
+
+def edit_and_fail(weight: torch.nn.Parameter) -> None:
+    with ds_zero.GatheredParameters(weight, modifier_rank=0):
+        weight.data.zero_()
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("offloaded", [False, True], ids=["device", "nvme"])
+def test_setting_local_values(offloaded: bool, stage: int, tmp_path):
+    run_ranks(2, set_local, stage, tmp_path if offloaded else None)
+
+
+def set_local(stage: int, folder) -> None:
+    options = {"precision": BF16}
+    if folder is not None:
+        options["offload"] = Offload(optimizer="nvme", folder=folder)
+    case = CASES["untied"]
+    model, optimizer = sharded(case, stage, **options)
+    sharded_steps(model, optimizer, case, 1)
+    case.loss(model, case.inputs(0, 0), 0, 0).backward()
+    for kind, number in (("parameter", 0.5), ("gradient", 0.25), ("exp_avg", 2.0)):
+        mine = optimizer.local_value(NAME, kind)
+        optimizer.set_local_value(NAME, kind, torch.full_like(mine, number))
+    optimizer.publish()
+    assert torch.equal(optimizer.full_parameter(NAME), torch.full((17, 12), 0.5))
+    assert torch.equal(optimizer.full_gradient(NAME).float(), torch.full((17, 12), 0.25))
+    state = optimizer.full_optimizer_state(NAME, "exp_avg")
+    assert torch.equal(state, torch.full((17, 12), 2.0))
+    assert torch.equal(optimizer.full_state_dict()[NAME].float(), torch.full((17, 12), 0.5))
+    with pytest.raises(ds_zero.ShardError, match=r"'blocks\.1\.up\.weight': got 1000 numbers"):
+        optimizer.set_local_value(NAME, "parameter", torch.zeros(1000))

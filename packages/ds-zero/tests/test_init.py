@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_memory import live_bytes
 from torch import nn
 from zero_loops import adamw, plain, sharded_steps
@@ -197,3 +198,55 @@ def forward_before_shard() -> None:
     x = vectors(0, 0)
     with torch.no_grad():
         assert torch.equal(model(x), truth(x))
+
+
+def test_state_dict_gathers_nothing_until_a_value_is_read():
+    run_ranks(2, read_state_dict)
+
+
+def read_state_dict() -> None:
+    model = build(Stack)
+    torch.manual_seed(0)
+    truth = Stack().state_dict()
+    found = model.state_dict()
+    assert {name: value.shape for name, value in found.items()} == {
+        name: value.shape for name, value in truth.items()
+    }
+    assert "sharded" in repr(found["entry.weight"])
+    assert not found["entry.weight"].requires_grad
+    assert torch.equal(found["entry.weight"], truth["entry.weight"])
+    assert type(found["entry.weight"]) is torch.Tensor
+    assert "sharded" in repr(found["exit.weight"])
+
+
+def test_values_of_rank0_count_if_told_so(stage: int):
+    run_ranks(2, build_from_different_seeds, stage)
+
+
+def build_from_different_seeds(stage: int) -> None:
+    torch.manual_seed(dist.get_rank())
+    with ds_zero.Init(from_rank0=True):
+        model = Stack()
+        model.entry.weight.data.normal_()
+    torch.manual_seed(0)
+    truth = Stack()
+    truth.entry.weight.data.normal_()
+    optimizer = ds_zero.shard(
+        model, adamw(model.parameters()), stage, min_unit_numel=0, broadcast=False
+    )
+    for name, param in truth.named_parameters():
+        assert torch.equal(optimizer.full_state_dict()[name], param), name
+
+
+def test_a_model_that_is_built_already_can_be_adopted():
+    run_ranks(2, adopt_built)
+
+
+def adopt_built() -> None:
+    torch.manual_seed(0)
+    model = Stack()
+    ds_zero.Init(device="cpu", on_host=True).adopt(model)
+    assert "sharded" in repr(model.exit.weight)
+    torch.manual_seed(0)
+    for param, truth in zip(model.parameters(), Stack().parameters(), strict=True):
+        assert torch.equal(param, truth)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from zero_models import Adapted, Block, Language, Shared, TiedBlocks
 
+import ds_zero
 from ds_core.comm import Placement, place
 from ds_zero.errors import ShardError
 from ds_zero.plan import ParamSpec, UnitSpec, plan_units
@@ -179,3 +180,14 @@ def test_planning_touches_no_values():
     with torch.device("meta"):
         units = plan(Language("own"))
     assert all(spec.param.is_meta for unit in units for spec in unit.params)
+
+
+def test_marked_modules_are_not_divided():
+    tiled = nn.Sequential(ds_zero.TiledLinear(4, 8, out_splits=2), nn.Linear(8, 2))
+    assert len(plan(tiled)) > 1
+    ds_zero.mark_leaf(tiled[0])
+    assert ds_zero.is_leaf(tiled[0])
+    divided = [unit.name for unit in plan(tiled)]
+    assert not any(name.startswith("0.linears") for name in divided)
+    ds_zero.mark_leaf(tiled[0], False)
+    assert len(plan(tiled)) > len(divided)

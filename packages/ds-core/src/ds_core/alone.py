@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ds_core import comm, fused
+from ds_core.errors import DsError
 from ds_core.precision import Precision
 from ds_core.whole_model import WholeModel
 
@@ -114,6 +115,21 @@ class Alone(WholeModel):
         """Forget all gradients."""
         for param, _ in self._targets:
             param.grad = None
+
+    def full_gradient(self, which: str) -> torch.Tensor | None:
+        """The gradient of one parameter; None before a backward and for a frozen one."""
+        gradient = self._named(which).grad
+        if gradient is None or gradient.layout is torch.strided:
+            return gradient
+        return gradient.to_dense()
+
+    @torch.no_grad()
+    def set_full_gradient(self, which: str, value: torch.Tensor) -> None:
+        """Overwrite the gradient of one parameter."""
+        param = self._named(which)
+        if not param.requires_grad:
+            raise DsError(f"{which!r} is frozen: it has no gradient")
+        param.grad = value.detach().to(param.dtype, copy=True)
 
     def first_nonfinite(self) -> str | None:
         """Name of the first parameter whose gradient is not finite."""

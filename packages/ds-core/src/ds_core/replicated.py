@@ -14,6 +14,7 @@ from torch import nn
 
 from ds_core import comm, fused
 from ds_core.backward import BackwardWatch
+from ds_core.errors import DsError
 from ds_core.flat import FlatLayout
 from ds_core.flat_gradient import FlatGradient
 from ds_core.gradients import GradientReducer, vector_norm
@@ -232,6 +233,43 @@ class Replicated(WholeModel):
         self._reducer.forget()
         for bucket in self._buckets:
             bucket.clear()
+
+    def full_gradient(self, which: str) -> torch.Tensor | None:
+        """The averaged gradient of one parameter; None before a backward and for a frozen one.
+
+        Collective if gradients only accumulated locally so far.
+        """
+        self._named(which)
+        if not self._has_gradients:
+            return None
+        self._settle()
+        view = self._gradient_of(which)
+        if view is None:
+            return None
+        return view.detach().clone() if view.layout is torch.strided else view.to_dense()
+
+    @torch.no_grad()
+    def set_full_gradient(self, which: str, value: torch.Tensor) -> None:
+        """Overwrite the averaged gradient of one parameter; all ranks give the same value."""
+        self._named(which)
+        self._settle()
+        view = self._gradient_of(which)
+        if view is None:
+            raise DsError(f"{which!r} is frozen: it has no gradient")
+        if view.layout is not torch.strided:
+            raise DsError(f"{which!r} has a sparse gradient, which cannot be overwritten")
+        view.copy_(value)
+        self._has_gradients = True
+        for bucket in self._buckets:
+            if which in bucket.names:
+                bucket.used[bucket.names.index(which)] = True
+        self._used = None
+
+    def _gradient_of(self, which: str) -> torch.Tensor | None:
+        for bucket in self._buckets:
+            if which in bucket.names:
+                return bucket.gradients()[bucket.names.index(which)]
+        return None
 
     def first_nonfinite(self) -> str | None:
         """Name of the first parameter whose gradient is not finite."""

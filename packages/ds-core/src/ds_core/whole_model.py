@@ -13,6 +13,7 @@ from torch import nn
 
 from ds_core import comm
 from ds_core.agreement import check_same_model
+from ds_core.errors import DsError, OptimizerError
 from ds_core.optimizer_state import (
     PortableState,
     allocate_state,
@@ -106,7 +107,49 @@ class WholeModel:
 
     def full_parameter(self, which: str) -> torch.Tensor:
         """The most precise copy of one parameter."""
+        self._named(which)
         return self._target(which).detach()
+
+    def full_optimizer_state(self, which: str, key: str) -> torch.Tensor:
+        """Optimizer state such as "exp_avg" of one parameter.
+
+        Raises OptimizerError if the optimizer has none of that name, or no step has made it yet.
+        """
+        self._named(which)
+        held = state_of(self.optimizer, self._target(which))
+        value = held.get(key)
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            return value.detach().clone()
+        raise OptimizerError(
+            f"optimizer state {key!r} of {which!r}: {type(self.optimizer).__name__} has "
+            f"{', '.join(sorted(held)) or 'no state before its first step'}"
+        )
+
+    @torch.no_grad()
+    def set_full_parameter(self, which: str, value: torch.Tensor) -> None:
+        """Overwrite one parameter and its master copy; all ranks give the same value."""
+        self._named(which).data.copy_(value)
+        self._target(which).data.copy_(value)
+
+    @torch.no_grad()
+    def set_full_optimizer_state(self, which: str, key: str, value: torch.Tensor) -> None:
+        """Overwrite an optimizer state such as "exp_avg" of one parameter."""
+        self.full_optimizer_state(which, key)  # raises where there is none
+        target = self._target(which)
+        if isinstance(self.optimizer, PortableState):
+            self.optimizer.load_portable_state(
+                target, {**state_of(self.optimizer, target), key: value}
+            )
+        else:
+            self.optimizer.state[target][key].copy_(value)
+
+    def _named(self, which: str) -> nn.Parameter:
+        if which not in self._parameters:
+            raise DsError(
+                f"parameter {which!r} is not one of the {len(self._parameters)} of the model; the "
+                f"first of them are {', '.join(list(self._parameters)[:4])}"
+            )
+        return self._parameters[which]
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """Every parameter by name, copied to the CPU."""

@@ -12,6 +12,7 @@ from ds_zero.memory import estimate_memory
 from ds_zero.memory_plan import MemoryPlan
 from ds_zero.offload import Offload
 from ds_zero.optimizer import ZeroOptimizer
+from ds_zero.plan import is_leaf, mark_leaf
 from ds_zero.preflight import memory_plan
 from ds_zero.pretrained import load_pretrained
 from ds_zero.tiled_compute import TiledMLP, tiled_loss, tiled_mlp
@@ -33,8 +34,10 @@ __all__ = [
     "ZeroOptimizer",
     "__version__",
     "estimate_memory",
+    "is_leaf",
     "memory_plan",
     "load_pretrained",
+    "mark_leaf",
     "shard",
     "tiled_loss",
     "tiled_mlp",

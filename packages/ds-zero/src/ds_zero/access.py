@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ds_core import comm
+from ds_zero import state
 from ds_zero.errors import ShardError
 from ds_zero.init import record_of
 from ds_zero.optimizer import owners_of
-from ds_zero.sharded_param import is_sharded
 
 
 class GatheredParameters:
@@ -44,21 +44,32 @@ class GatheredParameters:
         self._modifier = modifier_rank
         self._stack = ExitStack()
         self._owners = owners_of(self._params)
-        for owner, units in self._owners.values():
-            size = units[0].group.size
-            if modifier_rank is not None and not 0 <= modifier_rank < size:
+        # In the order of all ranks, which need not name the parameters in the same one.
+        found = {id(p): (record, p) for p in self._params if (record := record_of(p)) is not None}
+        self._records = sorted(found.values(), key=lambda each: each[0].index)
+        groups = [units[0].group for _, units in self._owners.values()]
+        for group in [*groups, *(record.owner.group for record, _ in self._records)]:
+            if modifier_rank is not None and not 0 <= modifier_rank < group.size:
                 raise ShardError(
-                    f"GatheredParameters: modifier_rank={modifier_rank} is outside 0..{size - 1}"
+                    f"GatheredParameters: modifier_rank={modifier_rank} is outside "
+                    f"0..{group.size - 1}"
                 )
-            del owner
 
     def __enter__(self) -> GatheredParameters:
         for owner, units in self._owners.values():
             self._stack.enter_context(owner.hold_units(units))
-        for param in self._params:
-            if is_sharded(param) and record_of(param) is not None:
-                param.data  # touching it makes `Init` gather it  # noqa: B018
+        for record, param in self._records:
+            record.owner.hold([param])
+            self._stack.callback(record.owner.let_go, [param])
         return self
+
+    def adopt_edits(self) -> None:
+        """Keep what this rank made of its own part of the parameters, which are still whole."""
+        for _, units in self._owners.values():
+            for unit in units:
+                unit.adopt_full()
+        for record, param in self._records:
+            record.store(param)
 
     def __exit__(
         self,
@@ -76,8 +87,37 @@ class GatheredParameters:
             for unit in units:
                 comm.broadcast(unit.full, unit.group, source=source, caller=unit.name)
                 unit.adopt_full()
-        for param in self._params:
-            record = record_of(param)
-            if record is not None and not is_sharded(param):
-                comm.broadcast(param.data, record.owner.group, source=source, caller="Init")
-                record.store(param)
+        for record, param in self._records:
+            value = param.detach().contiguous()
+            comm.broadcast(value, record.owner.group, source=source, caller="Init")
+            record.store(value)
+
+
+def local_part(param: nn.Parameter) -> torch.Tensor:
+    """This rank's part of a sharded parameter, 1-D and maybe empty; all of one that is not.
+
+    In the dtype that the model computes in, and a view where that part is in memory: writing to it
+    changes the parameter. `ZeroOptimizer.local_value` has the master copy.
+    """
+    record = record_of(param)
+    if record is not None:
+        return record.own
+    for _, units in owners_of([param]).values():
+        position = next(at for at, each in enumerate(units[0].params) if each is param)
+        if units[0].stage == 3:
+            return state.local_shard(units[0], position)
+    return param.detach().reshape(-1)
+
+
+def local_numel(param: nn.Parameter) -> int:
+    """How many numbers of a parameter this rank holds between uses."""
+    record = record_of(param)
+    if record is not None:
+        return record.own.numel()
+    for _, units in owners_of([param]).values():
+        unit = units[0]
+        name = next(each.name for each in unit.specs if each.param is param)
+        if unit.stage == 3:
+            parts = unit.layout.pieces(unit.group.rank)
+            return sum(part.stop - part.start for part in parts if part.slot.name == name)
+    return param.numel()

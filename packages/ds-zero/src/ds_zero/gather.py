@@ -59,8 +59,12 @@ class GatherRuntime:
         self._pending: dict[int, comm.Pending] = {}
         self._kept: set[int] = {unit.index for unit in units if unit.is_root}
         self._key: tuple[Any, ...] = ()
-        # Units that stay whole whatever passes do.
+        # Units that stay whole whatever passes do; of `hold`, how many ask for it, and of which it
+        # is theirs to free them.
         self._held: set[int] = set()
+        self._num_holders: dict[int, int] = {}
+        self._freed_by_holders: set[int] = set()
+        self._model = weakref.ref(model)
         self.in_backward = False
         self._of_param = {id(p): u for u in units for p in u.params}
         control = _control_group(units[0].group)
@@ -301,6 +305,9 @@ class GatherRuntime:
 
     # ------------------------------------------------------------------ use outside the hooks
 
+    #: `Keeper`: only at certain times, and the error should come where a value is asked for.
+    gathers_any_time = False
+
     def touch(self, params: list[nn.Parameter], operation: str) -> None:
         """A sharded parameter is used where no hook foresaw it (Keeper protocol).
 
@@ -332,14 +339,40 @@ class GatherRuntime:
             self._issue(unit.index)
         for unit in gathered:
             self._arrive(unit)
-        newly = {unit.index for unit in chosen} - self._held
-        self._held |= newly
+        self._freed_by_holders |= {unit.index for unit in gathered}
+        for unit in chosen:
+            if unit.index not in self._held:
+                self._held.add(unit.index)
+                self._num_holders[unit.index] = 1
+            elif unit.index in self._num_holders:
+                self._num_holders[unit.index] += 1
         try:
             yield
         finally:
-            self._held -= newly
-            for unit in gathered:
+            for unit in chosen:
+                self._leave(unit)
+
+    def _leave(self, unit: Unit) -> None:
+        """One of those who hold a unit does no more; the last one frees it."""
+        if unit.index not in self._num_holders:
+            return  # whoever else keeps it was there first
+        self._num_holders[unit.index] -= 1
+        if self._num_holders[unit.index] == 0:
+            del self._num_holders[unit.index]
+            self._held.discard(unit.index)
+            if unit.index in self._freed_by_holders:
+                self._freed_by_holders.discard(unit.index)
                 self._release(unit)
+
+    def remove_hooks(self) -> None:
+        """Leave the model without hooks until `restore_hooks`: nothing is gathered on use."""
+        self.close()
+
+    def restore_hooks(self) -> None:
+        """Put the hooks back; nothing if they are there."""
+        model = self._model()
+        if not self._handles and model is not None:
+            self._install(model)
 
     @contextmanager
     def keep(self, units: list[Unit]) -> Iterator[None]:

@@ -13,7 +13,6 @@ from ds_core.optimizer_state import allocate_state_of, load_groups
 from ds_zero import state
 from ds_zero.agreement import Agreement
 from ds_zero.early_updates import EarlyUpdates
-from ds_zero.errors import ShardError
 from ds_zero.holdings import Place
 from ds_zero.host_steps.speculative import Speculation
 from ds_zero.host_steps.zenflow import ZenFlowStep
@@ -84,10 +83,7 @@ class HeldValues(torch.optim.Optimizer, ABC):
         """Overwrite the averaged gradient of one parameter. Collective."""
         self._parking.refuse("set_full_gradient", KINDS)
         if self._early is not None:
-            raise ShardError(
-                "set_full_gradient: with update_in_backward a gradient is used up when backward "
-                "ends; shard without it"
-            )
+            state.refuse_gradient("set_full_gradient")
         self._agreed = None
         self.take_back()
         state.set_full_value(self, which, "gradient", value)
@@ -109,6 +105,20 @@ class HeldValues(torch.optim.Optimizer, ABC):
         self._parking.refuse("local_value", KINDS)
         self.take_back()
         return state.local_value(self, which, kind)
+
+    def set_local_value(self, which: str | nn.Parameter, kind: str, value: torch.Tensor) -> None:
+        """Overwrite this rank's part of a "parameter", "gradient" or optimizer state.
+
+        value: as many numbers as `local_value` has. A changed parameter shows when its unit is
+        gathered next (stage 3), or after `publish`; what is on the host or on disk changes there.
+        """
+        self._parking.refuse("set_local_value", KINDS)
+        if kind == "gradient" and self._early is not None:
+            state.refuse_gradient("set_local_value")
+        self.take_back()
+        if kind == "gradient":
+            self._agreed = None
+        state.set_local_value(self, which, kind, value)
 
     def publish(self) -> None:
         """Make parameters that were edited or loaded visible to the model. Collective."""

@@ -9,9 +9,11 @@ values are those of the unsharded build, bit for bit.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
+from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -30,12 +32,18 @@ _RECORD = "_ds_init"
 class _Record:
     """This rank's part of one parameter that is not in a unit yet."""
 
+    _made: ClassVar[itertools.count[int]] = itertools.count()
+
     def __init__(self, owner: Init, param: nn.Parameter) -> None:
         self.owner = owner
-        self.shape, self.numel = param.shape, param.numel()
+        #: Position among all parameters that this process ever took: the same on all ranks.
+        self.index = next(self._made)
+        #: How many `GatheredParameters` keep it whole.
+        self.holders = 0
+        self.shape, self.numel, self.device = param.shape, param.numel(), param.device
         group = owner.group
         self.size = -(-self.numel // group.size) if self.numel else 0
-        self.part = torch.zeros(self.size, dtype=owner.dtype_of(param), device=param.device)
+        self.part = owner.new_part(self.size, owner.dtype_of(param), param.device)
 
     @property
     def start(self) -> int:
@@ -54,8 +62,8 @@ class _Record:
     def gather(self) -> torch.Tensor:
         """The full value. Collective."""
         group = self.owner.group
-        whole = torch.empty(self.size * group.size, dtype=self.part.dtype, device=self.part.device)
-        comm.all_gather(whole, self.part, group, caller="Init")
+        whole = torch.empty(self.size * group.size, dtype=self.part.dtype, device=self.device)
+        comm.all_gather(whole, self.part.to(self.device), group, caller="Init")
         return whole[: self.numel].view(self.shape)
 
 
@@ -74,6 +82,11 @@ class Init:
         empty: parameters are made without values, and initialisation code has no effect on them,
             so that building costs no time; `load_pretrained` or a checkpoint gives them theirs.
             Until then they are NaN. Buffers are built as ever.
+        device: parameters are moved there; default: they stay where they are built.
+        on_host: each rank's part waits in host memory, page-locked beside a GPU, until the model
+            is sharded.
+        from_rank0: values are those of rank 0, also what is made of them later, so that the
+            ranks' random seeds may differ; costs a broadcast whenever a parameter is sharded.
 
     After the block the model is ready for `ds_zero.shard(..., stage=1|2|3)`. Until then each use of
     a parameter gathers it alone, on all ranks: right, but slow. Collective: all ranks build the
@@ -88,6 +101,9 @@ class Init:
         enabled: bool = True,
         live_parameters: int = 2,
         empty: bool = False,
+        device: torch.device | str | None = None,
+        on_host: bool = False,
+        from_rank0: bool = False,
     ) -> None:
         if dtype is not None and not dtype.is_floating_point:
             raise ShardError(f"Init: dtype must be a floating one, got {dtype}")
@@ -95,10 +111,14 @@ class Init:
         self._max_live = max(1, live_parameters)
         self._live: OrderedDict[int, nn.Parameter] = OrderedDict()
         self._roots: dict[nn.Module, None] = {}
-        self._empty = empty
+        self._empty, self._on_host, self._from_rank0 = empty, on_host, from_rank0
+        self._device = None if device is None else torch.device(device)
         self._devices: dict[int, tuple[nn.Parameter, torch.device]] = {}
         self._hooks: list[Any] = []
         self._group: comm.Group | None = None
+
+    #: `Keeper`: whoever touches a parameter finds it whole.
+    gathers_any_time = True
 
     @property
     def group(self) -> comm.Group:
@@ -111,6 +131,18 @@ class Init:
         """The dtype in which a parameter is kept."""
         floating = param.dtype.is_floating_point
         return self._dtype if self._dtype is not None and floating else param.dtype
+
+    def new_part(self, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Room for this rank's part of a parameter that is on `device`; zeros."""
+        if not self._on_host:
+            return torch.zeros(size, dtype=dtype, device=device)
+        pinned = device.type == "cuda"
+        return torch.zeros(size, dtype=dtype, device="cpu", pin_memory=pinned)
+
+    def adopt(self, module: nn.Module) -> None:
+        """Shard a module that was built without this. Collective."""
+        if self._enabled:
+            self._take(module)
 
     def __enter__(self) -> Init:
         if self._enabled:
@@ -170,10 +202,47 @@ class Init:
 
     def _take(self, module: nn.Module) -> None:
         for param in module.parameters():
-            if not hasattr(param, _RECORD) and not param.is_meta:
+            if not hasattr(param, _RECORD) and not param.is_meta and not is_sharded(param):
+                if self._device is not None:
+                    param.data = param.data.to(self._device)
                 record = _Record(self, param)
-                record.store(param)
+                if self._empty and 0 in param.stride():
+                    record.store(param)  # it has no values yet, the same on all ranks
+                else:
+                    self._keep(record, param)
                 setattr(param, _RECORD, record)
+                hide(param, self)
+                self.taken(param)
+
+    def taken(self, param: nn.Parameter) -> None:
+        """A parameter has been sharded: for subclasses that note something about it."""
+
+    def _keep(self, record: _Record, param: nn.Parameter) -> None:
+        """Keep this rank's part of what `param` holds now; of what rank 0's holds, if so told."""
+        value = param.detach()
+        if self._from_rank0:
+            value = value.contiguous()
+            comm.broadcast(value, self.group, caller="Init")
+        record.store(value)
+
+    def hold(self, params: Iterable[nn.Parameter]) -> None:
+        """Make parameters whole until `let_go`, whatever else is touched. Collective."""
+        for param in params:
+            record: _Record = getattr(param, _RECORD)
+            if record.holders == 0:
+                if self._live.pop(id(param), None) is not None and not is_sharded(param):
+                    self._keep(record, param)
+                show(param, record.gather())
+            record.holders += 1
+
+    def let_go(self, params: Iterable[nn.Parameter]) -> None:
+        """Shard again what nobody else holds; edits are lost unless they were stored."""
+        for param in params:
+            record = record_of(param)
+            if record is None:
+                continue  # it has joined a unit meanwhile
+            record.holders -= 1
+            if record.holders == 0:
                 hide(param, self)
 
     def touch(self, params: list[nn.Parameter], operation: str) -> None:
@@ -195,7 +264,7 @@ class Init:
             param = self._live.pop(key)
             record = getattr(param, _RECORD, None)
             if record is not None and not is_sharded(param):
-                record.store(param)
+                self._keep(record, param)
                 hide(param, self)
 
 

@@ -446,6 +446,19 @@ class ZeroOptimizer(HeldValues):
         with self._gather.hold():
             yield
 
+    def remove_hooks(self) -> None:
+        """Take the hooks that gather parameters off the model, until `restore_hooks`.
+
+        Inside `gathered()` nothing needs them, and generation or torch.compile finds a plain model.
+        """
+        if self._gather is not None:
+            self._gather.remove_hooks()
+
+    def restore_hooks(self) -> None:
+        """Undo `remove_hooks`."""
+        if self._gather is not None:
+            self._gather.restore_hooks()
+
     @contextmanager
     def hold_units(self, units: list[Unit]) -> Iterator[None]:
         """Hold some units on every rank inside the block. Collective."""
@@ -589,6 +602,8 @@ def _trained_numel(spec: UnitSpec) -> int:
 
 class _Nobody:
     """Keeps a sharded parameter while the optimizer is being built."""
+
+    gathers_any_time = False
 
     def touch(self, params: list[nn.Parameter], operation: str) -> None:
         """See `sharded_param.Keeper`."""

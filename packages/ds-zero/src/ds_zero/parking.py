@@ -214,6 +214,8 @@ class Parking:
     def _refuse_forward(self, module: nn.Module, inputs: Any) -> None:
         self._raise("forward", {"lp_params"})
 
+    gathers_any_time = False
+
     def touch(self, params: list[nn.Parameter], operation: str) -> None:
         """A parked parameter is used (Keeper protocol)."""
         self._raise(operation, {"lp_params"})

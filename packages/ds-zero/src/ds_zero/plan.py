@@ -81,6 +81,19 @@ class UnitSpec:
         return placement_of(self.params[0].param)
 
 
+def mark_leaf(module: nn.Module, flag: bool = True) -> None:
+    """Say of a module that it must not be divided among units when its model is sharded.
+
+    For code that makes a module and does not call `shard`, such as that of a mixture of experts.
+    """
+    module._ds_zero_leaf = flag  # type: ignore[assignment]
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether `mark_leaf` said so."""
+    return bool(getattr(module, "_ds_zero_leaf", False))
+
+
 def plan_units(
     model: nn.Module,
     params: Sequence[ParamSpec],
@@ -100,13 +113,14 @@ def plan_units(
         units: modules that become units, instead of those found; what they leave over forms
             the root unit.
         leaves: modules that must not be divided further, such as mixtures of experts whose
-            ranks use different ones.
+            ranks use different ones; beside those of `mark_leaf`.
         min_unit_numel: neighbouring blocks are merged until a unit has that many elements.
 
     Raises ShardError if a selector matches no module.
     """
     names = {module: name for name, module in model.named_modules()}
-    leaf_modules = _select(model, leaves)
+    marked = [module for module in model.modules() if is_leaf(module)]
+    leaf_modules = _select(model, [*leaves, *marked])
     named = None if units is None else _select(model, units)
     tiles = _own_units(model, {*leaf_modules, *(named or ())}, set(leaf_modules))
     if named is not None:

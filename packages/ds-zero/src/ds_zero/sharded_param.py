@@ -22,6 +22,9 @@ _KEEPER = "_ds_keeper"
 class Keeper(Protocol):
     """Whoever holds the shards of a parameter."""
 
+    #: Whether values may be asked for at any time, so that `detach` can leave that for later.
+    gathers_any_time: bool
+
     def touch(self, params: list[nn.Parameter], operation: str) -> None:
         """Make the values of `params` present, or raise an error that says how to."""
 
@@ -82,6 +85,8 @@ class ShardedMixin:
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func is torch.Tensor.detach and _keeper(args[0]).gathers_any_time:
+            return _detached(args[0])
         if func not in _METADATA:
             _touch(_sharded_in((args, kwargs)), getattr(func, "__name__", repr(func)))
         with torch._C.DisableTorchFunctionSubclass():
@@ -126,6 +131,38 @@ def show_class(param: nn.Parameter) -> None:
         param.__class__ = type(param).__mro__[2]
 
 
+def _keeper(param: torch.Tensor) -> Keeper:
+    found: Keeper = getattr(param, _KEEPER)
+    return found
+
+
+class _Detached:
+    """Keeps what `detach` made of a sharded parameter: it has values once they are asked for."""
+
+    gathers_any_time = True
+
+    def __init__(self, param: nn.Parameter) -> None:
+        self._param = param
+
+    def touch(self, params: list[nn.Parameter], operation: str) -> None:
+        """See `Keeper`."""
+        values = self._param.data  # makes the parameter whole, or raises what its keeper says
+        for each in params:
+            show(each, values)
+
+
+def _detached(param: nn.Parameter) -> torch.Tensor:
+    """A tensor without gradient that shares the values of `param`, gathered when it is used.
+
+    So `state_dict()` of a sharded model gathers nothing by itself.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        tensor = torch.Tensor.detach(param)
+    tensor.__class__ = _Classes.sharded(torch.Tensor)
+    setattr(tensor, _KEEPER, _Detached(param))
+    return tensor
+
+
 def _sharded_in(tree: Any) -> list[nn.Parameter]:
     found: list[nn.Parameter] = []
     stack = [tree]
@@ -143,7 +180,7 @@ def _sharded_in(tree: Any) -> list[nn.Parameter]:
 def _touch(params: list[nn.Parameter], operation: str) -> None:
     by_keeper: dict[int, tuple[Keeper, list[nn.Parameter]]] = {}
     for param in params:
-        keeper: Keeper = getattr(param, _KEEPER)
+        keeper = _keeper(param)
         by_keeper.setdefault(id(keeper), (keeper, []))[1].append(param)
     for keeper, theirs in by_keeper.values():
         keeper.touch(theirs, operation)

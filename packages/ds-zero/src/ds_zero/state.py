@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -100,6 +100,17 @@ def local_value(optimizer: HeldValues, which: str | nn.Parameter, kind: str) -> 
         return value if unit.is_resident else value.clone()
 
 
+def local_shard(unit: Unit, position: int) -> torch.Tensor:
+    """This rank's elements of a parameter of stage 3, as the model has them."""
+    piece = _piece_of(unit, position)
+    if piece is None:
+        return unit.shard.new_empty(0)
+    start, stop = piece.offset, piece.offset + _numel(piece)
+    if unit.shard_home is not None:
+        return unit.shard_home.read(start, stop)
+    return unit.shard[start:stop]
+
+
 def full_value(optimizer: HeldValues, which: str | nn.Parameter, kind: str) -> torch.Tensor:
     """A parameter, gradient or state of any rank's share, whole, on every rank. Collective."""
     unit, position = _find(optimizer, which)
@@ -144,6 +155,31 @@ def full_value_or_none(
     return full_value(optimizer, which, kind)
 
 
+def refuse_gradient(operation: str) -> NoReturn:
+    """Raise the ShardError of a gradient that cannot be set."""
+    raise ShardError(
+        f"{operation}: with update_in_backward a gradient is used up when backward ends; shard "
+        f"without it"
+    )
+
+
+def set_local_value(
+    optimizer: HeldValues, which: str | nn.Parameter, kind: str, value: torch.Tensor
+) -> None:
+    """See `ZeroOptimizer.set_local_value`."""
+    unit, position = _find(optimizer, which)
+    piece = _piece_of(unit, position)
+    size = 0 if piece is None else _numel(piece)
+    if value.numel() != size:
+        raise ShardError(
+            f"{kind} of {unit.layout.slots[position].name!r}: got {value.numel()} numbers, this "
+            f"rank holds {size}"
+        )
+    _write(optimizer, unit, position, kind, value.reshape(-1))
+    if kind == "parameter":
+        unit.refresh()
+
+
 def set_full_value(
     optimizer: HeldValues, which: str | nn.Parameter, kind: str, value: torch.Tensor
 ) -> None:
@@ -155,21 +191,27 @@ def set_full_value(
             f"{kind} of {slot.name!r}: got shape {list(value.shape)}, expected {list(slot.shape)}"
         )
     piece = _piece_of(unit, position)
-    if kind == "gradient" and unit.trainable and not unit.has_grad:
-        unit.settle_gradient()
-        unit.grad.zero_()  # it may hold that of an earlier step
-    if piece is not None:
-        part = value.reshape(-1)[piece.start : piece.stop]
-        with torch.no_grad(), _held(optimizer, unit, piece, kind, edits=True) as mine:
-            if kind in ("parameter", "gradient"):
-                mine.copy_(part)
-            else:
-                _set_state(optimizer, unit, piece, kind, part)
+    own = slice(0, 0) if piece is None else slice(piece.start, piece.stop)
+    _write(optimizer, unit, position, kind, value.reshape(-1)[own])
     if kind == "parameter":
         unit.refresh()
         pending = unit.publish()
         if pending is not None:
             pending.wait()
+
+
+def _write(optimizer: HeldValues, unit: Unit, position: int, kind: str, part: torch.Tensor) -> None:
+    """Overwrite this rank's part of a parameter, gradient or state, wherever it is."""
+    piece = _piece_of(unit, position)
+    if kind == "gradient" and unit.trainable and not unit.has_grad:
+        unit.settle_gradient()
+        unit.grad.zero_()  # it may hold that of an earlier step
+    if piece is not None:
+        with torch.no_grad(), _held(optimizer, unit, piece, kind, edits=True) as mine:
+            if kind in ("parameter", "gradient"):
+                mine.copy_(part)
+            else:
+                _set_state(optimizer, unit, piece, kind, part)
     if kind == "gradient":
         unit.has_grad = True
         unit.used[position] = True

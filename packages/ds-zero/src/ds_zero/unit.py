@@ -197,7 +197,10 @@ class Unit(UnitHomes):
         if self.master is not None:
             for piece in self.optimizer_pieces:
                 with self.present(piece, edits=True):
-                    piece.weights.copy_(own[piece.start : piece.stop])
+                    edited, wide = own[piece.start : piece.stop], piece.weights.detach()
+                    # What was not edited keeps the digits that only the master copy has.
+                    is_same = edited == wide.to(edited.dtype)
+                    piece.weights.copy_(torch.where(is_same, wide, edited.to(wide.dtype)))
         with self.updating(whole=True) as rounded:
             (self.shard if rounded is None else rounded).copy_(own)
 

@@ -18,7 +18,7 @@ Each is a Protocol; a package registers its own under the entry-point group `ds_
 from ds_core.seams.observer import Event, EventKind, InputAdjuster, Observer
 from ds_core.seams.op import Implementation, Op, OpTools
 from ds_core.seams.runner import Runner, Sequential
-from ds_core.seams.sharding import ParkableSharding, Sharding, ShardingFactory
+from ds_core.seams.sharding import FullValues, ParkableSharding, Sharding, ShardingFactory
 from ds_core.seams.tensor_files import TensorFile, TensorFiles, TensorFilesFactory, Transfer
 from ds_core.seams.transport import Dense, Transport
 
@@ -26,6 +26,7 @@ __all__ = [
     "Dense",
     "Event",
     "EventKind",
+    "FullValues",
     "Implementation",
     "InputAdjuster",
     "Observer",

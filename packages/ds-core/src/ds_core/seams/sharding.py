@@ -115,3 +115,29 @@ class ShardingFactory(Protocol):
         transport: Transport,
     ) -> Sharding | None:
         """Shard the model, or return None if the section asks for nothing."""
+
+
+@runtime_checkable
+class FullValues(Protocol):
+    """A sharding whose values, gradients and states can be read and written whole, by name.
+
+    Every method is collective over the ranks that share the model, with equal values on all.
+    """
+
+    def full_parameter(self, which: str) -> torch.Tensor:
+        """The most precise value of one parameter."""
+
+    def full_gradient(self, which: str) -> torch.Tensor | None:
+        """The averaged gradient; None before a backward and for a frozen parameter."""
+
+    def full_optimizer_state(self, which: str, key: str) -> torch.Tensor:
+        """Optimizer state such as "exp_avg"; raises a DsError where there is none."""
+
+    def set_full_parameter(self, which: str, value: torch.Tensor) -> None:
+        """Overwrite a parameter, master copy included."""
+
+    def set_full_gradient(self, which: str, value: torch.Tensor) -> None:
+        """Overwrite an averaged gradient."""
+
+    def set_full_optimizer_state(self, which: str, key: str, value: torch.Tensor) -> None:
+        """Overwrite an optimizer state."""

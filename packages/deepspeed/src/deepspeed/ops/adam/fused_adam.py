@@ -1,0 +1,7 @@
+"""Adam for states on a device."""
+
+from __future__ import annotations
+
+from ds_ops.optim import FusedAdam
+
+__all__ = ["FusedAdam"]

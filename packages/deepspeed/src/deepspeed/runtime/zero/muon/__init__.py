@@ -1,0 +1,3 @@
+"""Muon, which `ds_ops.optim.Muon` is here."""
+
+from __future__ import annotations
