@@ -163,3 +163,18 @@ def test_a_real_accelerator_has_streams_and_a_driver():
     device.set_rng_state(state)
     assert torch.equal(torch.rand(3, device=device.device()), first)
     assert device.name()
+
+
+def test_the_environment_asks_for_the_cpu(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    found = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    assert accelerator.current().kind == "cpu"
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    assert accelerator.current().kind == "cuda"
+
+
+def test_a_kind_that_the_environment_asks_for_has_to_be_there(monkeypatch, without_accelerator):
+    monkeypatch.setenv("DS_ACCELERATOR", "xpu")
+    with pytest.raises(DsError, match=r"DS_ACCELERATOR='xpu' in the environment, but .* 'cpu'"):
+        accelerator.current()

@@ -73,6 +73,28 @@ def test_the_port_is_that_of_the_job():
     assert find_world(MVAPICH).port == DEFAULT_PORT
 
 
+def test_the_port_that_is_asked_for_is_for_those_whose_starter_names_none():
+    assert find_world(SLURM, port=1234).port == "1234"
+    assert find_world({**SLURM, "MASTER_PORT": "5"}, port=1234).port == "5"
+
+
+def meet_at_a_file(place):
+    from ds_core import comm
+
+    rank, size = int(os.environ.pop("RANK")), int(os.environ.pop("WORLD_SIZE"))
+    with pytest.raises(CommError, match=r"give all three, init_method alone, or none"):
+        comm.init("gloo", rank=rank)
+    with pytest.raises(CommError, match=r"give rank and world_size"):
+        comm.init("gloo", init_method=place)
+    comm.init("gloo", init_method=place, rank=rank, world_size=size)
+    return comm.all_gather_object(rank, comm.Mesh.world().group("dp"))
+
+
+def test_ranks_meet_where_the_program_says(tmp_path):
+    place = f"file://{tmp_path}/meet"
+    assert run_ranks(2, meet_at_a_file, place, initialized=False) == [[0, 1], [0, 1]]
+
+
 def test_a_batch_script_without_srun_is_a_world_of_one():
     assert find_world({k: v for k, v in SLURM.items() if k != "SLURM_STEP_ID"}) is None
 

@@ -10,7 +10,7 @@ import torch
 
 import ds_core
 from ds_core import comm
-from ds_core.comm import Ledger, Span, Traffic, TrafficRow
+from ds_core.comm import Ledger, Span, Traffic, TrafficRow, all_rows
 from ds_core.comm.traffic import bus_factor
 from ds_core.errors import ConfigError
 from ds_core.testing import run_ranks
@@ -184,3 +184,31 @@ def test_comms_logger_off_watches_nothing():
 def test_unknown_operations_are_refused():
     with pytest.raises(ConfigError, match=r"comms_logger.prof_ops: got 'allreduce', expected some"):
         ds_core.config.load(config(prof_ops=["allreduce"]), world_size=1)
+
+
+def test_all_ledgers_are_watched_those_made_later_too():
+    before = ledger_with_a_listener()
+    traffic = Traffic(None)
+    after = ledger_with_a_listener()
+    for ledger in (before, after):
+        for listener in ledger.listeners:
+            listener(span())
+    assert [row.num_calls for row in traffic.rows()] == [2]
+    traffic.stop()
+    assert not before.listeners
+    assert not after.listeners
+    assert not Ledger().listeners
+
+
+def ledger_with_a_listener():
+    ledger = Ledger()
+    ledger.record("all_reduce", "dp", "all ledgers", 10)
+    return ledger
+
+
+def test_the_totals_of_all_ledgers_add_up():
+    ledgers = [ledger_with_a_listener() for _ in range(2)]
+    with ledgers[0].measure():
+        ledgers[0].record("all_reduce", "dp", "all ledgers", 5)
+    found = [row for row in all_rows() if row.caller == "all ledgers"]
+    assert [(row.num_calls, row.sent_bytes) for row in found] == [(3, 25)]

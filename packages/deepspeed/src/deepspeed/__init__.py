@@ -5,13 +5,18 @@
     engine, optimizer, loader, scheduler = deepspeed.initialize(model=model, config="ds_config.json")
 
 Nothing is done here but naming things as DeepSpeed does: README.md of this package says where each
-name lives. Importing it does no work; its parts come in on first use.
+name lives. Importing it does no work but to look whether files of the original package lie beside
+its own; its parts come in on first use.
 """
 
 from __future__ import annotations
 
+from deepspeed import _absent, _installation
 from deepspeed._names import names_of
 from deepspeed.version import __version__
+
+_installation.check(__path__)
+_absent.install()
 
 #: Whose package of this name it is, for programs that want to know.
 __provider__ = "ds"

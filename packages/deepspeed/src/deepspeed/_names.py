@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
+from deepspeed._absent import reason_for
 from deepspeed._errors import NotProvidedError
 
 
@@ -40,6 +41,8 @@ def names_of(
             return importlib.import_module(f"{module}.{name}")
         if name in absent:
             return not_provided(f"{module}.{name}", absent[name])
+        if reason_for(f"{module}.{name}") is not None:
+            return importlib.import_module(f"{module}.{name}")
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return getattr_, lambda: sorted({*homes, *children, *absent})

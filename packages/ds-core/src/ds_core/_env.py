@@ -6,6 +6,8 @@ RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT   torchrun's contract, fo
     (SM_HOSTS) set: `ds_core.comm.discovery`.
 DEEPSPEED_TIMEOUT                                        minutes until a collective gives up.
 DS_COMM_CHECK                                            1: check the order of collectives.
+DS_ACCELERATOR                                           cpu: compute on the CPU, whatever else
+    there is; or a kind of device that has to be there, such as cuda.
 DS_ENV_FILE                                              the env file of `ds run`.
 DS_OPS_IMPL                                              who computes an op: "op=name,*=name".
 DS_OPS_FALLBACK                                          error: nothing slower in place of what
@@ -30,6 +32,11 @@ def whole() -> dict[str, str]:
 def env_file() -> str | None:
     """The env file that DS_ENV_FILE names for `ds run`."""
     return os.environ.get("DS_ENV_FILE") or None
+
+
+def accelerator() -> str | None:
+    """The kind of device that DS_ACCELERATOR asks for."""
+    return os.environ.get("DS_ACCELERATOR") or None
 
 
 def ops_implementations() -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ds_core import plugins
+from ds_core import _env, plugins
 from ds_core.errors import DsError
 
 
@@ -145,8 +145,24 @@ def current() -> Accelerator:
     """The accelerator of this process: torch's own, one that a package registers, or the CPU.
 
     A package adds a kind of device through the entry-point group `ds_core.accelerators`: a
-    callable that returns an `Accelerator` where its device is present, else None.
+    callable that returns an `Accelerator` where its device is present, else None. The environment
+    variable DS_ACCELERATOR=cpu has the CPU used instead; another kind has to be there.
+
+    Raises DsError if the kind of device that DS_ACCELERATOR names is not there.
     """
+    asked = _env.accelerator()
+    if asked == "cpu":
+        return Accelerator("cpu")
+    found = _present()
+    if asked is not None and asked != found.kind:
+        raise DsError(
+            f"DS_ACCELERATOR={asked!r} in the environment, but the device here is {found.kind!r}; "
+            f"unset it, or set it to cpu"
+        )
+    return found
+
+
+def _present() -> Accelerator:
     for name in sorted(plugins.registered("accelerators")):
         found: Any = plugins.load("accelerators", name)()
         if isinstance(found, Accelerator):

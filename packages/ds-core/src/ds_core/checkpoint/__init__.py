@@ -15,7 +15,8 @@ fsspec (`s3://bucket/run`), with the extra `ds-core[fsspec]`.
 
 `load_weights` reads Hugging Face's files straight into what each rank holds.
 
-`full_state_dict` reads whole weights one at a time, `export_safetensors` and `export_dcp` write
+`full_state_dict` reads whole weights one at a time, `weights_of` those of anybody's checkpoint,
+`export_safetensors` and `export_dcp` write
 what Hugging Face's libraries and torch's FSDP2 load, and `import_checkpoint` reads DeepSpeed's
 checkpoints, torch's and Hugging Face's.
 
@@ -23,6 +24,7 @@ checkpoints, torch's and Hugging Face's.
 `torch.distributed.checkpoint.save` and `load` with any state dict, such as FSDP2's.
 """
 
+from ds_core.checkpoint.any_format import weights_of
 from ds_core.checkpoint.asynchronous import AsyncSaver, PendingSave, SaveFigures
 from ds_core.checkpoint.audit import Verified, verify
 from ds_core.checkpoint.boxes import Box, Piece, cut_range
@@ -36,6 +38,7 @@ from ds_core.checkpoint.pretrained import LoadedWeights, load_weights
 from ds_core.checkpoint.sharded import FlatShard
 from ds_core.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 from ds_core.checkpoint.store import find, latest, load, read_state, save
+from ds_core.checkpoint.torch_export import export_torch
 
 __all__ = [
     "save",
@@ -57,6 +60,8 @@ __all__ = [
     "consolidate",
     "export_safetensors",
     "export_dcp",
+    "export_torch",
+    "weights_of",
     "Exported",
     "import_checkpoint",
     "ImportReport",

@@ -180,7 +180,7 @@ def _make_room(out: Path, *, overwrite: bool) -> None:
 def _write_sharded(
     out: Path, stem: str, state: LazyStateDict, max_bytes: int, dropped: Mapping[str, str]
 ) -> Exported:
-    shards = _shards(state, max_bytes)
+    shards = cut_into_files(state, max_bytes)
     count = len(shards)
     names = [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     if count == 1:
@@ -188,7 +188,7 @@ def _write_sharded(
     for name, members in zip(names, shards, strict=True):
         own = {alias: kept for alias, kept in dropped.items() if kept in members}
         _write(out / name, state, members, own)
-    total = sum(_nbytes(state, name) for name in state)
+    total = sum(nbytes_of(state, name) for name in state)
     if count > 1:
         weight_map = {
             member: name for name, members in zip(names, shards, strict=True) for member in members
@@ -200,11 +200,12 @@ def _write_sharded(
     return Exported(out, tuple(names), len(state), total)
 
 
-def _shards(state: LazyStateDict, max_bytes: int) -> list[list[str]]:
+def cut_into_files(state: LazyStateDict, max_bytes: int) -> list[list[str]]:
+    """The names of a state dict in their order, so many bytes to a file, or one tensor."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name in state:
-        size = _nbytes(state, name)
+        size = nbytes_of(state, name)
         if shards[-1] and filled + size > max_bytes:
             shards.append([])
             filled = 0
@@ -213,7 +214,8 @@ def _shards(state: LazyStateDict, max_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _nbytes(state: LazyStateDict, name: str) -> int:
+def nbytes_of(state: LazyStateDict, name: str) -> int:
+    """Bytes of a tensor as it will be written; reads nothing."""
     return Entry(name, state.dtype(name), state.shape(name)).nbytes
 
 

@@ -119,6 +119,15 @@ def import_checkpoint(
     )
 
 
+def open_foreign(source: Path, tag: str | None = None) -> Foreign:
+    """What a checkpoint of another format holds, without objects that only code could read.
+
+    Raises CheckpointError as `import_checkpoint` does.
+    """
+    folder = _tag_folder(source, tag)
+    return _opener(folder, None)(folder, drop_objects=True)
+
+
 def bytes_by_kind(state: LazyState) -> dict[str, int]:
     """The size of a state's tensors, by what they are."""
     buffers = set(state.values.get("about", {}).get("buffers", ()))

@@ -8,6 +8,7 @@ import typer
 
 from ds_core._version import __version__
 from ds_core.cli import (
+    bench_command,
     checkpoint_command,
     config_command,
     elastic_command,
@@ -36,6 +37,7 @@ OWN_COMMANDS = {
     "elastic": elastic_command,
     "trace": trace_command,
     "ops": ops_command,
+    "bench": bench_command,
 }
 
 

@@ -17,7 +17,7 @@ from ds_core.comm.coalesced import (
 from ds_core.comm.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
 from ds_core.comm.environment import init, is_initialized, shutdown
 from ds_core.comm.group import Group
-from ds_core.comm.ledger import Ledger, LedgerRow, Span
+from ds_core.comm.ledger import Ledger, LedgerRow, Span, all_rows
 from ds_core.comm.mesh import Mesh
 from ds_core.comm.objects import (
     all_gather_object,
@@ -52,6 +52,7 @@ __all__ = [
     "all_gather_uneven",
     "all_reduce",
     "all_reduce_coalesced",
+    "all_rows",
     "all_to_all",
     "all_to_all_uneven",
     "barrier",

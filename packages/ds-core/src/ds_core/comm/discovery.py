@@ -84,14 +84,18 @@ _MPIS = (
 )
 
 
-def find_world(environment: Mapping[str, str]) -> World | None:
+def find_world(environment: Mapping[str, str], *, port: int | None = None) -> World | None:
     """The world that the environment describes, or None if it describes none.
+
+    port: where rank 0 of a job of MPI or Slurm listens, unless MASTER_PORT says it.
 
     Raises CommError if what it says is incomplete or contradictory: the message names the
     variables, what they hold, and what to do.
     """
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return _checked(_torchrun(environment), ("RANK", "WORLD_SIZE"))
+    if port is not None:
+        environment = {"MASTER_PORT": str(port), **environment}
     # A batch script that runs without srun has SLURM_PROCID too, but is no task of a step.
     is_step = "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment
     for starter in _MPIS:

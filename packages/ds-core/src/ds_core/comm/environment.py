@@ -26,7 +26,15 @@ def is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def init(backend: str | None = None, *, timeout_s: float | None = None) -> None:
+def init(
+    backend: str | None = None,
+    *,
+    timeout_s: float | None = None,
+    port: int | None = None,
+    init_method: str | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> None:
     """Start torch's default process group unless it is running already.
 
     Reads what torchrun, MPI or Slurm put into the environment (`ds_core.comm.discovery`); with
@@ -36,6 +44,12 @@ def init(backend: str | None = None, *, timeout_s: float | None = None) -> None:
         backend: "gloo", "nccl", ...; default: the accelerator's own, gloo on a CPU.
         timeout_s: seconds after which a collective that cannot complete ends with an error;
             default: DEEPSPEED_TIMEOUT (in minutes) if that is set, else 600.
+        port: where rank 0 listens under MPI or Slurm, unless MASTER_PORT says it; default: one
+            that is made of the job's number.
+        init_method: where the ranks meet, instead of what the environment says: a URL of
+            torch.distributed, such as tcp://HOST:PORT or file:///shared/file.
+        rank: of this process, and
+        world_size: number of ranks, both with init_method alone; default: the environment's.
 
     Raises:
         CommError: only some of the variables are set, or one has a value that makes no sense, or
@@ -43,15 +57,23 @@ def init(backend: str | None = None, *, timeout_s: float | None = None) -> None:
     """
     if is_initialized():
         return
+    if (rank is None) != (world_size is None) or (rank is not None and init_method is None):
+        raise CommError(
+            f"comm.init: rank: got {rank}, world_size: {world_size}, init_method: {init_method!r}; "
+            f"give all three, init_method alone, or none"
+        )
     # Its functions take the default group as it is when they are defined: imported later, they
     # would keep the group, and the threads of gloo, beyond `shutdown` to the end of Python, which
     # such a thread may turn into an abort.
     importlib.import_module("torch.distributed.nn.functional")
     atexit.unregister(_shutdown_at_exit)
     atexit.register(_shutdown_at_exit)
-    world = find_world(_env.whole())
     chosen = backend or _default_backend()
     timeout = timedelta(seconds=_timeout_s(timeout_s))
+    world = find_world(_env.whole(), port=port)
+    if init_method is not None and init_method != "env://":
+        _meet(init_method, chosen, timeout, world, rank, world_size)
+        return
     if world is None:
         dist.init_process_group(
             chosen, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
@@ -76,6 +98,37 @@ def init(backend: str | None = None, *, timeout_s: float | None = None) -> None:
             f"{world.source}) could not start on rank {world.rank}: {error}; check that "
             f"MASTER_ADDR and MASTER_PORT are the same on all ranks and reachable, and that all "
             f"{world.size} ranks were started"
+        ) from error
+
+
+def _meet(
+    init_method: str,
+    backend: str,
+    timeout: timedelta,
+    world: World | None,
+    rank: int | None,
+    world_size: int | None,
+) -> None:
+    """Start the process group at a place that the program names."""
+    if rank is None or world_size is None:
+        if world is None:
+            raise CommError(
+                f"comm.init: init_method {init_method!r} does not say which rank of how many this "
+                f"process is, nor does the environment: give rank and world_size"
+            )
+        rank, world_size = world.rank, world.size
+    if backend != "gloo" and torch.accelerator.is_available():
+        local = world.local_rank if world is not None else rank
+        torch.accelerator.set_device_index(local % torch.accelerator.device_count())
+    try:
+        dist.init_process_group(
+            backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout
+        )
+    except (RuntimeError, ValueError) as error:
+        raise CommError(
+            f"process group of {world_size} ranks at {init_method} could not start on rank "
+            f"{rank}: {error}; check that the place is the same on all ranks and reachable, and "
+            f"that all {world_size} ranks were started"
         ) from error
 
 
@@ -145,6 +198,6 @@ def _host_by_mpi(world: World) -> str:
 
 def _default_backend() -> str:
     device = torch.accelerator.current_accelerator(check_available=True)
-    if device is None:
+    if device is None or _env.accelerator() == "cpu":
         return "gloo"
     return str(dist.get_default_backend_for_device(device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,7 +48,47 @@ class LedgerRow:
     sent_bytes: int
 
 
-@dataclass
+Listener = Callable[[Span], None]
+Watcher = tuple[Listener, bool]
+
+#: Every ledger whose object still exists, and those who watch all, also ones made later.
+_ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
+_watchers_of_all: list[Watcher] = []
+
+
+def watch_all(listener: Listener, *, synchronize: bool = False) -> Callable[[], None]:
+    """`Ledger.watch` on every ledger of this process, those made later too."""
+    entry = (listener, synchronize)
+    _watchers_of_all.append(entry)
+    for ledger in list(_ledgers):
+        ledger._add(entry)
+
+    def stop() -> None:
+        if entry in _watchers_of_all:
+            _watchers_of_all.remove(entry)
+        for ledger in list(_ledgers):
+            ledger._remove(entry)
+
+    return stop
+
+
+def all_rows() -> list[LedgerRow]:
+    """The totals of every ledger of this process together, most bytes first."""
+    together: dict[tuple[str, str, str], list[int]] = {}
+    for ledger in list(_ledgers):
+        for key, (num_calls, sent_bytes) in ledger._totals.items():
+            total = together.setdefault(key, [0, 0])
+            total[0] += num_calls
+            total[1] += sent_bytes
+    return _rows(together)
+
+
+def _rows(totals: dict[tuple[str, str, str], list[int]]) -> list[LedgerRow]:
+    rows = [LedgerRow(*key, *total) for key, total in totals.items()]
+    return sorted(rows, key=lambda row: -row.sent_bytes)
+
+
+@dataclass(eq=False)
 class Ledger:
     """Counts the payload bytes that this rank sends, exactly as its collectives move them.
 
@@ -56,12 +97,17 @@ class Ledger:
     """
 
     _totals: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)
-    _watchers: tuple[tuple[Callable[[Span], None], bool], ...] = ()
+    _watchers: tuple[Watcher, ...] = ()
     #: Called with each completed collective, in this order; change it by `watch`.
     listeners: tuple[Callable[[Span], None], ...] = ()
 
     #: Whether some listener wants the times of the device: every wait then waits for it.
     synchronizes: bool = False
+
+    def __post_init__(self) -> None:
+        _ledgers.add(self)
+        for watcher in _watchers_of_all:
+            self._add(watcher)
 
     def watch(
         self, listener: Callable[[Span], None], *, synchronize: bool = False
@@ -74,14 +120,16 @@ class Ledger:
         which makes `done_ns` true and ends the overlap with computation.
         """
         entry = (listener, synchronize)
+        self._add(entry)
+        return lambda: self._remove(entry)
+
+    def _add(self, entry: Watcher) -> None:
         self._watchers = (*self._watchers, entry)
         self._update_listeners()
 
-        def stop() -> None:
-            self._watchers = tuple(each for each in self._watchers if each is not entry)
-            self._update_listeners()
-
-        return stop
+    def _remove(self, entry: Watcher) -> None:
+        self._watchers = tuple(each for each in self._watchers if each is not entry)
+        self._update_listeners()
 
     def _update_listeners(self) -> None:
         self.listeners = tuple(listener for listener, _ in self._watchers)
@@ -95,8 +143,7 @@ class Ledger:
 
     def rows(self) -> list[LedgerRow]:
         """Totals, most bytes first."""
-        rows = [LedgerRow(*key, *total) for key, total in self._totals.items()]
-        return sorted(rows, key=lambda row: -row.sent_bytes)
+        return _rows(self._totals)
 
     def sent_bytes(
         self, *, op: str | None = None, group: str | None = None, caller: str | None = None
@@ -126,6 +173,7 @@ class Ledger:
         """A second ledger that receives only what is sent inside the `with` block."""
         before = {key: list(total) for key, total in self._totals.items()}
         inside = Ledger()
+        _ledgers.discard(inside)  # its totals are in this one as well
         try:
             yield inside
         finally:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from ds_core.comm.group import Group
-from ds_core.comm.ledger import Ledger, Span
+from ds_core.comm.ledger import Ledger, Span, watch_all
 from ds_core.comm.objects import all_gather_object
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Traffic:
     """Collects what a ledger's collectives take, until `stop`.
 
     Args:
-        ledger: that of the mesh.
+        ledger: that of the mesh; None: every ledger of this process, those made later too.
         ops: only these operations; None: all.
         by_caller: keep callers apart.
         verbose: log each collective as it completes, at level INFO.
@@ -95,7 +95,7 @@ class Traffic:
 
     def __init__(
         self,
-        ledger: Ledger,
+        ledger: Ledger | None,
         *,
         ops: Collection[str] | None = None,
         by_caller: bool = False,
@@ -104,7 +104,8 @@ class Traffic:
     ) -> None:
         self._ops, self._by_caller, self._verbose = ops, by_caller, verbose
         self._rows: dict[tuple[str, str, int, str], TrafficRow] = {}
-        self.stop: Callable[[], None] = ledger.watch(self._take, synchronize=synchronize)
+        watch = watch_all if ledger is None else ledger.watch
+        self.stop: Callable[[], None] = watch(self._take, synchronize=synchronize)
 
     def _take(self, span: Span) -> None:
         if self._ops is not None and span.op not in self._ops:

@@ -17,7 +17,12 @@ from ds_core.observers.throughput import Throughput
 
 if TYPE_CHECKING:
     from ds_core.config import Config
-    from ds_core.observers.sections import CsvSection, TensorBoardSection
+    from ds_core.observers.sections import (
+        CometSection,
+        CsvSection,
+        TensorBoardSection,
+        WandbSection,
+    )
     from ds_core.seams import Observer
 
 
@@ -41,7 +46,7 @@ def standard_observers(config: Config, *, rank: int) -> list[Observer]:
     if makers:
         found.append(
             Metrics(
-                _make(makers) if rank == 0 else (),
+                make_sinks(makers) if rank == 0 else (),
                 every_steps=config.metrics.every_steps,
                 throughput=_throughput(config),
                 memory=memory,
@@ -81,12 +86,20 @@ def _sink_makers(config: Config) -> list[Callable[[], Sink]]:
     from ds_core.observers import sections
 
     jsonl = config.metrics.jsonl
-    csv = sections.section_of(config, "csv_monitor", sections.CsvSection)
-    board = sections.section_of(config, "tensorboard", sections.TensorBoardSection)
-    wandb = sections.section_of(config, "wandb", sections.WandbSection)
-    comet = sections.section_of(config, "comet", sections.CometSection)
+    lines: list[Callable[[], Sink]] = [] if jsonl is None else [lambda: JsonLines(jsonl)]
+    return lines + sinks_of(
+        csv=sections.section_of(config, "csv_monitor", sections.CsvSection),
+        board=sections.section_of(config, "tensorboard", sections.TensorBoardSection),
+        wandb=sections.section_of(config, "wandb", sections.WandbSection),
+        comet=sections.section_of(config, "comet", sections.CometSection),
+    )
+
+
+def sinks_of(
+    *, csv: CsvSection, board: TensorBoardSection, wandb: WandbSection, comet: CometSection
+) -> list[Callable[[], Sink]]:
+    """What makes each sink that these sections enable."""
     makers: list[tuple[bool, Callable[[], Sink]]] = [
-        (jsonl is not None, lambda: JsonLines(jsonl or "")),
         (csv.enabled, lambda: CsvFiles(_folder(csv))),
         (board.enabled, lambda: TensorBoard(_folder(board))),
         (wandb.enabled, lambda: Wandb(wandb)),
@@ -95,7 +108,7 @@ def _sink_makers(config: Config) -> list[Callable[[], Sink]]:
     return [make for is_asked_for, make in makers if is_asked_for]
 
 
-def _make(makers: list[Callable[[], Sink]]) -> list[Sink]:
+def make_sinks(makers: list[Callable[[], Sink]]) -> list[Sink]:
     """Make the sinks; those made before one that fails are closed."""
     found: list[Sink] = []
     try:

@@ -1,0 +1,1 @@
+"""The command `deepspeed`, on ds_core.launcher."""
