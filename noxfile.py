@@ -65,12 +65,18 @@ def _name(requirement: str) -> str:
     return requirement
 
 
-def _all_editable() -> list[str]:
-    """Arguments of the one pip call that installs all packages, so that their ranges resolve."""
+def _all_editable(*, dropin: bool = True) -> list[str]:
+    """Arguments of the one pip call that installs all packages, so that their ranges resolve.
+
+    dropin: with packages/deepspeed, which takes the place of DeepSpeed itself.
+    """
     arguments: list[str] = []
     for package in PACKAGES:
+        if package == "deepspeed" and not dropin:
+            continue
         known = _project(package).get("optional-dependencies", {})
-        extras = ",".join(name for name in known if name not in SERVICES)
+        left_out = SERVICES if dropin else (*SERVICES, "dropin")
+        extras = ",".join(name for name in known if name not in left_out)
         path = str(ROOT / "packages" / package)
         arguments += ["-e", f"{path}[{extras}]" if extras else path]
     return arguments
@@ -84,7 +90,7 @@ def _examples_requirements() -> list[str]:
 def _fingerprint() -> str:
     """Changes whenever the shared environment has to be installed anew."""
     digest = hashlib.sha256()
-    patterns = ("packages/*/pyproject.toml", "packages/*/src/*/_version.py", "examples/*/req*.txt")
+    patterns = ("packages/*/pyproject.toml", "packages/*/src/*/*version.py", "examples/*/req*.txt")
     for path in sorted([CONSTRAINTS, *(p for pattern in patterns for p in ROOT.glob(pattern))]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -417,7 +423,8 @@ def bench(session: nox.Session) -> None:
     """Compare with DDP, FSDP2 and DeepSpeed on this machine. Options go after `--`."""
     cpu = {"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
     constraints = ("-q", "-c", str(CONSTRAINTS))
-    session.install(*constraints, *_all_editable(), *_examples_requirements())
+    # Not our package of that name: its place is DeepSpeed's here.
+    session.install(*constraints, *_all_editable(dropin=False), *_examples_requirements())
     # DeepSpeed's build imports torch, so it has to see this environment.
     session.install(*constraints, "setuptools", "wheel")
     session.install(*constraints, "--no-build-isolation", "deepspeed", env=cpu)

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from original import original
+
 LEARNING_RATE, MAX_NORM = 1e-3, 1.0
 OURS = ("engine", "shard")
 
@@ -129,8 +131,7 @@ def _config(dtype: Dtype, stage: int, micro_batch: int) -> dict[str, Any]:
 
 
 def _deepspeed(model: nn.Module, dtype: Dtype, stage: int, micro_batch: int) -> Trainer:
-    import deepspeed
-
+    deepspeed = original()
     deepspeed.utils.logger.setLevel("ERROR")
     deepspeed.init_distributed("gloo")
     config = _config(dtype, stage, micro_batch)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from models import Shape, batches, make_gpt, num_parameters
+from original import original
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _load(name: str) -> None:
     if name == "ours":
         import ds_zero  # noqa: F401
     else:
-        import deepspeed  # noqa: F401
+        original()
 
 
 def _ours(trial: Trial) -> Any:
@@ -172,7 +173,7 @@ class Adam:
 
 
 def _deepspeed(trial: Trial) -> Any:
-    import deepspeed
+    deepspeed = original()
 
     deepspeed.init_distributed("gloo")
     # Its defaults reserve 2 GB for gradients on their way.

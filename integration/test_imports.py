@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-MODULES = ["ds_core", "ds_ops", "ds_zero"]
+MODULES = ["ds_core", "ds_ops", "ds_zero", "deepspeed"]
 MAX_SECONDS = 0.25
 MAX_MODULES = 120
 

@@ -18,12 +18,15 @@ PROJECTS = {
 }
 PILLARS = [name for name in PROJECTS if name.startswith("ds-") and name != "ds-core"]
 MODULES = [name.replace("-", "_") for name in PROJECTS if name.startswith("ds-")]
+#: On top of all: nothing imports it.
+DROPIN = "deepspeed"
 
 
 @pytest.fixture(scope="module")
 def graph() -> grimp.ImportGraph:
     return grimp.build_graph(
         *MODULES,
+        DROPIN,
         include_external_packages=True,
         exclude_type_checking_imports=True,
         cache_dir=None,
@@ -49,15 +52,28 @@ def test_package_imports_no_pillar_but_itself(graph: grimp.ImportGraph, module: 
     assert crossing == []
 
 
+def test_nothing_imports_the_dropin_but_itself(graph: grimp.ImportGraph) -> None:
+    inside = {DROPIN} | graph.find_descendants(DROPIN)
+
+    found = {
+        f"{importer} imports {module}"
+        for module in inside
+        for importer in graph.find_modules_that_directly_import(module)
+        if importer not in inside
+    }
+
+    assert found == set()
+
+
 def test_no_module_imports_itself_through_others(graph: grimp.ImportGraph) -> None:
     imports = {
         module: {
             imported
             for imported in graph.find_modules_directly_imported_by(module)
-            if imported.split(".")[0] in MODULES
+            if imported.split(".")[0] in (*MODULES, DROPIN)
         }
         for module in graph.modules
-        if module.split(".")[0] in MODULES
+        if module.split(".")[0] in (*MODULES, DROPIN)
     }
 
     assert _in_cycles(imports) == {}
@@ -89,10 +105,10 @@ def test_import_linter_guards_every_package() -> None:
     linter = config["tool"]["importlinter"]
     layers = next(c for c in linter["contracts"] if c["type"] == "layers")["layers"]
 
-    assert sorted(linter["root_packages"]) == sorted(MODULES)
-    assert layers[-1] == "ds_core"
-    assert {name.strip() for name in layers[0].split("|")} == set(MODULES) - {"ds_core"}
-    assert len(layers) == 2
+    assert sorted(linter["root_packages"]) == sorted([*MODULES, DROPIN])
+    assert (layers[0], layers[-1]) == (DROPIN, "ds_core")
+    assert {name.strip() for name in layers[1].split("|")} == set(MODULES) - {"ds_core"}
+    assert len(layers) == 3
 
 
 @pytest.mark.parametrize("pillar", PILLARS)
@@ -113,6 +129,23 @@ def test_deepspeed_all_names_every_package_by_compatible_release() -> None:
         assert requirement.specifier.contains(version(name)), f"{name} {version(name)}"
 
 
+def test_the_dropin_depends_on_every_package_in_a_range() -> None:
+    requirements = _requirements(DROPIN)
+
+    assert set(requirements) == {"ds-core", *PILLARS, "torch"}
+    for name in ("ds-core", *PILLARS):
+        assert {spec.operator for spec in requirements[name].specifier} == {">=", "<"}
+        assert requirements[name].specifier.contains(version(name))
+
+
+def test_the_extra_dropin_names_the_version_that_stands() -> None:
+    source = (ROOT / "packages" / DROPIN / "src" / DROPIN / "version.py").read_text("utf-8")
+    (text,) = PROJECTS["deepspeed-all"]["optional-dependencies"]["dropin"]
+
+    assert f'"{text.removeprefix("deepspeed==")}"' in source
+    assert "+ds." in text
+
+
 @pytest.mark.parametrize("package", PROJECTS)
 def test_every_entry_point_loads(package: str) -> None:
     for group in PROJECTS[package].get("entry-points", {}):
@@ -128,5 +161,7 @@ def test_package_folder_has_what_every_package_has(package: str) -> None:
     if package.startswith("ds-"):
         source = f"src/{package.replace('-', '_')}"
         expected += [f"{source}/{name}" for name in ("__init__.py", "_version.py", "py.typed")]
+    if package == DROPIN:
+        expected += [f"src/{DROPIN}/{name}" for name in ("__init__.py", "version.py", "py.typed")]
 
     assert [name for name in expected if not (folder / name).is_file()] == []

@@ -15,8 +15,10 @@ def main(expected: list[str]) -> int:
     """0 if exactly `expected` are installed and importable, else 1 with the difference."""
     installed = {_normal(dist.name) for dist in distributions()}
     ours = {name for name in installed if name.startswith(("ds-", "deepspeed"))}
-    importable = {found.name for found in pkgutil.iter_modules() if found.name.startswith("ds_")}
-    modules = {name.replace("-", "_") for name in expected if name.startswith("ds-")}
+    names = (found.name for found in pkgutil.iter_modules())
+    importable = {name for name in names if name == "deepspeed" or name.startswith("ds_")}
+    # deepspeed-all has no module of its own.
+    modules = {name.replace("-", "_") for name in expected if name != "deepspeed-all"}
     for what, found, wanted in (
         ("distributions", ours, set(expected)),
         ("importable modules", importable, modules),

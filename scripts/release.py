@@ -55,7 +55,7 @@ def prepare(root: Path, package: str, version: str, today: str) -> list[str]:
 
 
 def _version_file(folder: Path) -> Path:
-    found = list(folder.glob("src/*/_version.py"))
+    found = [*folder.glob("src/*/_version.py"), *folder.glob("src/*/version.py")]
     return found[0] if found else folder / "pyproject.toml"
 
 
@@ -82,7 +82,9 @@ def _excluding(root: Path, package: str, version: str) -> list[tuple[str, str]]:
     found = []
     for path in sorted(root.glob("packages/*/pyproject.toml")):
         project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
-        for requirement in map(Requirement, project.get("dependencies", [])):
+        extras = project.get("optional-dependencies", {}).values()
+        texts = [*project.get("dependencies", []), *(text for extra in extras for text in extra)]
+        for requirement in map(Requirement, texts):
             same = canonicalize_name(requirement.name) == package
             if same and not requirement.specifier.contains(version, prereleases=True):
                 found.append((path.parent.name, str(requirement.specifier)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import importlib.util
 import io
 import os
 import pickle
@@ -26,6 +25,7 @@ import ds_core
 from ds_core import comm
 from ds_core.checkpoint import import_checkpoint, inspect, load, load_weights, save, verify
 from ds_core.errors import CheckpointError
+from ds_core.testing.original import original_deepspeed
 
 DATA = Path(__file__).parent / "data" / "deepspeed"
 
@@ -124,7 +124,7 @@ def put_into(path, attack):
 @contextlib.contextmanager
 def stand_ins():
     """Without DeepSpeed: modules with empty classes for those that its files name."""
-    if importlib.util.find_spec("deepspeed") is not None:
+    if original_deepspeed() is not None:
         yield
         return
     modules = {}

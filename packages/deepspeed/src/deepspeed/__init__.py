@@ -2,7 +2,7 @@
 
     import deepspeed
 
-    engine, optimizer, loader, scheduler = deepspeed.initialize(model=model, config="ds_config.json")
+    engine, optimizer, loader, _ = deepspeed.initialize(model=model, config="ds_config.json")
 
 Nothing is done here but naming things as DeepSpeed does: README.md of this package says where each
 name lives. Importing it does no work but to look whether files of the original package lie beside

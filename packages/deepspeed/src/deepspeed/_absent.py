@@ -12,6 +12,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from deepspeed._stand_in import not_provided
+
 # importlib.abc costs as much to import as all the rest of this package together.
 if TYPE_CHECKING:
     from importlib.abc import Loader
@@ -196,8 +198,6 @@ class _AbsentLoader(Loader):
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        from deepspeed._names import not_provided
-
         def getattr_(name: str) -> Any:
             # What inspection asks of every module is not use.
             if name.startswith("__"):

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from deepspeed._absent import reason_for
-from deepspeed._errors import NotProvidedError
+from deepspeed._stand_in import not_provided
 
 
 def names_of(
@@ -46,29 +46,3 @@ def names_of(
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return getattr_, lambda: sorted({*homes, *children, *absent})
-
-
-class _NotProvidedType(type):
-    """The class of classes that stand for what is not there: nothing is an instance of one."""
-
-    reason: str
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotProvidedError(cls.reason)
-
-    def __getattr__(cls, name: str) -> NoReturn:
-        # What inspection asks of every object is not use.
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise NotProvidedError(cls.reason)
-
-
-def not_provided(name: str, instead: str) -> type:
-    """A stand-in for `name`: to call it, subclass it or read it raises NotProvidedError."""
-
-    def refuse(cls: type, **kwargs: Any) -> NoReturn:
-        raise NotProvidedError(reason)
-
-    reason = f"{name} is not provided by this package; {instead}"
-    body = {"reason": reason, "__init_subclass__": classmethod(refuse), "__doc__": reason}
-    return _NotProvidedType(name.rpartition(".")[2], (), body)

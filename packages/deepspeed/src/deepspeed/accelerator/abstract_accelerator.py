@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from deepspeed._names import not_provided
+from deepspeed._stand_in import not_provided
 from ds_core.accelerator import Accelerator
 
 _NO_BUILDERS = "ds_ops builds its kernels itself; `ds ops report` lists them"

@@ -10,9 +10,7 @@ import torch
 from ds_core.errors import CheckpointError
 
 
-def clone_tensors_for_torch_save(
-    item: Any, device: torch.device | str = torch.device("cpu")
-) -> Any:
+def clone_tensors_for_torch_save(item: Any, device: torch.device | str = "cpu") -> Any:
     """A copy of nested lists, tuples and dicts whose tensors have storages of their own.
 
     torch.save writes the whole storage of a view, such as a part of a flat buffer.

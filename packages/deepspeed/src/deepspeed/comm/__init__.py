@@ -3,7 +3,7 @@
     from deepspeed import comm as dist
 
     dist.init_distributed("gloo")
-    dist.all_reduce(tensor)                       # in place; with async_op=True, a handle to wait for
+    dist.all_reduce(tensor)                   # in place; with async_op=True, a handle to wait for
 
 Groups are torch's own process groups, and work with torch.distributed too. Errors name operation,
 group and the ranks that are missing; what is sent is in `ds_core.comm.all_rows()`.

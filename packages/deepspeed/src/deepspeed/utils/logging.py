@@ -126,13 +126,13 @@ def get_log_level_from_string(log_level_str: str) -> int:
     """logging.INFO for "info", and so on. Raises DsError for a level that does not exist."""
     found = log_levels.get(log_level_str.lower())
     if found is None:
-        raise _UnknownLevel(
+        raise LogLevelError(
             f"log level: got {log_level_str!r}, expected one of {', '.join(log_levels)}"
         )
     return found
 
 
-class _UnknownLevel(DsError, ValueError):
+class LogLevelError(DsError, ValueError):
     """There is no such log level."""
 
 

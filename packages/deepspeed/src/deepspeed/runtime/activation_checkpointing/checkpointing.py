@@ -109,7 +109,7 @@ def configure(
     if settings.get("contiguous_memory_optimization") and not settings.get("partition_activations"):
         raise ConfigError(
             "activation_checkpointing.contiguous_memory_optimization: got true without "
-            "partition_activations, whose parts are what the buffers hold; add it, or leave this out"
+            "partition_activations, whose parts are what the buffers hold; add it, or leave it out"
         )
     _state.mpu = mpu_ if mpu_ is not None else _state.mpu
     _state.partitions = bool(settings.get("partition_activations"))
