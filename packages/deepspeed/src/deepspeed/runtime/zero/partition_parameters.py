@@ -229,7 +229,7 @@ class Init:
             )
             setattr(torch, name, made)
         new = _tensor_class_constructor(self._target_dtype, self._target_device)
-        torch.Tensor.__new__ = new  # type: ignore[assignment]
+        torch.Tensor.__new__ = new  # type: ignore[method-assign]
 
     def unwrap_constructors(self) -> None:
         """Give torch its constructors back."""
