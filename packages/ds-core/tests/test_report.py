@@ -293,3 +293,33 @@ def test_the_report_fits_a_terminal_of_80_columns():
     lines = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).splitlines()
     assert "Machine" in lines
     assert max(map(len, lines)) <= 80
+
+
+def test_the_report_says_where_packages_are_and_what_builds_kernels(report):
+    found = json.loads(report("--json"))
+    assert found["places"]["torch"] == os.path.dirname(torch.__file__)
+    assert found["places"]["ds-core"].endswith("ds_core")
+    if "ds-ops" in found["installed"]:
+        assert "compiler" in found["build_tools"]
+
+
+def test_the_cuda_compiler_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert machine.cuda_compiler() is None
+    program = tmp_path / "nvcc"
+    program.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.6, V12.6.20'\n")
+    program.chmod(0o755)
+    assert machine.cuda_compiler() == f"12.6 ({program})"
+
+
+def test_two_versions_of_a_package_in_one_folder_hurt(tmp_path, monkeypatch):
+    for name, version in (("deepspeed", "0.19.8"), ("deepspeed", "0.19.8+ds.0.1.0"), ("x", "1")):
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (told,) = [text for text in installed.duplicates() if str(tmp_path) in text]
+    assert "2 versions of deepspeed (0.19.8, 0.19.8+ds.0.1.0)" in told

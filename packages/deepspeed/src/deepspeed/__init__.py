@@ -18,6 +18,8 @@ from deepspeed.version import __version__
 _installation.check(__path__)
 _absent.install()
 
+#: The same as `__version__`.
+version = __version__
 #: Whose package of this name it is, for programs that want to know.
 __provider__ = "ds"
 
@@ -39,7 +41,6 @@ __getattr__, __dir__ = names_of(
         "log_dist": "deepspeed.utils.logging:log_dist",
         "OnDevice": "deepspeed.utils.init_on_device:OnDevice",
         "dist": "deepspeed.comm",
-        "version": "deepspeed.version:__version__",
     },
     submodules=(
         *("accelerator", "checkpoint", "comm", "elasticity", "launcher", "monitor", "ops"),
@@ -63,4 +64,4 @@ __getattr__, __dir__ = names_of(
     },
 )
 
-__all__ = ["__provider__", "__version__"]
+__all__ = ["__provider__", "__version__", "version"]

@@ -29,5 +29,16 @@ def not_provided(name: str, instead: str) -> type:
         raise NotProvidedError(reason)
 
     reason = f"{name} is not provided by this package; {instead}"
-    body = {"reason": reason, "__init_subclass__": classmethod(refuse), "__doc__": reason}
-    return _NotProvidedType(name.rpartition(".")[2], (), body)
+    home, _, own = name.rpartition(".")
+    body = {
+        "reason": reason,
+        "__init_subclass__": classmethod(refuse),
+        "__doc__": reason,
+        "__module__": home,
+    }
+    return _NotProvidedType(own, (), body)
+
+
+def is_stand_in(value: object) -> bool:
+    """Whether this stands for a name that is not provided."""
+    return isinstance(value, _NotProvidedType)

@@ -1,4 +1,4 @@
-"""The command `ds_report`: what `ds report` shows, by the original's flags."""
+"""The command `ds_report`: what `ds ops report` and `ds report` show, by the original's flags."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ def main(hide_operator_status: bool = False, hide_errors_and_warnings: bool = Fa
         hide_operator_status: without the table of ops.
         hide_errors_and_warnings: without the warnings.
     """
-    from ds_core.cli.reporting import collect, render
+    from ds_core.cli import ops_report, reporting
 
-    findings = collect()
-    if hide_operator_status:
-        findings = dataclasses.replace(findings, ops=[])
+    findings = reporting.collect()
     if hide_errors_and_warnings:
         findings = dataclasses.replace(findings, warnings=[])
-    sys.stdout.write(render(findings))
+    if hide_operator_status:
+        findings = dataclasses.replace(findings, ops=[], build_tools={})
+    else:
+        sys.stdout.write(ops_report.render(ops_report.collect()) + "\n")
+    sys.stdout.write(reporting.render(findings))
 
 
 def cli_main(args: Sequence[str] | None = None) -> None:

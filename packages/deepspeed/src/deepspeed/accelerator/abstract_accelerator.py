@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from deepspeed._errors import NotProvidedError
 from deepspeed._stand_in import not_provided
 from ds_core.accelerator import Accelerator
 
@@ -346,12 +347,12 @@ class DeepSpeedAccelerator:
         self._compile_backend = backend
 
     def op_builder_dir(self) -> str:
-        """Raises NotProvidedError when used."""
-        not_provided("op builders", _NO_BUILDERS)()
+        """Raises NotProvidedError."""
+        raise NotProvidedError(f"op builders are not provided; {_NO_BUILDERS}")
 
     def create_op_builder(self, class_name: str) -> Any:
-        """Raises NotProvidedError when used."""
-        not_provided(class_name, _NO_BUILDERS)()
+        """Raises NotProvidedError."""
+        raise NotProvidedError(f"{class_name} is not provided; {_NO_BUILDERS}")
 
     def get_op_builder(self, class_name: str) -> Any:
         """A stand-in that raises NotProvidedError when used."""

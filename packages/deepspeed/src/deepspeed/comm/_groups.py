@@ -26,7 +26,7 @@ def require_world() -> ProcessGroup:
 def group_of(group: ProcessGroup | None) -> Group | None:
     """The ranks of a process group, None for all ranks; None if this rank is not one of them."""
     world = require_world()
-    if group == dist.GroupMember.NON_GROUP_MEMBER:
+    if group is dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]
         return None
     pg = world if group is None else group
     name = pg.group_name

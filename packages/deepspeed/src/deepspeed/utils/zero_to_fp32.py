@@ -87,7 +87,7 @@ def convert_zero_checkpoint_to_state_dict(
         exclude_frozen_parameters: leave out what was not trained.
     """
     wanted = OUTPUT_DTYPE_NAMES.get(dtype) if isinstance(dtype, str) else dtype
-    if wanted not in OUTPUT_DTYPE_NAMES.values():
+    if wanted is None or wanted not in OUTPUT_DTYPE_NAMES.values():
         raise CheckpointError(f"dtype: got {dtype!r}, expected one of {sorted(OUTPUT_DTYPE_NAMES)}")
     state = _weights(checkpoint_dir, tag, wanted, exclude_frozen_parameters)
     limit = bytes_of(str(max_shard_size)) if max_shard_size is not None else None

@@ -56,7 +56,7 @@ def export_torch(
     for name, members in zip(names, parts, strict=True):
         with replace_atomically(folder / name) as file:
             # torch.save takes each write to be a whole one, which is true of buffered files alone.
-            buffered = io.BufferedWriter(file)  # type: ignore[type-var]
+            buffered = io.BufferedWriter(file)
             torch.save(_read(state, members), buffered)
             buffered.flush()
             buffered.detach()

@@ -76,6 +76,7 @@ def bench_comm(
     from ds_core.comm.measuring import OPERATIONS, sizes_up_to
 
     names = op or list(OPERATIONS)
+    number_format = _dtype_of(dtype)
     if find_world(_env.whole()) is None and not is_initialized():
         words = ["--dtype", dtype, "--trials", str(trials), "--warm-ups", str(warm_ups)]
         words += ["--max-elements", str(max_elements), "--min-elements", str(min_elements)]
@@ -92,7 +93,7 @@ def bench_comm(
         return
     elements = [max_elements] if only_largest else sizes_up_to(max_elements, min_elements)
     settings = {"trials": trials, "warm_ups": warm_ups, "is_async": async_op}
-    _measure_here(names, elements, dtype, backend, settings, bits=bits, json=json)
+    _measure_here(names, elements, number_format, backend, settings, bits=bits, json=json)
 
 
 def _start_ranks(nproc: str, words: list[str]) -> None:
@@ -114,7 +115,7 @@ def _start_ranks(nproc: str, words: list[str]) -> None:
 def _measure_here(
     names: list[str],
     elements: list[int],
-    dtype: str,
+    dtype: Any,
     backend: str | None,
     settings: dict[str, Any],
     *,
@@ -129,15 +130,16 @@ def _measure_here(
 
     init(backend)
     group = Mesh.world().group("dp")
+    dtype_name = str(dtype).removeprefix("torch.")
     found = []
     for name in names:
-        rows = list(measure(group, [name], elements, dtype=_dtype_of(dtype), **settings))
+        rows = list(measure(group, [name], elements, dtype=dtype, **settings))
         found += rows
         if group.rank == 0 and not json:
-            title = f"{name}, {group.size} ranks over {group.backend}, {dtype}"
+            title = f"{name}, {group.size} ranks over {group.backend}, {dtype_name}"
             typer.echo(_table(title, rows, bits=bits))
     if group.rank == 0 and json:
-        told = {"ranks": group.size, "backend": group.backend, "dtype": dtype}
+        told = {"ranks": group.size, "backend": group.backend, "dtype": dtype_name}
         rows_told = [row.as_dict() for row in found]
         typer.echo(json_module.dumps({**told, "rows": rows_told}, indent=2))
     shutdown()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import get_args
 
 import torch
@@ -60,6 +62,32 @@ def version_of(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def place_of(distribution: str) -> str | None:
+    """The folder of an installed distribution's own module, the source's if it is editable."""
+    module = distribution.replace("-", "_")
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    return None if found is None or found.origin is None else str(Path(found.origin).parent)
+
+
+def duplicates() -> list[str]:
+    """Packages of the suite, and deepspeed, of which one folder holds several versions."""
+    versions: dict[tuple[str, str], set[str]] = {}
+    for dist in metadata.distributions():
+        name = re.sub(r"[-_.]+", "-", dist.name or "").lower()
+        if name in SUITE or name == "deepspeed":
+            folder = str(dist.locate_file(""))
+            versions.setdefault((name, folder), set()).add(dist.version)
+    return [
+        f"{folder} has {len(found)} versions of {name} ({', '.join(sorted(found))}), whose files "
+        f"overwrite each other: `pip uninstall {name}` until it finds none, then install one"
+        for (name, folder), found in versions.items()
+        if len(found) > 1
+    ]
 
 
 def provided() -> list[Provided]:

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +88,29 @@ def examine() -> Machine:
         device_kind=kind,
         devices=devices,
     )
+
+
+def cuda_compiler() -> str | None:
+    """The release of the CUDA compiler and where it is; None if there is none."""
+    program = shutil.which("nvcc") or _nvcc_of_torch()
+    if program is None:
+        return None
+    try:
+        told = subprocess.run(
+            [program, "-V"], capture_output=True, text=True, check=False, timeout=60
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{program} does not start: {error}"
+    release = re.search(r"release (\S+?),", told)
+    return f"{release[1] if release else 'of unknown release'} ({program})"
+
+
+def _nvcc_of_torch() -> str | None:
+    if torch.version.cuda is None:
+        return None
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return None if CUDA_HOME is None else shutil.which("nvcc", path=str(Path(CUDA_HOME, "bin")))
 
 
 def _devices() -> tuple[str, tuple[Device, ...]]:

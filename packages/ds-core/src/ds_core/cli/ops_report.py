@@ -65,13 +65,18 @@ class OpFindings:
 def collect() -> OpFindings:
     """Look at every op on every kind of device here. Builds nothing and computes nothing."""
     rows = op_rows()
+    return OpFindings(advice(rows), rows, tool_facts())
+
+
+def tool_facts() -> dict[str, str]:
+    """What the packages with kernels say of compilers, limits and caches."""
     facts: dict[str, str] = {}
     try:
         for tool in ops_tools.installed():
             facts |= tool.facts()
     except DsError as error:
         facts["problem"] = _one_line(error)
-    return OpFindings(advice(rows), rows, facts)
+    return facts
 
 
 def op_rows() -> list[OpRow]:

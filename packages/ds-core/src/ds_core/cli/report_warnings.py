@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from ds_core.cli.installed import Provided, range_problems
+from ds_core.cli.installed import Provided, duplicates, range_problems
 from ds_core.cli.machine import Machine
 from ds_core.cli.ops_report import OpRow
 
@@ -24,7 +24,12 @@ def warnings_of(
     environment: Mapping[str, str],
 ) -> list[str]:
     """Everything that is likely to hurt, each with what to do about it."""
-    found = [*range_problems(), *_limits(machine), *_torch_build(machine, environment)]
+    found = [
+        *duplicates(),
+        *range_problems(),
+        *_limits(machine),
+        *_torch_build(machine, environment),
+    ]
     found += [f"{row.package or row.seam}: {row.problem}" for row in provided if row.problem]
     found += [f"ops: {row.problem}" for row in ops if row.problem]
     if "RANK" in environment and "WORLD_SIZE" not in environment:

@@ -18,12 +18,13 @@ from ds_core.cli.installed import (
     Installable,
     Provided,
     installable,
+    place_of,
     provided,
     version_of,
 )
 from ds_core.cli.machine import Machine, examine
 from ds_core.cli.offload_report import OffloadRow, offload_rows
-from ds_core.cli.ops_report import OpRow, advice, op_rows, summary
+from ds_core.cli.ops_report import OpRow, advice, op_rows, summary, tool_facts
 from ds_core.cli.report_warnings import warnings_of
 from ds_core.cli.tables import table
 from ds_core.launcher.environment import is_secret
@@ -49,8 +50,10 @@ class Findings:
         backends: torch.distributed backends and whether this build of torch has them.
         installed: versions of the suite's packages that are installed.
         others: versions of other packages that matter.
+        places: the folders of torch and of those that are installed.
         provided: what packages register on each seam, and what of it is broken.
         ops: who computes each op here.
+        build_tools: what kernels are built with, and for what.
         offload: what steps on the host, and what moves tensors to and from disk.
         installable: what could be installed.
         environment: the variables of effect that are set.
@@ -62,8 +65,10 @@ class Findings:
     backends: dict[str, bool]
     installed: dict[str, str]
     others: dict[str, str]
+    places: dict[str, str]
     provided: list[Provided]
     ops: list[OpRow]
+    build_tools: dict[str, str]
     offload: list[OffloadRow]
     installable: list[Installable]
     environment: dict[str, str]
@@ -76,14 +81,18 @@ class Findings:
 def collect() -> Findings:
     """Look at this process's environment. Starts nothing and allocates on no device."""
     machine, rows, ops, environment = examine(), provided(), op_rows(), _environment(_env.whole())
+    own, others = _installed(SUITE), _installed(dict.fromkeys(_OTHERS, ""))
+    named = ("torch", *own, *others)
     return Findings(
         versions=_versions(),
         machine=machine,
         backends=_backends(),
-        installed=_installed(SUITE),
-        others=_installed(dict.fromkeys(_OTHERS, "")),
+        installed=own,
+        others=others,
+        places={name: place for name in named if (place := place_of(name)) is not None},
         provided=rows,
         ops=ops,
+        build_tools=_build_tools(),
         offload=offload_rows(),
         installable=installable(),
         environment=environment,
@@ -95,7 +104,10 @@ def render(findings: Findings) -> str:
     """The findings as text for a terminal or an issue."""
     parts = [table("Versions", findings.versions.items())]
     parts.append(table("Machine", _machine_rows(findings).items()))
-    parts.append(table("Packages", [*findings.installed.items(), *findings.others.items()]))
+    packages = {**findings.installed, **findings.others}
+    places = findings.places
+    rows = [(name, version, places.get(name, "")) for name, version in packages.items()]
+    parts.append(table("Packages", rows))
     parts.append(
         table(
             "Provided by packages",
@@ -107,11 +119,13 @@ def render(findings: Findings) -> str:
     )
     told = [("", text) for text in advice(findings.ops)]
     parts.append(table("Ops", [*told, *summary(findings.ops), ("more", "ds ops report")]))
+    if findings.build_tools:
+        parts.append(table("Kernels are built with", findings.build_tools.items()))
     told_offload = [(row.what, row.chosen, row.reason) for row in findings.offload]
     parts.append(table("Offload (the host's part)", told_offload))
     if findings.installable:
-        rows = [(row.name, row.purpose, row.command) for row in findings.installable]
-        parts.append(table("Could be installed", rows))
+        could = [(row.name, row.purpose, row.command) for row in findings.installable]
+        parts.append(table("Could be installed", could))
     if findings.environment:
         parts.append(table("Environment", findings.environment.items()))
     if findings.warnings:
@@ -133,9 +147,17 @@ def _versions() -> dict[str, str]:
     }
     if dist.is_available() and dist.is_nccl_available():
         versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    nvcc = cuda_compiler()
+    if nvcc is not None:
+        versions["nvcc"] = nvcc
     if torch.backends.cudnn.is_available():
         versions["cudnn"] = str(torch.backends.cudnn.version())
     return versions
+
+
+def _build_tools() -> dict[str, str]:
+    """What the packages with kernels tell, without what the report has elsewhere."""
+    return {name: text for name, text in tool_facts().items() if name != "torch"}
 
 
 def _machine_rows(findings: Findings) -> dict[str, str]:
