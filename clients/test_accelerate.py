@@ -55,7 +55,8 @@ def test_launch_starts_ranks_and_prepare_returns_the_wrappers(launched):
             "DeepSpeedEngine",
             "DeepSpeedOptimizerWrapper",
             "DataLoaderShard",
-            "DeepSpeedSchedulerWrapper",
+            # One of the program's own, not of the configuration.
+            "AcceleratedScheduler",
         ]
         assert rank["is_model"]
         assert rank["prints_every"] == "inf"
@@ -83,11 +84,12 @@ def test_clipping_by_value_is_refused(launched):
 
 
 def test_save_state_and_load_state(launched):
-    stage, job = launched
+    _, job = launched
     first, again = job["again"]
     assert again == pytest.approx(first, abs=1e-6)
+    # The folder is the tag that accelerate names, and `latest` tells of it.
     assert any(name.startswith("pytorch_model/") for name in job["saved"])
-    assert "zero_to_fp32.py" in job["saved"] or stage == 0
+    assert "latest" in job["saved"]
 
 
 def test_get_state_dict_is_the_whole_model(launched):
