@@ -6,11 +6,12 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from deepspeed._errors import NotProvidedError
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from ds_core.checkpoint import FlatShard
+from ds_zero import ZeroOptimizer
 
 if TYPE_CHECKING:
     from ds_core.engine import Engine
@@ -20,39 +21,12 @@ class DeepSpeedOptimizer:
     """The class of which every optimizer of an engine is one."""
 
 
-class ParameterOffload:
-    """What programs take hold of to leave out the gathers of stage 3 while they generate.
-
-    Inside `deepspeed.zero.GatheredParameters` nothing is gathered a second time here, so there are
-    no hooks that would have to go, and none to register again.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.forward_hooks: list[Any] = []
-        self.backward_hooks: list[Any] = []
-        # An attribute of the object, so that the model's class stays as it is.
-        if not hasattr(module, "ds_external_parameters"):
-            object.__setattr__(module, "ds_external_parameters", _none)
-        for param in module.parameters():
-            if not hasattr(param, "ds_active_sub_modules"):
-                param.ds_active_sub_modules = set()  # type: ignore[attr-defined]
-
-    def _register_deepspeed_module(self, module: nn.Module) -> None:
-        """There is nothing to register."""
-
-
-def _none() -> tuple[()]:
-    """No parameter of another module is used: every parameter is gathered with its own unit."""
-    return ()
-
-
 class EngineOptimizer(DeepSpeedOptimizer, Optimizer):
     """The optimizer of an engine, whatever it shards; `step` is the engine's.
 
     Attributes:
         optimizer: the torch optimizer that does the arithmetic, before sharding changed its groups.
-        parameter_offload: see `ParameterOffload`.
+        parameter_offload: at stage 3, what gathers parameters (`DeepSpeedZeRoOffload`).
 
     It is a `torch.optim.Optimizer` too, so that torch's schedules take it.
     """
@@ -61,9 +35,9 @@ class EngineOptimizer(DeepSpeedOptimizer, Optimizer):
         self._engine, self.optimizer, self.zero_stage = engine, optimizer, stage
         defaults = {} if optimizer is None else optimizer.defaults
         self.__setstate__({"defaults": defaults})
-        self.parameter_offload = ParameterOffload(engine.module) if stage == 3 else None
-        if self.parameter_offload is None:
-            del self.parameter_offload
+        sharding = engine.sharding
+        if stage == 3 and isinstance(sharding, ZeroOptimizer):
+            self.parameter_offload = DeepSpeedZeRoOffload(engine.module, sharding)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
