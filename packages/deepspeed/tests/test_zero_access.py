@@ -13,7 +13,7 @@ from torch import nn
 import deepspeed
 import ds_zero
 from deepspeed import utils
-from deepspeed.runtime.zero._attributes import mark_model
+from deepspeed._parameter_attributes import mark_model
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload, parameter_offload
 from ds_core import comm
 from ds_core.alone import Alone

@@ -103,8 +103,11 @@ def local_shard(unit: Unit, position: int) -> torch.Tensor:
     if piece is None:
         return unit.shard.new_empty(0)
     start, stop = piece.offset, piece.offset + _numel(piece)
-    if unit.shard_home is not None:
-        return unit.shard_home.read(start, stop)
+    home = unit.shard_home
+    if isinstance(home, HostShard):
+        return home.host[start:stop].clone()
+    if isinstance(home, DiskShard):
+        return home.read(start, stop)
     return unit.shard[start:stop]
 
 

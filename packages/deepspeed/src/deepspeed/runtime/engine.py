@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 import ds_core
 from deepspeed._errors import NotProvidedError
+from deepspeed._parameter_attributes import mark_model
 from deepspeed.runtime import _env
 from deepspeed.runtime.base_optimizer import EngineOptimizer
 from deepspeed.runtime.config import DeepSpeedConfig
@@ -22,7 +23,6 @@ from deepspeed.runtime.engine_files import EngineFiles
 from deepspeed.runtime.lr_schedules import schedule_maker
 from deepspeed.runtime.schedule_steps import SteppedSchedule, steps_alone
 from deepspeed.runtime.trained import optimizer_of, settle_trained
-from deepspeed.runtime.zero._attributes import mark_model
 from ds_core import comm
 from ds_core.errors import DsError
 

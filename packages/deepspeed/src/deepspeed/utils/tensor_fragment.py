@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deepspeed.runtime.zero._attributes import owner_of
+from deepspeed._parameter_attributes import owner_of
 from ds_core.errors import DsError
 from ds_core.seams import FullValues
 from ds_zero import ShardError, ZeroOptimizer

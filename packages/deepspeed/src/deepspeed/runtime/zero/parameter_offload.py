@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from deepspeed.runtime.zero._attributes import mark_model
+from deepspeed._parameter_attributes import mark_model
 from ds_zero import ShardError, ZeroOptimizer
 from ds_zero.optimizer import owners_of
 

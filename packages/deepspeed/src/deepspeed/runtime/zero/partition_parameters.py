@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import ds_zero
 from deepspeed._names import names_of
-from deepspeed.runtime.zero._attributes import (
+from deepspeed._parameter_attributes import (
     ZeroParamStatus,
     ZeroParamType,
     give_external_parameters,
