@@ -217,7 +217,7 @@ for _folder in (*(f"packages/{name}" for name in PACKAGES), "integration"):
 
 
 def _pytest(session: nox.Session, folders: Sequence[str]) -> None:
-    """Run tests; what follows `--` in one process, else in one for each core, then the rest."""
+    """Run tests: what follows `--` in one process, else all in several at a time."""
     scripts = _shared(session)
     _build_kernels(session, scripts)
     pytest = (scripts / "python", "-m", "pytest")
@@ -225,7 +225,8 @@ def _pytest(session: nox.Session, folders: Sequence[str]) -> None:
         names_paths = any((ROOT / arg.split("::")[0]).exists() for arg in session.posargs)
         _run(session, *pytest, *([] if names_paths else folders), *session.posargs)
         return
-    workers = ("-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal")
+    # Ranks, timeouts and starts of Python are mostly waiting: two processes for each core.
+    workers = ("-n", str(min(2 * (os.cpu_count() or 1), 8)), "--dist", "worksteal")
     _run(session, *pytest, *folders, "-m", "not alone", *workers)
     # Those that measure time, memory or the whole machine; 5: the folder has none.
     _run(session, *pytest, *folders, "-m", "alone", success_codes=(0, 5))
