@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import nn
+
+import deepspeed
 
 STAGES = (1, 2, 3)
 BEFORE, AFTER = 3, 4

@@ -37,7 +37,7 @@ class Losses(TrainerCallback):
         self.norms: list[float] = []
         self.evaluation: list[float] = []
 
-    def on_log(self, args, state, control, logs, **kwargs) -> None:  # noqa: ANN001
+    def on_log(self, args, state, control, logs, **kwargs) -> None:
         if "loss" in logs:
             self.train.append(logs["loss"])
             self.rates.append(logs["learning_rate"])

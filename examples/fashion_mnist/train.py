@@ -13,12 +13,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.nn.functional as F
 from images import CLASSES, FOLDER, read
 from torch import nn
 from torch.utils.data import TensorDataset
+
+import deepspeed
 
 
 class Classifier(nn.Module):
