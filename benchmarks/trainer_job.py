@@ -1,7 +1,7 @@
 """One rank of transformers' Trainer on DeepSpeed's JSON, which takes each step when told to.
 
 Runs in any environment: whose `deepspeed` answers is that environment's affair. Who started it
-listens at `--address`: a step begins when something comes from there, and its seconds are sent back.
+listens at `--address`: a step begins when it says so, and hears how many seconds it took.
 """
 
 from __future__ import annotations

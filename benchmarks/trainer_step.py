@@ -194,8 +194,8 @@ def run(quick: bool = False) -> Report:
     report.notes.append(
         f"A random Llama of {shape['layers']} layers of width {shape['width']}, "
         f"{shape['micro_batch']} x {shape['tokens']} tokens per rank, fp32, AdamW of torch; "
-        f"{steps} steps, the first {WARMUP} not counted. What transformers and accelerate do themselves is "
-        f"on both sides."
+        f"{steps} steps, the first {WARMUP} not counted. What transformers and "
+        f"accelerate do themselves is on both sides."
     )
     return report
 
