@@ -346,3 +346,25 @@ def test_a_tag_that_is_not_there_is_named(tmp_path):
     folder = unpacked("stage3-fp32-w1", tmp_path)
     with pytest.raises(CheckpointError, match=r"has no tag 'seven'; it has \['three'\]"):
         import_checkpoint(folder, tmp_path / "ours", tag="seven")
+
+
+def test_an_engine_loads_a_folder_of_deepspeed_as_it_is(tmp_path):
+    folder = unpacked("stage0-fp32-w1", tmp_path)
+    before = sorted(path.name for path in folder.iterdir())
+    model = Tiny()
+    engine = ds_core.initialize(
+        model,
+        {"train_batch_size": 1, "optimizer": {"type": "AdamW", "params": {"lr": 0.5}}},
+    )
+    engine.load_checkpoint(folder)
+    expected = load_file(folder / "expected.safetensors")
+    reference = expected.get("fp32.hidden.weight", expected.get("hidden.weight"))
+    assert torch.equal(model.hidden.weight, reference)
+    assert engine.global_step == 3
+    assert engine.sharding.param_groups[0]["lr"] != 0.5
+    assert sorted(path.name for path in folder.iterdir()) == before
+    (states,) = folder.rglob("*model_states.pt")
+    truncate(states, 100)
+    with pytest.raises(CheckpointError, match="states"):
+        engine.load_checkpoint(folder)
+    assert not list(folder.glob(".import-*"))

@@ -584,3 +584,62 @@ def test_a_step_that_an_error_ended_counts_as_not_begun():
 
     assert engine.global_step == 1
     assert torch.equal(weights(engine), weights(plain))
+
+
+# ---------------------------------------------------------------------- as the caller wants it
+
+
+def quadratic():
+    model = nn.Linear(3, 1)
+    nn.init.ones_(model.weight)
+    return model
+
+
+def test_backward_leaves_a_loss_undivided_and_keeps_its_graph():
+    engine = ds_core.initialize(quadratic(), {**BASE, "gradient_accumulation_steps": 4})
+    loss = engine(torch.ones(2, 3)).mean()
+    engine.backward(loss, divides_by_accumulation=False, retain_graph=True)
+    whole = engine.module.weight.grad.clone()
+    engine.zero_grad()
+    engine.backward(loss)
+    assert torch.equal(engine.module.weight.grad * 4, whole)
+
+
+def test_a_step_that_is_not_finite_is_left_out_if_that_is_asked_for():
+    engine = ds_core.initialize(quadratic(), BASE)
+    engine.skips_nonfinite = True
+    before = engine.module.weight.detach().clone()
+    engine.backward(engine(torch.full((2, 3), torch.inf)).mean())
+    assert engine.step() is False
+    assert torch.equal(engine.module.weight, before)
+    assert (engine.global_step, engine.skipped_steps) == (1, 1)
+    engine.backward(engine(torch.ones(2, 3)).mean())
+    assert engine.step() is True
+
+
+def test_an_engine_that_does_not_train_only_runs_the_model():
+    model = quadratic()
+    settings = {key: value for key, value in BASE.items() if key != "optimizer"}
+    engine = ds_core.initialize(model, {**settings, "bf16": {"enabled": True}}, training=False)
+    assert engine(torch.ones(1, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert engine.memory() == {
+        **dict.fromkeys(engine.memory(), 0),
+        "parameters": 2 * sum(p.numel() for p in model.parameters()),
+    }
+    with pytest.raises(DsError, match="does not depend on a parameter"):
+        engine.backward(engine(torch.ones(1, 3, dtype=torch.bfloat16)).mean())
+    with pytest.raises(DsError, match="training=False"):
+        engine.step()
+    assert not model.weight.requires_grad
+    engine.close()
+    assert model.weight.requires_grad
+
+
+def test_the_optimizer_of_a_config_takes_groups():
+    model = quadratic()
+    groups = [{"params": [model.weight]}, {"params": [model.bias], "lr": 0.5}]
+    engine = ds_core.initialize(model, BASE, param_groups=groups)
+    assert [group["lr"] for group in engine.sharding.param_groups] == [0.01, 0.5]
+    given = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(DsError, match="param_groups"):
+        ds_core.initialize(quadratic(), BASE, optimizer=given, param_groups=groups)

@@ -60,3 +60,19 @@ def test_an_entry_that_does_not_load_names_its_cause(install):
     install(("a", "no_such_module:thing"))
     with pytest.raises(PluginError, match=r"'a' of .* does not load: No module named 'no_such"):
         plugins.load("runners", "a")
+
+
+def test_what_is_installed_is_read_once_for_each_search_path(monkeypatch, tmp_path):
+    reads = []
+    monkeypatch.setattr(
+        plugins.metadata, "entry_points", lambda: reads.append(1) or plugins.EntryPoints(())
+    )
+    plugins._all_entries.cache_clear()
+    try:
+        assert plugins.registered("ops") == plugins.registered("config") == {}
+        assert len(reads) == 1
+        monkeypatch.syspath_prepend(str(tmp_path))
+        plugins.registered("ops")
+        assert len(reads) == 2
+    finally:
+        plugins._all_entries.cache_clear()

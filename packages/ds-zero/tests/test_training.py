@@ -410,3 +410,26 @@ def call_a_block(stage: int) -> None:
     with torch.no_grad():
         assert_close(model.blocks[1](x), truth.blocks[1](x), 1e-9, "block")
     assert isinstance(model.blocks[1], Block)
+
+
+def test_a_model_that_is_only_run_is_sharded_without_states_or_gradients(stage: int):
+    run_ranks(2, only_run, stage)
+
+
+def only_run(stage: int) -> None:
+    import ds_core
+
+    model, truth = vectors_model(), vectors_model()
+    config = {"train_batch_size": 2, "zero_optimization": {"stage": stage}}
+    engine = ds_core.initialize(model, config, training=False)
+    with torch.no_grad():
+        assert torch.equal(engine(torch.ones(2, 8)), truth(torch.ones(2, 8)))
+    held = engine.memory()
+    assert held["optimizer"] == held["master"] == held["gradients"] == 0
+    engine.close()
+    assert all(param.requires_grad for param in model.parameters())
+
+
+def vectors_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))

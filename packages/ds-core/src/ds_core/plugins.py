@@ -6,7 +6,10 @@ entries available; nothing is imported until an entry is asked for by name.
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
+import functools
+import sys
+from importlib import metadata
+from importlib.metadata import EntryPoint, EntryPoints
 from typing import Any, Literal
 
 from ds_core.errors import PluginError
@@ -50,6 +53,22 @@ KNOWN_PROVIDERS: dict[Seam, dict[str, str]] = {
     "op_tools": {"ds_ops": "ds-ops"},
     "tensor_files": {"ds_ops": "ds-ops"},
 }
+
+
+def entry_points(*, group: str) -> EntryPoints:
+    """Entries of one group, unloaded.
+
+    Every file of metadata is read for that, so it is done once: what is installed stays the same
+    while a program runs, unless it changes where it looks for packages.
+    """
+    found: EntryPoints = _all_entries(tuple(sys.path)).select(group=group)
+    return found
+
+
+@functools.lru_cache(maxsize=2)
+def _all_entries(search_path: tuple[str, ...]) -> Any:
+    """All of them, in what the standard library has for it: its class differs by version."""
+    return metadata.entry_points()
 
 
 def registered(seam: Seam) -> dict[str, EntryPoint]:

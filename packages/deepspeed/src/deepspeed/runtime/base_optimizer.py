@@ -40,7 +40,7 @@ class EngineOptimizer(DeepSpeedOptimizer, Optimizer):
             self.parameter_offload = DeepSpeedZeRoOffload(engine.module, sharding)
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The groups: hyperparameters, which may be changed, and what this rank holds."""
         return self._engine.sharding.param_groups
 
@@ -49,7 +49,7 @@ class EngineOptimizer(DeepSpeedOptimizer, Optimizer):
         self._engine.sharding.param_groups[:] = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The state of what this rank holds, by tensor of `param_groups`."""
         sharding: Any = self._engine.sharding
         return sharding.state if isinstance(sharding, Optimizer) else sharding.optimizer.state
@@ -103,7 +103,7 @@ class EngineOptimizer(DeepSpeedOptimizer, Optimizer):
             "groups to deepspeed.initialize"
         )
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """What this rank holds of the optimizer's state, for the same number of ranks and stage."""
         held = self._engine.sharding.state_dict()
         state = {
@@ -117,7 +117,7 @@ class EngineOptimizer(DeepSpeedOptimizer, Optimizer):
         }
 
     @torch.no_grad()
-    def load_state_dict(  # type: ignore[override]
+    def load_state_dict(
         self, state_dict: dict[str, Any], load_optimizer_states: bool = True, **_: Any
     ) -> None:
         """Take over what `state_dict` gave on this rank. Collective.

@@ -67,7 +67,8 @@ class DeepSpeedConfig:
         self.float16_config, self.bfloat16_config = ours.fp16, ours.bf16
         self.torch_autocast_enabled = ours.torch_autocast.enabled
         self.zero_config: Any = ours.section("zero_optimization")
-        self.zero_optimization_stage = 0 if self.zero_config is None else self.zero_config.stage
+        zero: Any = self.zero_config
+        self.zero_optimization_stage: int = 0 if zero is None else zero.stage
         self.zero_enabled = self.zero_optimization_stage > 0
         self.optimizer_name = ours.optimizer.type if ours.optimizer else None
         self.optimizer_params = dict(ours.optimizer.params) if ours.optimizer else None

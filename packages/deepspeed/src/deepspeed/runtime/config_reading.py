@@ -15,7 +15,14 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from deepspeed.runtime.config_table import LEFT_OUT, READ_BY_KEY, RENAMED, SWITCHES, VALUES
+from deepspeed.runtime.config_table import (
+    HOW_NOT_WHICH,
+    LEFT_OUT,
+    READ_BY_KEY,
+    RENAMED,
+    SWITCHES,
+    VALUES,
+)
 from ds_core import plugins
 from ds_core.config import Config, Section
 from ds_core.config.loading import registered_sections
@@ -77,7 +84,10 @@ def _parsed(text: str, name: str) -> dict[str, Any]:
                 f"the package hjson"
             ) from None
         hjson: Any = importlib.import_module("hjson")
-        found = hjson.loads(text, object_pairs_hook=once)
+        try:
+            found = hjson.loads(text, object_pairs_hook=once)
+        except ValueError as worse:
+            raise ConfigError(f"{name}: not valid JSON or Hjson: {worse}") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{name}: got {type(found).__name__}, expected a JSON object")
     return found
@@ -119,6 +129,9 @@ class _Translation:
             elif key == "zero_optimization" and isinstance(value, bool):
                 result[key] = {"stage": int(value)}
                 self._note(f'{key}: true or false is deprecated; use {{"stage": {int(value)}}}')
+            elif key == "activation_checkpointing" and not _chooses_blocks(value):
+                if any(value.values()):
+                    self._leave_out(key, HOW_NOT_WHICH)
             elif key in ("optimizer", "scheduler") and not _names_a_type(value):
                 self._leave_out(key, "it names no type, and DeepSpeed builds none then")
             elif model is not None and isinstance(value, Mapping):
@@ -148,9 +161,10 @@ class _Translation:
             if known in SWITCHES:
                 self._switch(here, SWITCHES[known], value, values, result)
             elif self._is_left_out(known, value):
-                if field is None or value not in (field.get_default(), "auto"):
+                default = None if field is None else field.get_default()
+                if value not in (default, "auto"):
                     self._leave_out(here, LEFT_OUT[known].reason)
-            elif field is None and name in READ_BY_KEY:
+            elif field is None and name in READ_BY_KEY and known not in LEFT_OUT:
                 self._leave_out(here, "unknown key, which DeepSpeed ignores")
             elif field is None:
                 result[key] = value
@@ -242,6 +256,11 @@ def _asks_for_nothing(key: str, value: Any) -> bool:
     if field is not None:
         return bool(value == field.get_default())
     return key in UNSUPPORTED and UNSUPPORTED[key].is_off(value)
+
+
+def _chooses_blocks(value: Any) -> bool:
+    """Whether the section says which blocks are computed again, which only ds_core's can."""
+    return not isinstance(value, Mapping) or value.get("blocks") is not None
 
 
 def _names_a_type(value: Any) -> bool:

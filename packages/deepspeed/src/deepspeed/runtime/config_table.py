@@ -107,6 +107,12 @@ LEFT_OUT: Mapping[str, LeftOut] = MappingProxyType(
     }
 )
 
+#: Of activation_checkpointing: the original's says how, and never which blocks.
+HOW_NOT_WHICH = (
+    "it says how deepspeed.checkpointing.checkpoint stores its inputs, once a program passes it to "
+    'deepspeed.checkpointing.configure; "blocks": "repeated" here checkpoints the model\'s blocks'
+)
+
 #: Deprecated names, and names of the original's fields that its files may use too.
 RENAMED: Mapping[str, str] = MappingProxyType(
     {

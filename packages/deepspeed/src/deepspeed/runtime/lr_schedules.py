@@ -65,7 +65,7 @@ class _Counted(ours.Schedule):
         """Steps done, less one."""
         return self.last_epoch - 1
 
-    def step(self, last_batch_iteration: int | None = None) -> None:  # type: ignore[override]
+    def step(self, last_batch_iteration: int | None = None) -> None:
         """Set the groups' learning rates for the next iteration, or for that after a given one."""
         if last_batch_iteration is None:
             super().step()
