@@ -16,6 +16,7 @@ from deepspeed import utils
 from deepspeed.runtime.zero._attributes import mark_model
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload, parameter_offload
 from ds_core import comm
+from ds_core.alone import Alone
 from ds_core.precision import Precision
 from ds_core.replicated import Replicated
 from ds_core.testing import run_ranks
@@ -156,6 +157,24 @@ def compare_stages() -> None:
     both = [None, None]
     dist.all_gather_object(both, [param.ds_id for param in model.parameters()])
     assert both[0] == both[1]
+
+
+def test_a_model_of_stage_0_can_be_saved_as_it_is(tmp_path):
+    run_ranks(1, save_whole, str(tmp_path / "model.pt"))
+
+
+def save_whole(path: str) -> None:
+    model = build()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    sharding = Alone(model, optimizer, mesh=comm.Mesh.world())
+    mark_model(model, sharding)
+    torch.save(model, path)
+    loaded = torch.load(path, weights_only=False)
+    assert torch.equal(loaded[2].weight, model[2].weight)
+    assert utils.safe_get_full_fp32_param(model[2].weight).shape == (6, 6)
+    assert utils.safe_get_full_fp32_param(loaded[2].weight) is None
+    del sharding
+    assert utils.safe_get_full_fp32_param(model[2].weight) is None
 
 
 # ---------------------------------------------------------------------- generation

@@ -45,8 +45,8 @@ NAMES = {
         "shutdown",
     ],
     "ds_core.seams": [
-        "Dense", "Event", "EventKind", "Implementation", "InputAdjuster", "Observer", "Op",
-        "OpTools", "ParkableSharding", "Runner", "Sequential", "Sharding", "ShardingFactory",
+        "Dense", "Event", "EventKind", "FullValues", "Implementation", "InputAdjuster", "Observer",
+        "Op", "OpTools", "ParkableSharding", "Runner", "Sequential", "Sharding", "ShardingFactory",
         "TensorFile", "TensorFiles", "TensorFilesFactory", "Transfer", "Transport",
     ],
     "ds_core.observers": [

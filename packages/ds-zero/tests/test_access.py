@@ -358,3 +358,51 @@ def set_local(stage: int, folder) -> None:
     assert torch.equal(optimizer.full_state_dict()[NAME].float(), torch.full((17, 12), 0.5))
     with pytest.raises(ds_zero.ShardError, match=r"'blocks\.1\.up\.weight': got 1000 numbers"):
         optimizer.set_local_value(NAME, "parameter", torch.zeros(1000))
+
+
+def test_own_parts_of_parameters(stage: int):
+    run_ranks(2, read_own_parts, stage)
+
+
+def read_own_parts(stage: int) -> None:
+    with ds_zero.Init():
+        model = Stack()
+    weight = model.entry.weight
+    assert ds_zero.local_part(weight).shape == (ds_zero.local_numel(weight),)
+    assert all_numbers(ds_zero.local_numel(weight)) == [weight.numel() // 2] * 2
+    assert ds_zero.local_numel(torch.nn.Parameter(torch.zeros(3))) == 3
+    ds_zero.shard(model, adamw(model.parameters()), stage, precision=BF16, min_unit_numel=0)
+    own = all_numbers(ds_zero.local_numel(weight))
+    assert sum(own) == (weight.numel() if stage == 3 else 2 * weight.numel())
+    parts = [torch.empty(0)] * 2
+    dist.all_gather_object(parts, ds_zero.local_part(weight).clone())
+    with ds_zero.GatheredParameters(weight):
+        whole = weight.detach().flatten()
+        assert torch.equal(torch.cat(parts) if stage == 3 else parts[1], whole)
+
+
+def all_numbers(number: int) -> list[int]:
+    numbers = [0] * dist.get_world_size()
+    dist.all_gather_object(numbers, number)
+    return numbers
+
+
+def test_each_rank_may_edit_its_own_part():
+    run_ranks(2, edit_own_parts)
+
+
+def edit_own_parts() -> None:
+    case = CASES["untied"]
+    model, optimizer = sharded(case, 3, precision=BF16)
+    sharded_steps(model, optimizer, case, 2)
+    weight, other = model.blocks[1].up.weight, "blocks.1.up.bias"
+    before = optimizer.full_parameter(other)
+    assert not torch.equal(before, before.bfloat16().float())
+    own = ds_zero.local_numel(weight)
+    with ds_zero.GatheredParameters(weight) as held:
+        weight.data.fill_(dist.get_rank() + 1.0)
+        held.adopt_edits()
+    expected = [1.0] * all_numbers(own)[0] + [2.0] * all_numbers(own)[1]
+    assert optimizer.full_parameter(NAME).flatten().tolist() == expected
+    # What was not edited keeps all its digits.
+    assert torch.equal(optimizer.full_parameter(other), before)

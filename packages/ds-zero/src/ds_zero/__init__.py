@@ -3,7 +3,7 @@
 import logging
 
 from ds_zero._version import __version__
-from ds_zero.access import GatheredParameters
+from ds_zero.access import GatheredParameters, local_numel, local_part
 from ds_zero.api import shard
 from ds_zero.errors import ShardError
 from ds_zero.host_steps.zenflow import ZenFlow
@@ -37,6 +37,8 @@ __all__ = [
     "is_leaf",
     "memory_plan",
     "load_pretrained",
+    "local_numel",
+    "local_part",
     "mark_leaf",
     "shard",
     "tiled_loss",

@@ -17,13 +17,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 import ds_zero
-from ds_zero.access import local_numel, local_part
 from ds_zero.optimizer import owners_of
 from ds_zero.sharded_param import ShardedMixin
 
-_HOLD, _OWNER = "_ds_hold", "_ds_owner"
+_HOLD = "_ds_hold"
 
 
 class ZeroParamType(Enum):
@@ -46,6 +46,15 @@ class _Ids:
     """Numbers of parameters, given in the same order on all ranks."""
 
     next: ClassVar[itertools.count[int]] = itertools.count()
+
+
+class _Names:
+    """What ds_core calls a parameter of stage 0, and who holds it.
+
+    Beside the parameters, which stay as they are and can be saved by `torch.save`.
+    """
+
+    of: ClassVar[WeakIdKeyDictionary] = WeakIdKeyDictionary()
 
 
 class _Gathered:
@@ -84,15 +93,17 @@ def mark_model(model: nn.Module, sharding: Any) -> None:
         model: the model of an engine.
         sharding: what holds its values: a `ds_zero.ZeroOptimizer`, or at stage 0 what ds_core has.
     """
-    owner = weakref.ref(sharding)
-    by_name = not isinstance(sharding, ds_zero.ZeroOptimizer)
-    for name, param in model.named_parameters():
-        param.__dict__[_OWNER] = (owner, name if by_name else None)
-        if not by_name and sharding.stage == 3:
+    if not isinstance(sharding, ds_zero.ZeroOptimizer):
+        for name, param in model.named_parameters():
+            _unmark(param)
+            _Names.of[param] = (weakref.ref(sharding), name)
+        return
+    for param in model.parameters():
+        if sharding.stage == 3:
             mark_parameter(param)
         else:
             _unmark(param)
-    for module in model.modules():
+    for module in model.modules() if sharding.stage == 3 else ():
         give_external_parameters(module)
         if ds_zero.is_leaf(module):
             for param in module.parameters():
@@ -101,13 +112,11 @@ def mark_model(model: nn.Module, sharding: Any) -> None:
 
 def owner_of(param: nn.Parameter) -> tuple[Any, Any] | None:
     """What holds the values of a parameter, and how it calls the parameter; None: nothing does."""
-    reference, name = param.__dict__.get(_OWNER, (None, None))
-    owner = None if reference is None else reference()
-    if owner is not None:
-        return owner, param if name is None else name
     for found, _ in owners_of([param]).values():
         return found, param
-    return None
+    reference, name = _Names.of.get(param, (None, None))
+    owner = None if reference is None else reference()
+    return None if owner is None else (owner, name)
 
 
 def give_external_parameters(module: nn.Module) -> None:
@@ -146,7 +155,7 @@ def _teach_sharded_class() -> None:
 
 def _own_part(param: nn.Parameter) -> torch.Tensor:
     """This rank's part, of a parameter whose values are not here."""
-    return local_part(param)
+    return ds_zero.local_part(param)
 
 
 def _here(reference: Any) -> nn.Parameter:
@@ -188,7 +197,7 @@ def _partition(
 
 def _partition_numel(reference: Any) -> int:
     """How many numbers of it this rank holds."""
-    return local_numel(_here(reference))
+    return ds_zero.local_numel(_here(reference))
 
 
 def _summary(reference: Any, use_debug_name: bool = False) -> dict[str, Any]:
@@ -205,5 +214,5 @@ def _summary(reference: Any, use_debug_name: bool = False) -> dict[str, Any]:
         "grad_shape": None if param.grad is None else tuple(param.grad.shape),
         "persist": param.ds_persist,
         "active_sub_modules": param.ds_active_sub_modules,
-        "ds_tensor.shape": (local_numel(param),),
+        "ds_tensor.shape": (ds_zero.local_numel(param),),
     }
