@@ -91,7 +91,7 @@ ABSENT: Mapping[str, str] = {
     ),
     **_below(
         "deepspeed.ops",
-        "compile csrc deepspeed4science fp_quantizer gds op_builder pin_memory quantizer "
+        "aio compile csrc deepspeed4science fp_quantizer gds op_builder pin_memory quantizer "
         "random_ltd sparse_attention transformer triton_ops",
         "ds_ops has the kernels and optimizers, ds_ops.aio the file I/O; `ds ops report` lists "
         "them",
@@ -141,9 +141,8 @@ ABSENT: Mapping[str, str] = {
     "deepspeed.runtime.zenflow": 'set "zenflow" in zero_optimization, which ds-zero has',
     **_below(
         "deepspeed.runtime.zero",
-        "contiguous_memory_allocator leaf_module_config linear muon offload_states "
-        "parameter_offload partitioned_param_coordinator partitioned_param_profiler stage3 "
-        "stage_1_and_2 utils",
+        "contiguous_memory_allocator leaf_module_config linear partitioned_param_coordinator "
+        "partitioned_param_profiler",
         "what programs call is in deepspeed.zero; the rest is inside ds_zero",
     ),
     "deepspeed.utils.bwc": _TENSOR_PARALLEL,

@@ -52,9 +52,8 @@ def losses_go_down() -> None:
         "zero_optimization": {"stage": 2},
     }
     engine, *_ = deepspeed.initialize(model=torch.nn.Linear(8, 1), config=config)
-    losses = []
+    losses, x = [], torch.randn(16, 8)
     for _ in range(20):
-        x = torch.randn(16, 8)
         loss = (engine(x) - x.sum(1, keepdim=True)).square().mean()
         engine.backward(loss)
         engine.step()

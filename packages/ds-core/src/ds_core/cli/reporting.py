@@ -22,7 +22,7 @@ from ds_core.cli.installed import (
     provided,
     version_of,
 )
-from ds_core.cli.machine import Machine, examine
+from ds_core.cli.machine import Machine, cuda_compiler, examine
 from ds_core.cli.offload_report import OffloadRow, offload_rows
 from ds_core.cli.ops_report import OpRow, advice, op_rows, summary, tool_facts
 from ds_core.cli.report_warnings import warnings_of
