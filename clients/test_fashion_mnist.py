@@ -33,11 +33,16 @@ def trained(launch, is_ours, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_learns_the_same_at_each_stage(trained, stage):
-    job, plain = trained(stage), trained(0)
+def test_learns_the_same_at_each_stage(trained, is_ours, stage):
+    job, plain, first = trained(stage), trained(0), trained(1)
     assert [rank["stage"] for rank in job.ranks] == [stage] * 2
-    for rank, expected in zip(job.ranks, plain.ranks, strict=True):
+    for rank, expected, sharded in zip(job.ranks, plain.ranks, first.ranks, strict=True):
         assert len(rank["losses"]) == 50
-        assert rank["losses"] == pytest.approx(expected["losses"], abs=1e-4)
-        assert rank["accuracy"] == pytest.approx(expected["accuracy"], abs=0.002)
+        # The norm is summed in another order from stage 1 on, and a network with maxima and kinks
+        # makes the last bit of it grow tenfold every ten steps.
+        assert rank["losses"][:30] == pytest.approx(expected["losses"][:30], abs=1e-4)
+        assert rank["losses"] == pytest.approx(expected["losses"], abs=2e-3)
+        assert rank["accuracy"] == pytest.approx(expected["accuracy"], abs=0.005)
         assert rank["accuracy"] > 0.72
+        if stage and is_ours:
+            assert rank["losses"] == sharded["losses"]

@@ -9,8 +9,10 @@ import pytest
 def theirs(launch, original, tmp_path_factory):
     """A run of the original package, which saved at each stage after three steps."""
     folder = tmp_path_factory.mktemp("original")
-    # With two ranks on one machine it asks for the number of them.
-    return launch("engine.py", folder, python=original, LOCAL_SIZE="2")
+    # It builds C++ at the first collective and waits for whoever does, or was killed doing so.
+    builds = str(tmp_path_factory.mktemp("builds"))
+    variables = {"LOCAL_SIZE": "2", "TORCH_EXTENSIONS_DIR": builds}
+    return launch("engine.py", folder, python=original, **variables)
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ def test_trains_and_evaluates_as_plain_ddp(trained, ddp):
 
 
 def test_resumes_from_a_checkpoint_of_the_trainer(trained, launch, tmp_path):
-    name, job = trained
+    _, job = trained
     checkpoint = job.folder / "trainer" / f"checkpoint-{SAVE_AT}"
     again = launch(
         *("trainer.py", tmp_path, "--deepspeed", str(job.folder / "ds_config.json")),

@@ -1,4 +1,4 @@
-"""Real text for the jobs: the source of Python's standard library, as windows of bytes or tokens."""
+"""Real text for the jobs: the source of the standard library, as windows of bytes or tokens."""
 
 from __future__ import annotations
 

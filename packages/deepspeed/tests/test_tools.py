@@ -64,6 +64,7 @@ def test_the_profiler_writes_its_report(tmp_path, capsys):
     profiler.print_model_aggregated_profile()
     assert "MACs" in capsys.readouterr().out
     assert number_to_string(1234567) == "1.23 M"
+    profiler.end_profile()  # or everything that this process computes from now on is counted
     with pytest.raises(DsError, match="units: got 'X'"):
         number_to_string(1, "X")
 

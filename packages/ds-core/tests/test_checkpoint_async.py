@@ -586,8 +586,9 @@ def test_what_overwrites_parameters_waits_for_a_save_that_reads_them(
 def a_savers_patience() -> list[float]:
     dist.init_process_group("gloo", timeout=timedelta(seconds=77))
     some = dist.new_group([0, 1], timeout=timedelta(seconds=55))
-    engine = make_engine({"comm": {"timeout_s": 33}})
     savers = [AsyncSaver(), AsyncSaver(some), AsyncSaver(timeout_s=44)]
+    engine = make_engine({"comm": {"timeout_s": 33}})  # of all its ranks' group from now on
+    savers.append(AsyncSaver())
     found = [timeout_of(saver._own_group).total_seconds() for saver in savers]
     for saver in savers:
         saver.close()
@@ -596,7 +597,7 @@ def a_savers_patience() -> list[float]:
 
 
 def test_ranks_wait_as_long_as_in_the_group_that_saves():
-    assert run_ranks(2, a_savers_patience, initialized=False) == [[77, 55, 44]] * 2
+    assert run_ranks(2, a_savers_patience, initialized=False) == [[77, 55, 44, 33]] * 2
 
 
 def save_while_a_rank_stops(directory: str) -> str | None:

@@ -163,7 +163,11 @@ def count_bytes(folder: Path) -> None:
     """bf16 with fp32 master, Adam: 12 read, 12 written; parameters 2 per gather and 2 per step."""
     case = CASES["tied"]
     model, optimizer = sharded(
-        case, 3, offload=offload("nvme", 3, folder, max_numel_in_cpu=0), precision=BF16
+        case,
+        3,
+        # With more buffers, a shard may be taken from the one that it is written from.
+        offload=offload("nvme", 3, folder, max_numel_in_cpu=0, buffers=3, parameter_buffers=3),
+        precision=BF16,
     )
     sharded_steps(model, optimizer, case, 2)
     swap = optimizer._homes.swap
@@ -312,7 +316,8 @@ def refuse_early(what: str) -> None:
         before = optimizer.full_state_dict()
         (case.loss(model, case.inputs(0, 0), 0, 0) * float("nan")).backward()
         assert torch.isnan(optimizer.grad_norm())
-        optimizer.step()
+        with pytest.raises(ds_zero.ShardError, match="norm is nan; no unit was updated"):
+            optimizer.step()
         after = optimizer.full_state_dict()
         assert all(torch.equal(before[name], after[name]) for name in before)
         return

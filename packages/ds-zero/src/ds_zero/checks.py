@@ -48,7 +48,9 @@ def parameters_of(
     Raises ShardError for a model or optimizer that cannot be sharded, and ModelMismatchError on
     every rank of `group` if theirs differ. Collective.
     """
-    check_model(model, ShardError, trains=any(g["params"] for g in optimizer.param_groups))
+    is_optimizer = isinstance(optimizer, torch.optim.Optimizer)  # else that is what is told
+    trains = is_optimizer and any(group["params"] for group in optimizer.param_groups)
+    check_model(model, ShardError, trains=trains or not is_optimizer)
     check_optimizer(model, optimizer, ShardError)
     check_elementwise(optimizer)
     group_of: dict[int, int] = {}
