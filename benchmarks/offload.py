@@ -106,7 +106,8 @@ def _trial(trial: Trial) -> dict[str, Any]:
     if done.returncode == 0:
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return found
-    if "allocate memory" in done.stderr or "MemoryError" in done.stderr:
+    signs = ("allocate memory", "MemoryError", "cannot hold its part of the model")
+    if any(sign in done.stderr for sign in signs):
         raise OutOfMemoryError(done.stderr[-500:])
     raise RuntimeError(f"{trial}: exit status {done.returncode}\n{done.stderr[-3000:]}")
 

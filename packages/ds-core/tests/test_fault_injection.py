@@ -75,7 +75,7 @@ def test_a_kill_strikes_in_its_part_of_training(tmp_path, point):
 def test_a_checkpoint_that_loses_a_rank_names_it(tmp_path, point):
     if point == "load":
         begun(tmp_path)
-    fault = Fault("kill", point, rank=1, step=2, nth=40)
+    fault = Fault("kill", point, rank=1, step=2, nth=100)  # past the exchange before it
 
     outcomes = run_ranks(2, train, fault, str(tmp_path), deaths={1: signal.SIGKILL})
 

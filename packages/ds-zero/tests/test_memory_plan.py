@@ -334,7 +334,7 @@ def test_ranks_of_one_host_share_its_memory_and_its_disk():
         ({"stage": 1, "max_grad_norm": 1.0}, {"host": 12}, "It would fit with stage 2."),
         ({"stage": 2, "max_grad_norm": 1.0}, {"host": 9}, "It would fit with stage 3."),
         ({"stage": 3, "max_grad_norm": 1.0}, {"host": 5.5}, 'the optimizer on "nvme"'),
-        ({"stage": 3, "update_in_backward": True}, {"host": 1}, 'parameters on "nvme"'),
+        ({"stage": 3, "update_in_backward": True}, {"host": 2.5}, 'parameters on "nvme"'),
         ({"stage": 3, "device": "cuda", "max_grad_norm": 1.0}, {"device": 3}, 'optimizer on "cpu"'),
         ({"stage": 3}, {"host": 0.0001}, "No change known here makes it fit"),
     ],
