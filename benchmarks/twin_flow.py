@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 import ds_zero
+from ds_core import optimizers
+from offload_trial import Adam
 from ranks import Ranks
 from report import Check, Report, main, median
 
@@ -40,7 +42,7 @@ class Worker:
     def _built(ratio: Any, width: int) -> tuple[nn.Module, ds_zero.ZeroOptimizer]:
         torch.manual_seed(0)
         model = nn.Sequential(*(nn.Linear(width, width) for _ in range(UNITS)))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        optimizer = optimizers.build(Adam(lr=1e-4), list(model.named_parameters()), on_host=True)
         offload = ds_zero.Offload(optimizer="cpu", ratio=ratio)
         units = list(model)
         return model, ds_zero.shard(model, optimizer, 2, units=units, offload=offload)

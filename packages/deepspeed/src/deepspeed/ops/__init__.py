@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+from deepspeed._absent import FUSED_LAYERS
 from deepspeed._names import names_of
-
-_FUSED = "use torch.nn.functional.scaled_dot_product_attention and torch.compile"
 
 __getattr__, __dir__ = names_of(
     __name__,
     {},
-    submodules=("adagrad", "adam", "lamb", "lion"),
+    submodules=("adagrad", "adam", "fp_quantizer", "lamb", "lion", "op_builder", "transformer"),
     missing={
-        "transformer": _FUSED,
-        "DeepSpeedTransformerLayer": _FUSED,
-        "DeepSpeedTransformerConfig": _FUSED,
-        "fp_quantizer": "use ds_ops.weight_only",
-        "op_builder": "operators are built at first use: `ds ops list` shows them",
-        "__compatible_ops__": "operators are built at first use: `ds ops list` shows them",
+        "DeepSpeedTransformerLayer": FUSED_LAYERS,
+        "DeepSpeedTransformerConfig": FUSED_LAYERS,
+        "__compatible_ops__": "operators are built at first use: `ds ops report` lists them",
     },
 )

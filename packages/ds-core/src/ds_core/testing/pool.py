@@ -10,6 +10,7 @@ import atexit
 import functools
 import os
 import pickle
+import random
 import socket
 import sys
 import time
@@ -261,11 +262,19 @@ class _Patience:
 
 
 def _free_port() -> int:
-    """A TCP port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    """A TCP port of this machine that nobody listens on now.
+
+    Below those that systems give to outgoing connections, of which many come and go in tests: one
+    of them could get the port before the ranks do.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_768)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 def _judge(
