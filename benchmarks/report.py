@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -51,6 +52,8 @@ class Check:
             return f"<= {_short(self.limit)}{self.unit}"
         if self.least == self.limit:
             return f"= {_short(self.limit)}{self.unit}"
+        if math.isinf(self.limit):
+            return f">= {_short(self.least)}{self.unit}"
         return f"{_short(self.least)} to {_short(self.limit)}{self.unit}"
 
     def cells(self) -> list[str]:
