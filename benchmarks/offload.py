@@ -97,8 +97,9 @@ def _trial(trial: Trial) -> dict[str, Any]:
     """
     script = Path(__file__).with_name("offload_trial.py")
     command = [sys.executable, str(script), json.dumps(asdict(trial))]
+    environment = _environment(trial.cap)
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=LIMIT_S, env=_environment(), check=False
+        command, capture_output=True, text=True, timeout=LIMIT_S, env=environment, check=False
     )
     for left in Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"):
         left.unlink(missing_ok=True)  # DeepSpeed leaves 66 MiB of memory behind at each start
@@ -111,14 +112,10 @@ def _trial(trial: Trial) -> dict[str, Any]:
     raise RuntimeError(f"{trial}: exit status {done.returncode}\n{done.stderr[-3000:]}")
 
 
-def _environment() -> dict[str, str]:
-    """One thread; and memory that is freed goes back, as docs/guides/offload.md advises."""
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
+def _environment(cap: int) -> dict[str, str]:
+    """One thread; under a cap memory that is freed goes back, as docs/guides/offload.md advises."""
+    found = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return {**found, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)} if cap else found
 
 
 def _add_row(report: Report, told: str, trial: Trial, found: dict[str, Any]) -> None:
@@ -176,8 +173,9 @@ def _update_rate(trial: Trial) -> float:
     """Bytes per second that the updates of a run read and write: the best step's."""
     script = Path(__file__).with_name("offload_trial.py")
     command = [sys.executable, str(script), json.dumps(asdict(trial)), "--update-only"]
+    environment = _environment(trial.cap)
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=LIMIT_S, env=_environment(), check=True
+        command, capture_output=True, text=True, timeout=LIMIT_S, env=environment, check=True
     )
     return float(json.loads(done.stdout.splitlines()[-1])["rate"])
 

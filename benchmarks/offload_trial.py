@@ -185,7 +185,9 @@ def _deepspeed(trial: Trial) -> Any:
             if where == "nvme":
                 zero[key]["nvme_path"] = trial.folder
     if trial.states == "nvme":
-        zero["offload_optimizer"] |= {"pipeline_read": True, "pipeline_write": True}
+        # Pipelined both ways, it runs out of its default of 4 buffers.
+        pipelined = {"pipeline_read": True, "pipeline_write": True, "buffer_count": 12}
+        zero["offload_optimizer"] |= pipelined
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.0}},
