@@ -139,13 +139,7 @@ def _pip(session: nox.Session, python: str, *arguments: str) -> None:
     session.run(python, *command, *arguments, external=True)
 
 
-def _run(
-    session: nox.Session,
-    command: Path,
-    *arguments: str,
-    success_codes: Sequence[int] = (0,),
-    **env: str,
-) -> None:
+def _run(session: nox.Session, command: Path, *arguments: str, **env: str) -> None:
     """Run a command of an environment made by `_create`, with that environment first on PATH."""
     path = os.pathsep.join([str(command.parent), os.environ.get("PATH", "")])
     # Worker processes share the machine: without this every one of them starts a thread per core.
@@ -154,7 +148,6 @@ def _run(
         str(command),
         *arguments,
         external=True,
-        success_codes=success_codes,
         env={"PATH": path, "OMP_NUM_THREADS": threads, "VIRTUAL_ENV": str(command.parent.parent)}
         | env,
     )
@@ -304,9 +297,7 @@ def _pytest(session: nox.Session, folders: Sequence[str]) -> None:
         return
     # Ranks, timeouts and starts of Python are mostly waiting: two processes for each core.
     workers = ("-n", str(min(2 * (os.cpu_count() or 1), 8)), "--dist", "worksteal")
-    _run(session, *pytest, *folders, "-m", "not alone", *workers)
-    # Those that measure time, memory or the whole machine; 5: the folder has none.
-    _run(session, *pytest, *folders, "-m", "alone", success_codes=(0, 5))
+    _run(session, *pytest, *folders, *workers)
 
 
 # --- Contracts ------------------------------------------------------------------------------------

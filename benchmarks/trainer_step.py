@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import socket
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from import_time import PROBE
+from ranks import free_port
 from report import Check, Report, main, median
 
 ROOT = Path(__file__).parent.parent
@@ -87,7 +87,7 @@ class Pair:
         auto = dict.fromkeys((*batch, "gradient_accumulation_steps"), "auto")
         config.write_text(json.dumps({**auto, "zero_optimization": ZERO[stage]}))
         key = secrets.token_hex(8)
-        port = str(_free_port())
+        port = str(free_port())
         with Listener(("127.0.0.1", 0), authkey=key.encode()) as listener:
             address = ":".join(map(str, listener.address))
             command = [
@@ -198,12 +198,6 @@ def run(quick: bool = False) -> Report:
         f"accelerate do themselves is on both sides."
     )
     return report
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 if __name__ == "__main__":

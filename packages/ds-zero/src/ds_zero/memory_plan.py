@@ -15,8 +15,9 @@ from torch import nn
 from ds_core.observers.units import told_bytes
 from ds_zero.holdings import KINDS, PLACES, Place, by_place
 from ds_zero.init import held_bytes
+from ds_zero.offload.buffers import whole_pages
 from ds_zero.room import Room
-from ds_zero.unit_plan import UnitPlan, accumulates_locally, plan_unit_buffers, rounded_up
+from ds_zero.unit_plan import UnitPlan, accumulates_locally, plan_unit_buffers
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def planned(
     """
     near = units[0].setup.near
     offload = units[0].setup.offload
-    shards = [rounded_up(u.own * u.dtype.itemsize) for u in units if u.shard == "disk"]
+    shards = [whole_pages(u.own * u.dtype.itemsize) for u in units if u.shard == "disk"]
     records = [size for unit in units for size in unit.records()]
     files = [(offload.folder, sum(records)), (offload.folder_of_parameters, sum(shards))]
     owned = [sum(map(held_bytes, _params(unit))) if is_present else 0 for unit in units]
@@ -154,7 +155,7 @@ def planned(
 def buffer_bytes(units: Sequence[UnitPlan]) -> int:
     """The most of host memory that offloaded state passes through, and that stays allocated."""
     offload = units[0].setup.offload
-    shards = [rounded_up(u.own * u.dtype.itemsize) for u in units if u.shard == "disk"]
+    shards = [whole_pages(u.own * u.dtype.itemsize) for u in units if u.shard == "disk"]
     records = [size for unit in units for size in unit.records()]
     pools = _pool(offload.buffers, records) + _pool(offload.parameter_buffers, shards)
     apart = sum(unit.important() for unit in units)

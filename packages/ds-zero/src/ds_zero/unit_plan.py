@@ -15,7 +15,7 @@ from ds_core.flat import FlatLayout
 from ds_core.precision import Precision
 from ds_zero.holdings import Holding, Place
 from ds_zero.host_steps.zenflow import ZenFlow, at_most_important, state_itemsize
-from ds_zero.offload.buffers import PAGE_BYTES
+from ds_zero.offload.buffers import whole_pages
 from ds_zero.offload.choice import Offload
 from ds_zero.plan import UnitSpec
 from ds_zero.unit_piece import optimizer_ranges, unit_layout
@@ -274,12 +274,7 @@ class UnitPlan:
             (stop - start) * wide + self.setup.state_bytes(group, stop - start, self.stepped) + 256
             for group, start, stop in self.ranges()
         ]
-        return [rounded_up(size) for size in sizes]
-
-
-def rounded_up(size: int) -> int:
-    """Bytes of the pages that `size` bytes take."""
-    return -(-size // PAGE_BYTES) * PAGE_BYTES
+        return [whole_pages(size) for size in sizes]
 
 
 def plan_unit_buffers(specs: Sequence[UnitSpec], setup: Setup) -> list[UnitPlan]:
