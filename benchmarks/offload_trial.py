@@ -34,6 +34,7 @@ class Trial:
         steps: how many are taken; the first two are not timed.
         early: whether units are updated in backward.
         folder: on the disk.
+        most_in_cpu: elements of parameters on "nvme" that stay in memory nevertheless.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Trial:
     steps: int = 3
     early: bool = False
     folder: str = ""
+    most_in_cpu: int = 0
 
     @property
     def shape(self) -> Shape:
@@ -133,6 +135,7 @@ def _ours(trial: Trial) -> Any:
             optimizer=trial.states,  # type: ignore[arg-type]
             parameters=trial.parameters,  # type: ignore[arg-type]
             folder=trial.folder or None,
+            max_numel_in_cpu=trial.most_in_cpu,
         ),
     )
 
@@ -184,6 +187,9 @@ def _deepspeed(trial: Trial) -> Any:
             zero[key] = {"device": where, "pin_memory": False}
             if where == "nvme":
                 zero[key]["nvme_path"] = trial.folder
+    if trial.parameters == "nvme":
+        # Of its default of 5 buffers none is left when a unit has more parameters than that.
+        zero["offload_param"] |= {"max_in_cpu": trial.most_in_cpu, "buffer_count": 64}
     if trial.states == "nvme":
         # Pipelined both ways, it runs out of its default of 4 buffers.
         pipelined = {"pipeline_read": True, "pipeline_write": True, "buffer_count": 12}

@@ -159,10 +159,13 @@ class Homes:
             finally:
                 probe.close()
 
-    def expect(self, weights: Iterable[torch.Tensor]) -> None:
-        """A step updates these optimizer pieces, in this order: those on disk are read ahead."""
+    def expect(self, weights: Iterable[torch.Tensor], *, most: int | None = None) -> None:
+        """A step updates these optimizer pieces, in this order: those on disk are read ahead.
+
+        most: so many more than are under way or read; None: all for which there is room.
+        """
         if self.swap is not None:
-            self.swap.expect([each for each in weights if each in self.swap])
+            self.swap.expect([each for each in weights if each in self.swap], most=most)
 
     def swap_bytes(self) -> tuple[int, int]:
         """Bytes read from and written to disk so far: states and parameters."""

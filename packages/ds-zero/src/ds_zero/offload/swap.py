@@ -129,11 +129,14 @@ class Swap:
             record.staging.buffer.zero_()
             self._show(record)
 
-    def expect(self, order: Iterable[torch.Tensor]) -> None:
-        """These pieces will be brought, in this order: begin to read the first."""
+    def expect(self, order: Iterable[torch.Tensor], *, most: int | None = None) -> None:
+        """These pieces will be brought, in this order: begin to read the first.
+
+        most: so many more than are under way; None: as many as there are buffers for.
+        """
         with self._lock:
             self._upcoming = deque(order)
-            self._read_ahead()
+            self._read_ahead(most)
 
     def bring(self, weights: torch.Tensor) -> None:
         """Make the states of a piece present, and begin to read those that come next."""
@@ -214,9 +217,11 @@ class Swap:
 
     # ------------------------------------------------------------------ records
 
-    def _read_ahead(self) -> None:
-        """Begin to read what comes next, as far as there are buffers."""
+    def _read_ahead(self, most: int | None = None) -> None:
+        """Begin to read what comes next, as far as there are buffers; at `most` so many."""
         for weights in self._upcoming:
+            if most == 0:
+                return
             record = self._records[weights]
             if record.is_here or record.staging.is_reading:
                 continue
@@ -224,6 +229,7 @@ class Swap:
                 return  # whoever brings it is told
             if record.staging.is_writing or not self._begin_read(record, wait=False):
                 return
+            most = None if most is None else most - 1
 
     def _begin_read(self, record: _Record, *, wait: bool) -> bool:
         """Begin to read, if that has not begun; without `wait`, False if there is no room now."""
