@@ -110,3 +110,22 @@ def check_first_step(optimizer: torch.optim.Optimizer, group: dict[str, Any]) ->
             f"first step differs from all others: it cannot begin from states on disk; use 0, or "
             f'Offload(optimizer="cpu")'
         )
+
+
+def refuse_whole_matrices(optimizer: torch.optim.Optimizer, argument: str, instead: str) -> None:
+    """Raise ShardError for an optimizer that does not step unit by unit."""
+    if isinstance(optimizer, WholeMatrices):
+        raise ShardError(
+            f"{argument}: {type(optimizer).__name__} puts matrices together from all units and "
+            f"ranks, after backward; {instead}, or use an elementwise optimizer"
+        )
+
+
+def refuse_random_rounding(optimizer: torch.optim.Optimizer, argument: str, instead: str) -> None:
+    """Raise ShardError if the order in which a step's parts are taken changes what it computes."""
+    for group in optimizer.param_groups:
+        if group.get("stochastic_rounding"):
+            raise ShardError(
+                f"offload: {argument}: {type(optimizer).__name__} rounds at random by the order of "
+                f"its steps, which is another here; set stochastic_rounding=False, or {instead}"
+            )

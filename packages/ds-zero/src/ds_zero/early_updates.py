@@ -17,11 +17,11 @@ import torch
 
 from ds_core import comm, fused
 from ds_core.gradients import vector_norm
+from ds_zero import checks
 from ds_zero.errors import ShardError, TornShardError
 from ds_zero.inner_step import InnerStep
 from ds_zero.offload.homes import Homes
 from ds_zero.unit import Unit
-from ds_zero.whole_matrices import MatrixStep
 from ds_zero.wholeness import advice
 
 
@@ -34,9 +34,7 @@ class EarlyUpdates:
     Args:
         optimizer: the user's, whose groups hold flat shards.
         units: the trained ones.
-        matrices: of an optimizer that updates whole matrices; refused.
         homes: where the units' states live.
-
         before_change: called before a backward changes anything.
 
     Attributes:
@@ -50,15 +48,10 @@ class EarlyUpdates:
         self,
         optimizer: torch.optim.Optimizer,
         units: list[Unit],
-        matrices: list[MatrixStep],
         homes: Homes,
         before_change: Callable[[], None],
     ) -> None:
-        if matrices:
-            raise ShardError(
-                f"update_in_backward: {type(optimizer).__name__} puts matrices together from all "
-                f"units and ranks, after backward; leave it out, or use an elementwise optimizer"
-            )
+        checks.refuse_whole_matrices(optimizer, "update_in_backward", "leave it out")
         self._optimizer, self._homes, self._before_change = optimizer, homes, before_change
         self._step = InnerStep(optimizer, 1.0)
         self._num_units = len(units)

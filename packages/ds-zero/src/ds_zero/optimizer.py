@@ -39,7 +39,7 @@ from ds_zero.publishing import Publishing
 from ds_zero.sharded_param import show_class
 from ds_zero.unit import Unit
 from ds_zero.unit_plan import Setup
-from ds_zero.whole_matrices import matrix_steps
+from ds_zero.whole_matrices import MatrixSteps
 from ds_zero.wholeness import Trouble, Wholeness
 
 #: Kinds of parked state without which gradients cannot be read or written.
@@ -134,7 +134,7 @@ class ZeroOptimizer(HeldValues):
                 unit.free(_NOBODY)
         self._trainable = [unit for unit in self.units if unit.trainable]
         self._hand_over_to_inner(kept)
-        self._matrices = matrix_steps(self._inner, self._trainable)
+        self._matrices = MatrixSteps(self._inner, self._trainable)
         self._parking = Parking(self, model)
         self._watch = BackwardWatch(model, self._begin_backward, self._end_backward)
         self._gather: GatherRuntime | None = None
@@ -160,7 +160,7 @@ class ZeroOptimizer(HeldValues):
         self._early: EarlyUpdates | None = None
         if update_in_backward:
             self._early = EarlyUpdates(
-                self._inner, self._trainable, self._matrices, self._homes, self._before_change
+                self._inner, self._trainable, self._homes, self._before_change
             )
             self.reduces_each_backward = False
         self._worker: HostWorker | None = None
@@ -479,8 +479,7 @@ class ZeroOptimizer(HeldValues):
             raise
 
     def _update(self, used: dict[int, list[bool]], grad_scale: float | torch.Tensor) -> None:
-        for matrices in self._matrices:
-            matrices.run(used, grad_scale)
+        self._matrices.run(used, grad_scale)
         step = inner_step.InnerStep(self._inner, grad_scale)
         self._homes.expect(
             piece.weights for unit in self._trainable for piece in step.due(unit, used[unit.index])

@@ -29,9 +29,9 @@ import torch
 from ds_core import fused
 from ds_core.gradients import vector_norm
 from ds_core.optimizer_twin import hyperparameters, twin_of
-from ds_zero.errors import ShardError
+from ds_zero import checks
 from ds_zero.host_steps.worker import HostWorker
-from ds_zero.inner_step import InnerStep, is_all_of, is_whole
+from ds_zero.inner_step import InnerStep, is_all_of
 from ds_zero.unit import Unit
 from ds_zero.unit_piece import OptimizerPiece
 
@@ -64,14 +64,8 @@ class Speculation:
         worker: HostWorker,
         before_change: Callable[[], None],
     ) -> None:
-        for group in optimizer.param_groups:
-            if is_whole(optimizer, group):
-                raise ShardError(
-                    f"offload: speculative: {type(optimizer).__name__} puts matrices together "
-                    f"from all units and ranks, after backward; set speculative=False, or use an "
-                    f"elementwise optimizer"
-                )
-        refuse_random_rounding(optimizer, "speculative", "leave it out")
+        checks.refuse_whole_matrices(optimizer, "offload: speculative", "set speculative=False")
+        checks.refuse_random_rounding(optimizer, "speculative", "leave it out")
         self._optimizer, self._worker = optimizer, worker
         self._units, self._before_change = units, before_change
         self.torn: str | None = None
@@ -357,13 +351,3 @@ def _restore_of(optimizer: torch.optim.Optimizer, weights: torch.Tensor) -> Call
                 state[key] = saved
 
     return undo
-
-
-def refuse_random_rounding(optimizer: torch.optim.Optimizer, argument: str, instead: str) -> None:
-    """Raise ShardError if the order in which a step's parts are taken changes what it computes."""
-    for group in optimizer.param_groups:
-        if group.get("stochastic_rounding"):
-            raise ShardError(
-                f"offload: {argument}: {type(optimizer).__name__} rounds at random by the order of "
-                f"its steps, which is another here; set stochastic_rounding=False, or {instead}"
-            )

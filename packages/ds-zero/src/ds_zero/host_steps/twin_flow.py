@@ -24,7 +24,8 @@ import torch
 
 from ds_core import comm
 from ds_core.optimizer_twin import twin_of
-from ds_zero.host_steps.speculative import Speculation, refuse_random_rounding
+from ds_zero import checks
+from ds_zero.host_steps.speculative import Speculation
 from ds_zero.host_steps.worker import HostWorker
 from ds_zero.inner_step import InnerStep, is_all_of
 from ds_zero.offload.choice import Offload, Tier, nearest_split
@@ -79,7 +80,7 @@ class TwinFlow:
         group: comm.Group,
         worker: HostWorker,
     ) -> None:
-        refuse_random_rounding(optimizer, "ratio", "give ratio 0 or 1")
+        checks.refuse_random_rounding(optimizer, "ratio", "give ratio 0 or 1")
         self._optimizer, self._units, self._worker = optimizer, units, worker
         self._offload, self._group = offload, group
         self._measures = offload.ratio == "auto" and len(units) > 1

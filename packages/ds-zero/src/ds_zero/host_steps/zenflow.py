@@ -37,8 +37,8 @@ from torch import nn
 from ds_core.flat import Piece
 from ds_core.optimizer_state import PortableState, allocate_state_of, is_wide
 from ds_core.optimizer_twin import noted_groups, twin_of
+from ds_zero import checks
 from ds_zero.errors import ShardError
-from ds_zero.host_steps.speculative import refuse_random_rounding
 from ds_zero.host_steps.worker import HostWorker
 from ds_zero.inner_step import InnerStep, is_whole
 from ds_zero.offload.shard_home import DiskShard
@@ -122,7 +122,7 @@ class ZenFlowStep:
                 f"zenflow: {name} does not keep one number per element for each state, so parts of "
                 f"a shard cannot be stepped apart; use AdamW, or leave zenflow out"
             )
-        refuse_random_rounding(optimizer, "zenflow", "leave zenflow out")
+        checks.refuse_random_rounding(optimizer, "zenflow", "leave zenflow out")
         self._optimizer, self._units = optimizer, units
         self._choice, self._worker = choice, worker
         # Kernels that write rounded weights differ in the last bits from those that do not.
