@@ -107,7 +107,7 @@ def owners_have_equal_work() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(8)))
     optimizer = ds_zero.shard(model, muon(model), 3, min_unit_numel=0)
-    owners = [matrix.owner for matrix in optimizer._matrices.of_groups[0]._matrices]
+    owners = [matrix.owner for matrix in optimizer._host_step._matrices.of_groups[0]._matrices]
     assert sorted(owners) == [0, 0, 1, 1, 2, 2, 3, 3]
     model(torch.ones(2, 32)).sum().backward()
     optimizer.step()

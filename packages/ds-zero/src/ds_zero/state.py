@@ -232,16 +232,6 @@ def _set_state(
     inner.load_portable_state(mine.weights, values)
 
 
-def full_state_dict(optimizer: HeldValues) -> dict[str, torch.Tensor]:
-    """See `ZeroOptimizer.full_state_dict`."""
-    found: dict[str, torch.Tensor] = {}
-    for unit in optimizer.units:
-        with optimizer.hold_units([unit]):
-            for spec in unit.specs:
-                found[spec.name] = spec.param.detach().to("cpu", copy=True)
-    return found
-
-
 def _stated(optimizer: HeldValues, unit: Unit, piece: Piece, kind: str) -> Any:
     """What a checkpoint holds of a parameter or state: `FlatShard`; a lazy one if it is on disk.
 
@@ -414,5 +404,4 @@ def _holdings(optimizer: HeldValues) -> Iterator[Holding]:
                     padding = gap * size if value.shape == weights.shape else 0
                     yield Holding(place, "optimizer", value.numel() * size, padding)
     yield Holding("host", "buffers", optimizer._homes.buffer_bytes)
-    if optimizer._zenflow is not None:
-        yield Holding("host", "buffers", optimizer._zenflow.buffer_bytes())
+    yield Holding("host", "buffers", optimizer._host_step.buffer_bytes())
