@@ -111,9 +111,9 @@ def _put_on_disk(unit: Unit, optimizer: torch.optim.Optimizer) -> _States:
             optimizer.state[piece.weights] = initial[piece.weights]
         else:
             group = optimizer.param_groups[piece.group_index]
-            checks.check_first_step(optimizer, group)
             with unit.present(piece, edits=False):
                 allocate_state_of(optimizer, group, piece.weights)
+            unit.unstepped.add(piece.weights)
         unit.put_on_disk(piece, optimizer)
         kept[piece.weights] = optimizer.state[piece.weights]
     unit.drop_master()

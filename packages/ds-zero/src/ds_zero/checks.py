@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -97,19 +97,6 @@ def refuse_new_group() -> NoReturn:
         "add_param_group: the units are laid out already; give all parameters to the optimizer "
         "before ds_zero.shard"
     )
-
-
-def check_first_step(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
-    """Raise ShardError for an optimizer whose first step is not that of states of zeros.
-
-    States on disk exist before the first step.
-    """
-    if group.get("dampening"):
-        raise ShardError(
-            f"{type(optimizer).__name__}: dampening: got {group['dampening']:g}, with which the "
-            f"first step differs from all others: it cannot begin from states on disk; use 0, or "
-            f'Offload(optimizer="cpu")'
-        )
 
 
 def refuse_whole_matrices(optimizer: torch.optim.Optimizer, argument: str, instead: str) -> None:

@@ -231,6 +231,7 @@ class HeldValues(torch.optim.Optimizer):
                 with unit.present(piece, edits=False):
                     allocate_state_of(self._inner, group, piece.weights)
                 unit.put_on_disk(piece, self._inner)
+            unit.unstepped.clear()
             self._host_step.allocate(unit.optimizer_pieces)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -135,7 +135,7 @@ class MatrixStep:
             group = self._inner.param_groups[piece.group_index]
             if id(piece) not in pieces:
                 grad = unit.grad[piece.start : piece.stop]
-                with unit.present(piece, edits=True):
+                with unit.stepping(piece, self._inner):
                     made = self._optimizer.direction(group, piece.weights, grad, grad_scale)
                 # Matrices are put together and updated where the model computes.
                 pieces[id(piece)] = made.to(unit.full.device)

@@ -43,6 +43,7 @@ class EarlyUpdates(HostStep):
     """
 
     updates_in_backward = True
+    _torn: str | None
 
     def __init__(
         self,
@@ -52,14 +53,13 @@ class EarlyUpdates(HostStep):
         before_change: Callable[[], None],
     ) -> None:
         checks.refuse_whole_matrices(optimizer, "update_in_backward", "leave it out")
-        self._torn: str | None = None
-        self._is_running = False
-        self._seen: set[int] = set()
         super().__init__(optimizer, units, homes)
         self._before_change = before_change
         self._step = InnerStep(optimizer, 1.0)
         # In which order the last backward completed the units; the next one reads ahead by it.
         self._order: list[Unit] = []
+        self._seen: set[int] = set()
+        self._is_running = False
         self._squares: dict[int, torch.Tensor] = {}
         # What ended the updates of this step on this rank; it is told when the step ends.
         self._failure: Exception | None = None
@@ -75,7 +75,7 @@ class EarlyUpdates(HostStep):
 
     def begin_backward(self) -> None:
         """See `HostStep.begin_backward`."""
-        self.torn = self.torn  # of the last one, if that did not end
+        self._torn = self.torn  # of the last one, if that did not end
         self._is_running = True
 
     def end_backward(self) -> None:
@@ -202,7 +202,7 @@ class EarlyUpdates(HostStep):
         self._begin_step()
 
     def _begin_step(self) -> None:
-        self.torn = self.torn  # of a backward that has not ended
+        self._torn = self.torn  # of a backward that has not ended
         self._is_running = False
         self._seen.clear()
         self._squares.clear()

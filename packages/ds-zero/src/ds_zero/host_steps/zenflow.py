@@ -430,7 +430,7 @@ class _Compact:
         """The gradient is here."""
 
     @contextmanager
-    def present(self, piece: OptimizerPiece | None, *, edits: bool) -> Iterator[None]:
+    def stepping(self, piece: OptimizerPiece, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         """Weights and states are here."""
         yield
 
