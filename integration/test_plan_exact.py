@@ -70,6 +70,11 @@ class Small(nn.Module):
         return x.float().square().mean()
 
 
+def built_in_bf16():
+    """What a model is that was loaded in the format of its file."""
+    return Net().bfloat16()
+
+
 OPTIMIZERS = {
     "adamw": {"type": "AdamW", "params": {"lr": 1e-3}},
     "momentum": {"type": "SGD", "params": {"lr": 1e-3, "momentum": 0.9}},
@@ -154,6 +159,9 @@ def grid(ranks):
             yield f"stage {stage}, fp32", Net, document(stage, "fp32", 1)
             yield f"stage {stage}, bf16", Net, document(stage, "bf16", 1)
             yield f"stage {stage}, adagrad", Small, document(stage, "fp32", 3, "adagrad")
+            for precision in ("bf16", "bf16 without master"):
+                case = document(stage, precision)
+                yield f"stage {stage}, built in bf16, {precision}", built_in_bf16, case
     for optimizer in ("adafactor", "muon") if ranks < 4 else ():
         yield optimizer, Small, document(0, optimizer=optimizer)
 

@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+from offload_loops import assert_same_bits, everything
 from torch import nn
 from zero_loops import adamw, compare, sharded, sharded_steps
 from zero_models import CASES
@@ -366,16 +367,49 @@ def refuse_folder(path: Path) -> None:
     assert os.path.isfile(path)
 
 
-def test_states_on_disk_begin_from_zeros(tmp_path: Path):
-    run_ranks(1, refuse_dampening, tmp_path)
+def damped(params: Any) -> torch.optim.Optimizer:
+    """Its first step differs from all others."""
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9, dampening=0.1)
 
 
-def refuse_dampening(folder: Path) -> None:
-    def sgd(params: Any) -> torch.optim.Optimizer:
-        return torch.optim.SGD(params, lr=0.1, momentum=0.9, dampening=0.1)
+@pytest.mark.parametrize("optimizer", [adamw, damped], ids=["adamw", "dampening"])
+@pytest.mark.parametrize("name", ["unused", "inner-branches"])
+def test_what_never_stepped_is_not_saved_and_steps_for_the_first_time(
+    name: str, optimizer: Any, stage: int, tmp_path: Path
+):
+    run_ranks(2, begin_at_different_steps, name, stage, optimizer, tmp_path)
 
-    with pytest.raises(ds_zero.ShardError, match=r"SGD: dampening: got 0\.1"):
-        sharded(CASES["stack"], 2, sgd, offload=offload("nvme", 2, folder))
+
+def begin_at_different_steps(name: str, stage: int, make: Any, folder: Path) -> None:
+    """In a rank: what a checkpoint has, after every step, is what it has without offload."""
+    left = []
+    for off in (None, offload("nvme", stage, folder)):
+        model, optimizer = sharded(CASES[name], stage, make, offload=off)
+        left.append([everything(optimizer)])
+        for step in range(4):
+            sharded_steps(model, optimizer, CASES[name], 1, first=step)
+            left[-1].append(everything(optimizer))
+        optimizer.close()
+    for step, (found, expected) in enumerate(zip(left[1], left[0], strict=True)):
+        assert_same_bits(found, expected, f"after {step} steps")
+
+
+def test_a_state_that_was_set_is_kept(stage: int, tmp_path: Path):
+    run_ranks(2, set_before_the_first_step, stage, tmp_path)
+
+
+def set_before_the_first_step(stage: int, folder: Path) -> None:
+    case, name = CASES["unused"], "blocks.2.up.weight"
+    for off in (None, offload("nvme", stage, folder)):
+        model, optimizer = sharded(case, stage, offload=off)
+        sharded_steps(model, optimizer, case, 1)
+        spec = next(each for unit in optimizer.units for each in unit.specs if each.name == name)
+        value = torch.randn(spec.param.shape, generator=torch.Generator().manual_seed(7))
+        assert name not in optimizer.state_dict()["state"]["exp_avg"]
+        optimizer.set_full_optimizer_state(name, "exp_avg", value)
+        assert torch.equal(optimizer.full_optimizer_state(name, "exp_avg"), value)
+        assert name in optimizer.state_dict()["state"]["exp_avg"]
+        optimizer.close()
 
 
 def test_a_record_that_grows_leaves_its_place_to_others(tmp_path: Path):

@@ -21,6 +21,7 @@ from ds_core.errors import DsError
 from ds_core.testing import run_ranks
 from ds_zero import Offload
 from ds_zero.config import ZeroSection
+from ds_zero.host_steps.speculative import Speculation
 
 PLAIN = Offload(optimizer="cpu")
 AHEAD = Offload(optimizer="cpu", speculative=True)
@@ -32,8 +33,8 @@ def compare(name: str, stage: int, **options: Any) -> list[int]:
     found, optimizer = train(name, stage, AHEAD, **options)
     for step, (mine, other) in enumerate(zip(found, expected, strict=True)):
         assert_same_bits(mine, other, f"step {step}")
-    ahead = optimizer._ahead
-    assert ahead is not None
+    ahead = optimizer._host_step
+    assert isinstance(ahead, Speculation)
     optimizer.close()
     return [ahead.taken, ahead.redone]
 
@@ -138,8 +139,7 @@ def look(stage: int, apart: bool) -> None:
     with torch.no_grad():
         before = model(x)
     model(x).square().mean().backward()
-    assert optimizer._ahead is not None
-    optimizer._ahead.wait()
+    optimizer._host_step.wait()
     with torch.no_grad():
         assert torch.equal(model(x), before)
     assert optimizer.memory()["undo"] > 0

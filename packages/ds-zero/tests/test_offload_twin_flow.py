@@ -19,7 +19,8 @@ from ds_core.optimizer_state import devices_of_state
 from ds_core.testing import run_ranks
 from ds_zero import Offload
 from ds_zero.host_steps import twin_flow
-from ds_zero.host_steps.twin_flow import best_split
+from ds_zero.host_steps.speculative import Speculation
+from ds_zero.host_steps.twin_flow import TwinFlow, best_split
 
 RATIOS: tuple[Any, ...] = (0.0, 0.3, 0.7, "auto")
 
@@ -57,8 +58,8 @@ def both(stage: int) -> None:
     found, optimizer = train("stack", stage, offload)
     for step, (mine, other) in enumerate(zip(found, expected, strict=True)):
         assert_same_bits(mine, other, f"step {step}")
-    assert optimizer._ahead is not None
-    assert optimizer._ahead.taken > 0
+    assert isinstance(optimizer._host_step, Speculation)
+    assert optimizer._host_step.taken > 0
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -101,10 +102,10 @@ def chosen(rates: tuple[float, float], apart: bool) -> float:
     for offload in (Offload(optimizer="cpu"), Offload(optimizer="cpu", ratio="auto")):
         with host_beside_device() if apart else nullcontext():
             model, optimizer = sharded(case, 3, offload=offload)
-            if optimizer._twins is not None:
+            if isinstance(optimizer._host_step, TwinFlow):
                 # The second rank measures something else; both decide alike.
                 slower = 1.0 if torch.distributed.get_rank() == 0 else 0.5
-                optimizer._twins._rates = [(rates[0] * slower, rates[1] * slower)] * 99
+                optimizer._host_step._rates = [(rates[0] * slower, rates[1] * slower)] * 99
             losses = sharded_steps(model, optimizer, case, 8)
         results.append({"losses": losses, **everything(optimizer)})
         share = optimizer.host_ratio
@@ -122,8 +123,8 @@ def measured() -> float:
     model, optimizer = sharded(case, 2, offload=Offload(optimizer="cpu", ratio="auto"))
     assert 0.3 < optimizer.host_ratio < 0.7
     sharded_steps(model, optimizer, case, twin_flow.WARM_UP + twin_flow.MEASURED)
-    twins = optimizer._twins
-    assert twins is not None
+    twins = optimizer._host_step
+    assert isinstance(twins, TwinFlow)
     assert not twins._measures
     assert len(twins._rates) == twin_flow.MEASURED
     assert all(host > 0 and device > 0 for host, device in twins._rates)
@@ -174,8 +175,8 @@ def step_after_a_move(rates: tuple[float, float], fused: bool) -> None:
         inner = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused, foreach=False)
         offload = Offload(optimizer="cpu", ratio=ratio)  # type: ignore[arg-type]
         optimizer = ds_zero.shard(model, inner, 2, min_unit_numel=1, offload=offload)
-        if optimizer._twins is not None:
-            optimizer._twins._rates = [rates] * 99
+        if isinstance(optimizer._host_step, TwinFlow):
+            optimizer._host_step._rates = [rates] * 99
         for step in range(8):
             x = torch.randn(8, 64, generator=torch.Generator().manual_seed(step)).to(device)
             model(x).square().mean().backward()

@@ -22,8 +22,8 @@ from ds_core import checkpoint, tensor_files
 from ds_core.checkpoint import storage
 from ds_core.errors import TensorFileError, TornError
 from ds_core.testing import run_ranks
-from ds_zero import Offload, early_updates, inner_step
-from ds_zero.host_steps import speculative
+from ds_zero import Offload, inner_step
+from ds_zero.host_steps import early_updates, speculative
 from ds_zero.offload import homes
 from ds_zero.state import full_value
 

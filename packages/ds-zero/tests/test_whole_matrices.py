@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import ds_zero
 from ds_core import comm, optim
+from ds_core.errors import TornError
 from ds_core.precision import Precision
 from ds_core.replicated import Replicated
 from ds_core.testing import run_ranks
@@ -104,7 +107,7 @@ def owners_have_equal_work() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(8)))
     optimizer = ds_zero.shard(model, muon(model), 3, min_unit_numel=0)
-    owners = [matrix.owner for matrix in optimizer._matrices[0]._matrices]
+    owners = [matrix.owner for matrix in optimizer._host_step._matrices.of_groups[0]._matrices]
     assert sorted(owners) == [0, 0, 1, 1, 2, 2, 3, 3]
     model(torch.ones(2, 32)).sum().backward()
     optimizer.step()
@@ -135,6 +138,38 @@ def goes_on_from_a_checkpoint(stage: int) -> None:
 
 def test_momentum_is_state_like_any_other(stage: int):
     run_ranks(2, goes_on_from_a_checkpoint, stage)
+
+
+@pytest.mark.parametrize("part", ["direction", "whole_update", "apply_update"])
+def test_an_error_on_one_rank_ends_on_all_with_the_cause(part: str, stage: int):
+    run_ranks(3, fails_on_rank_1, stage, part, timeout_s=60)
+
+
+def fails_on_rank_1(stage: int, part: str) -> None:
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = ds_zero.shard(model, muon(model), stage, min_unit_numel=0)
+    losses(model, optimizer, 2, 1)
+    model(torch.ones(2, 3, dtype=torch.long)).backward()
+    fails = optimizer.mesh.group("dp").rank == 1
+    calls, keep = [0], getattr(optim.Muon, part)
+
+    def second_fails(*args: Any) -> Any:
+        calls[0] += 1
+        if fails and calls[0] == 2:
+            raise RuntimeError("out of memory")
+        return keep(*args)
+
+    expected = RuntimeError if fails else ShardError
+    told = "^out of memory" if fails else "step: rank 1: RuntimeError: out of memory"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim.Muon, part, second_fails)
+        with pytest.raises(expected, match=told):
+            optimizer.step()
+    assert "ended in the middle" in (optimizer.torn or "")
+    assert "out of memory" in (optimizer.torn or "")
+    with pytest.raises(TornError, match=r"rank 0.*rank 1.*rank 2"):
+        optimizer.state_dict()
 
 
 def test_muon_of_torch_is_refused_with_the_one_that_works():

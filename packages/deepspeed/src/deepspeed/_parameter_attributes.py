@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 import ds_zero
-from ds_zero.optimizer import owners_of
+from ds_zero.owners import owners_of
 from ds_zero.sharded_param import ShardedMixin
 
 _HOLD = "_ds_hold"

@@ -13,7 +13,7 @@ from ds_core import comm
 from ds_zero import state
 from ds_zero.errors import ShardError
 from ds_zero.init import record_of
-from ds_zero.optimizer import owners_of
+from ds_zero.owners import owners_of
 
 
 class GatheredParameters:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
 
 import torch
@@ -11,12 +10,11 @@ from torch import nn
 from ds_core import comm
 from ds_core.precision import Precision
 from ds_core.seams import Dense, Transport
-from ds_zero.checks import OWNER
-from ds_zero.errors import ShardError
-from ds_zero.host_steps.combinations import check_combination
+from ds_zero.choices import Choices
 from ds_zero.host_steps.zenflow import ZenFlow
 from ds_zero.offload import Offload
 from ds_zero.optimizer import ZeroOptimizer
+from ds_zero.owners import own
 from ds_zero.plan import Selector
 
 
@@ -87,45 +85,24 @@ def shard(
     Raises ShardError for a stage, model or optimizer that cannot be sharded or does not fit,
     ModelMismatchError if the ranks' models differ. Collective.
     """
-    if stage not in (1, 2, 3):
-        raise ShardError(
-            f"stage: got {stage!r}, expected 1, 2 or 3 (stage 0 is plain data parallelism: "
-            f"ds_core.initialize, or torch's DistributedDataParallel)"
-        )
-    if prefetch < 0:
-        raise ShardError(f"prefetch: got {prefetch}, expected 0 or more")
-    offload = offload or Offload()
-    if update_in_backward and max_grad_norm is not None:
-        raise ShardError(
-            f"update_in_backward: got True with max_grad_norm={max_grad_norm}, but the norm is "
-            f"known only after backward, when every unit has been updated; leave out one of them"
-        )
-    check_combination(stage, offload, update_in_backward=update_in_backward, zenflow=zenflow)
-    if accumulation < 1:
-        raise ShardError(f"accumulation: got {accumulation}, expected at least 1")
-    sharded = ZeroOptimizer(
-        model,
-        optimizer,
+    choices = Choices(
         stage=stage,
-        mesh=comm.Mesh.world() if mesh is None else mesh,
         units=units,
-        leaves=leaf_modules,
-        min_unit_numel=min_unit_numel,
+        leaf_modules=leaf_modules,
         precision=precision or Precision(),
         max_grad_norm=max_grad_norm,
+        min_unit_numel=min_unit_numel,
         prefetch=prefetch,
         broadcast=broadcast,
         transport=transport or Dense(),
-        offload=offload,
+        offload=offload or Offload(),
         update_in_backward=update_in_backward,
         check_memory=check_memory,
         zenflow=zenflow,
         accumulation=accumulation,
         scales_gradients=scales_gradients,
     )
-    reference = weakref.ref(sharded)
-    for unit in sharded.units:
-        for param in unit.params:
-            setattr(param, OWNER, reference)
-            param._ds_zero_unit = unit.index  # type: ignore[attr-defined]
+    mesh = comm.Mesh.world() if mesh is None else mesh
+    sharded = ZeroOptimizer(model, optimizer, mesh, choices)
+    own(sharded)
     return sharded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -99,14 +99,20 @@ def refuse_new_group() -> NoReturn:
     )
 
 
-def check_first_step(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
-    """Raise ShardError for an optimizer whose first step is not that of states of zeros.
-
-    States on disk exist before the first step.
-    """
-    if group.get("dampening"):
+def refuse_whole_matrices(optimizer: torch.optim.Optimizer, argument: str, instead: str) -> None:
+    """Raise ShardError for an optimizer that does not step unit by unit."""
+    if isinstance(optimizer, WholeMatrices):
         raise ShardError(
-            f"{type(optimizer).__name__}: dampening: got {group['dampening']:g}, with which the "
-            f"first step differs from all others: it cannot begin from states on disk; use 0, or "
-            f'Offload(optimizer="cpu")'
+            f"{argument}: {type(optimizer).__name__} puts matrices together from all units and "
+            f"ranks, after backward; {instead}, or use an elementwise optimizer"
         )
+
+
+def refuse_random_rounding(optimizer: torch.optim.Optimizer, argument: str, instead: str) -> None:
+    """Raise ShardError if the order in which a step's parts are taken changes what it computes."""
+    for group in optimizer.param_groups:
+        if group.get("stochastic_rounding"):
+            raise ShardError(
+                f"offload: {argument}: {type(optimizer).__name__} rounds at random by the order of "
+                f"its steps, which is another here; set stochastic_rounding=False, or {instead}"
+            )

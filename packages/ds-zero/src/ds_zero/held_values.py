@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,54 +12,101 @@ from ds_core import comm
 from ds_core.optimizer_state import allocate_state_of, load_groups
 from ds_zero import state
 from ds_zero.agreement import Agreement
-from ds_zero.early_updates import EarlyUpdates
 from ds_zero.holdings import Place
-from ds_zero.host_steps.speculative import Speculation
-from ds_zero.host_steps.zenflow import ZenFlowStep
+from ds_zero.host_steps.host_step import HostStep
 from ds_zero.offload.homes import Homes
 from ds_zero.parking import KINDS, Parking
 from ds_zero.unit import Unit
+from ds_zero.wholeness import Wholeness
 
 
-class HeldValues(torch.optim.Optimizer, ABC):
-    """The part of a `ZeroOptimizer` that gives and takes what it holds."""
+class HeldValues(torch.optim.Optimizer):
+    """The part of a `ZeroOptimizer` that gives and takes what it holds; it knows no other part."""
 
     units: list[Unit]
+    mesh: comm.Mesh
     _trainable: list[Unit]
     _inner: torch.optim.Optimizer
     _parking: Parking
-    _early: EarlyUpdates | None
-    _ahead: Speculation | None
-    _zenflow: ZenFlowStep | None
-    _agreed: Agreement | None
     _homes: Homes
-    _is_loading: bool
-    torn: str | None
+    _host_step: HostStep
+    _wholeness: Wholeness
+    # Whether `prepare_load` was called last.
+    _is_loading: bool = False
+    # What all ranks know of the present gradients, if they have exchanged it.
+    _agreed: Agreement | None = None
+    #: Called before parameters or states change; set it to wait for who still reads them.
     before_change: Callable[[], None]
 
-    @abstractmethod
+    # torch's schedulers and scalers read and write these two.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The inner optimizer's groups: hyperparameters, and this rank's flat shards."""
+        return self._inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._inner.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The inner optimizer's state of this rank's flat shards."""
+        self.take_back()
+        return self._inner.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self._inner.state = value
+
+    # ------------------------------------------------------------------ wholeness
+
+    @property
+    def torn(self) -> str | None:
+        """Why what this rank holds does not belong to one step, after an error; None if it does.
+
+        Steps, saves and `publish` are refused then, on all ranks, until a checkpoint is loaded:
+        `prepare_load`, then `load_state_dict`.
+        """
+        return self._wholeness.reason
+
+    @torn.setter
+    def torn(self, reason: str | None) -> None:
+        self._wholeness.reason = reason
+
     def take_back(self) -> None:
-        """Weights and states are in their places, as the last step left them."""
+        """Weights and states are in their places, as the last `step` left them.
 
-    @abstractmethod
+        What was stepped ahead is taken back, what was begun is waited for.
+        """
+        self._host_step.settle()
+
     def _settle_whole(self, operation: str) -> None:
-        """As `take_back`; ShardError on every rank if what one holds is no whole step."""
+        """As `take_back`, and all is on disk that is to be there. Collective.
 
-    @abstractmethod
+        Raises ShardError on every rank if that failed on one, or a step was torn before.
+        """
+        if self._is_loading:
+            return
+        cause: Exception | None = None
+        try:
+            self.take_back()
+            self._homes.settle()
+        except Exception as error:
+            cause = error
+        self._wholeness.check(operation, self.mesh.group("dp"), cause)
+
     def _drop_unsettled(self) -> None:
         """As `take_back`; of what is torn, errors do not matter any more."""
+        (self._host_step.settle if self.torn is None else self._host_step.drop)()
 
-    @abstractmethod
-    def hold_units(self, units: list[Unit]) -> AbstractContextManager[None]:
-        """Hold some units on every rank inside the block. Collective."""
+    def settle(self) -> None:
+        """Wait until what was written to disk is there; it goes on beside the program otherwise.
 
-    def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """What `model.state_dict()` would hold unsharded, parameters only, copied to the CPU.
-
-        Gathers unit by unit. Collective.
+        Raises the error of a write that failed.
         """
-        self._parking.refuse("full_state_dict", {"lp_params"})
-        return state.full_state_dict(self)
+        self._homes.settle()
+
+    # ------------------------------------------------------------------ by parameter
 
     def full_parameter(self, which: str | nn.Parameter) -> torch.Tensor:
         """Full value of one parameter, fp32 where a master copy exists. Collective."""
@@ -72,8 +117,7 @@ class HeldValues(torch.optim.Optimizer, ABC):
     def full_gradient(self, which: str | nn.Parameter) -> torch.Tensor | None:
         """Full averaged gradient of one parameter; None before any backward. Collective."""
         self._parking.refuse("full_gradient", KINDS)
-        if self._ahead is not None:
-            self._ahead.wait()
+        self._host_step.wait()
         return state.full_value_or_none(self, which, "gradient")
 
     def full_optimizer_state(self, which: str | nn.Parameter, key: str) -> torch.Tensor:
@@ -92,7 +136,7 @@ class HeldValues(torch.optim.Optimizer, ABC):
     def set_full_gradient(self, which: str | nn.Parameter, value: torch.Tensor) -> None:
         """Overwrite the averaged gradient of one parameter. Collective."""
         self._parking.refuse("set_full_gradient", KINDS)
-        if self._early is not None:
+        if self._host_step.updates_in_backward:
             state.refuse_gradient("set_full_gradient")
         self._agreed = None
         self.take_back()
@@ -124,7 +168,7 @@ class HeldValues(torch.optim.Optimizer, ABC):
         gathered next (stage 3), or after `publish`; what is on the host or on disk changes there.
         """
         self._parking.refuse("set_local_value", KINDS)
-        if kind == "gradient" and self._early is not None:
+        if kind == "gradient" and self._host_step.updates_in_backward:
             state.refuse_gradient("set_local_value")
         self.take_back()
         if kind == "gradient":
@@ -141,10 +185,12 @@ class HeldValues(torch.optim.Optimizer, ABC):
         self._settle_whole("publish")
         self._publish()
 
-    def _publish(self) -> None:
+    def _publish(self, loaded: Mapping[str, Any] | None = None) -> None:
         for unit in self.units:
-            unit.refresh()
-            _wait(unit.publish())
+            self._host_step.refresh(unit, loaded or {})
+            pending = unit.publish()
+            if pending is not None:
+                pending.wait()
 
     # ------------------------------------------------------------------ state and memory
 
@@ -158,13 +204,12 @@ class HeldValues(torch.optim.Optimizer, ABC):
         self._parking.refuse("state_dict", KINDS)
         self._settle_whole("state_dict")
         found = state.optimizer_state(self)
-        if self._zenflow is not None:
-            found["state"].update(self._zenflow.shown_state())
+        found["state"].update(self._host_step.shown_state())
         return found
 
     def passing_state(self) -> dict[str, str]:
         """Keys of `state_dict` that a run of another kind need not know; what is lost with each."""
-        return {} if self._zenflow is None else self._zenflow.passing_state()
+        return self._host_step.passing_state()
 
     def prepare_load(self) -> None:
         """Allocate the optimizer state that loading a checkpoint fills in place.
@@ -186,8 +231,8 @@ class HeldValues(torch.optim.Optimizer, ABC):
                 with unit.present(piece, edits=False):
                     allocate_state_of(self._inner, group, piece.weights)
                 unit.put_on_disk(piece, self._inner)
-            if self._zenflow is not None:
-                self._zenflow.allocate(unit.optimizer_pieces)
+            unit.unstepped.clear()
+            self._host_step.allocate(unit.optimizer_pieces)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Adopt a `state_dict()` whose tensors DCP filled in place, and publish. Collective.
@@ -199,23 +244,9 @@ class HeldValues(torch.optim.Optimizer, ABC):
         self._drop_unsettled()
         load_groups(self.param_groups, state_dict["groups"])
         state.adopt_loaded(self, state_dict["state"])
-        self._publish_loaded(state_dict["state"])
+        self._publish(state_dict["state"] if self._is_loading else None)
         self._is_loading, self._agreed, self.torn = False, None, None
-        if self._early is not None:
-            self._early.mend()
-        if self._ahead is not None:
-            self._ahead.torn = None
-
-    def _publish_loaded(self, loaded: dict[str, Any]) -> None:
-        """Let the model see what was loaded: with ZenFlow what that of the checkpoint saw."""
-        has_shown = self._zenflow is not None and self._zenflow.has_shown(loaded)
-        if not (has_shown and self._is_loading):
-            self._publish()
-            return
-        for unit in self.units:
-            with unit.updating(whole=False):
-                pass  # it was written where updates leave it
-            _wait(unit.publish())
+        self._host_step.mend()
 
     def model_state(self) -> dict[str, Any]:
         """Parameters by name, each rank's share as `FlatShard`s of the most precise copy.
@@ -232,16 +263,13 @@ class HeldValues(torch.optim.Optimizer, ABC):
         "padding" is part of the others; "buffers" is what offloaded state passes through; "undo",
         of an optimizer that speculates, is what it holds more from backward to step.
         """
-        found = state.memory(self)
-        if self._ahead is not None:
-            found["undo"] = self._ahead.undo_bytes()
-        return found
+        found, undo = state.memory(self), self._host_step.undo_bytes()
+        return {**found, "undo": undo} if undo else found
 
     def memory_by_tier(self) -> dict[Place, dict[str, int]]:
         """The same by "device", "host" and "disk"; a model on the CPU has no device."""
         return state.memory_by_tier(self)
 
-
-def _wait(pending: comm.Pending | None) -> None:
-    if pending is not None:
-        pending.wait()
+    def swap_bytes(self) -> tuple[int, int]:
+        """Bytes that this rank has read from and written to disk so far."""
+        return self._homes.swap_bytes()

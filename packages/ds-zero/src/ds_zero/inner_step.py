@@ -71,8 +71,10 @@ class Stepped(Protocol):
     def settle_gradient(self) -> None:
         """Wait until `grad` is here."""
 
-    def present(self, piece: OptimizerPiece | None, *, edits: bool) -> AbstractContextManager[None]:
-        """Weights and states of a piece are in memory inside the block."""
+    def stepping(
+        self, piece: OptimizerPiece, optimizer: torch.optim.Optimizer
+    ) -> AbstractContextManager[None]:
+        """Weights and states of a piece are in memory inside the block, for a step."""
 
 
 class InnerStep:
@@ -121,7 +123,7 @@ class InnerStep:
         for turn in turns:
             with ExitStack() as stack:
                 for piece in turn:
-                    stack.enter_context(unit.present(piece, edits=True))
+                    stack.enter_context(unit.stepping(piece, self._optimizer))
                 self._step(unit, turn, rounded)
 
     def due(self, unit: Unit, used: list[bool]) -> list[OptimizerPiece]:
@@ -210,6 +212,8 @@ def split_by_parameter(optimizer: torch.optim.Optimizer, unit: Unit) -> None:
         return
     cut: list[OptimizerPiece] = []
     for whole in unit.optimizer_pieces:
+        is_unstepped = whole.weights in unit.unstepped
+        unit.unstepped.discard(whole.weights)
         unit.take_from_disk(whole)
         state = state_of(optimizer, whole.weights)
         optimizer.state.pop(whole.weights, None)
@@ -227,6 +231,8 @@ def split_by_parameter(optimizer: torch.optim.Optimizer, unit: Unit) -> None:
                     optimizer.state[weights] = parts
             piece = OptimizerPiece(whole.group_index, weights, start, stop, part.slot.name)
             unit.put_on_disk(piece, optimizer)
+            if is_unstepped:
+                unit.unstepped.add(weights)
             cut.append(piece)
     _replace(optimizer, unit.optimizer_pieces, cut)
     unit.optimizer_pieces = cut

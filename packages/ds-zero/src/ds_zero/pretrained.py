@@ -12,7 +12,8 @@ from torch import nn
 from ds_core.buffers import persistent_buffers
 from ds_zero.errors import ShardError
 from ds_zero.init import record_of
-from ds_zero.optimizer import ZeroOptimizer, owners_of
+from ds_zero.optimizer import ZeroOptimizer
+from ds_zero.owners import owners_of
 from ds_zero.sharded_param import is_sharded
 
 if TYPE_CHECKING:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from ds_core import comm
 from ds_zero.unit import Unit
+from ds_zero.wholeness import Attempts
 
 
-class Publishing:
+class Publishing(Attempts):
     """Updates units and publishes them.
 
     After an error this rank updates nothing any more, but goes on to publish, since the others do,
@@ -16,17 +15,8 @@ class Publishing:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._pending: list[comm.Pending] = []
-        self._error: Exception | None = None
-
-    def attempt(self, work: Callable[[], object]) -> None:
-        """Do some work, unless there was an error before."""
-        if self._error is not None:
-            return
-        try:
-            work()
-        except Exception as error:
-            self._error = error
 
     def publish(self, unit: Unit) -> None:
         """Begin to show a unit to the model. Collective."""
@@ -38,5 +28,5 @@ class Publishing:
         """Wait until the model has all of them. Raises the error of the work."""
         while self._pending:
             self._pending.pop(0).wait()
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error

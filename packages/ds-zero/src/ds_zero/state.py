@@ -11,7 +11,7 @@ from torch import nn
 
 from ds_core import comm
 from ds_core.flat import Piece
-from ds_core.optimizer_state import PortableState, is_wide, state_of
+from ds_core.optimizer_state import PortableState, allocate_state_of, is_wide, state_of
 from ds_zero.errors import ShardError
 from ds_zero.holdings import Holding, Place, by_place, in_memory
 from ds_zero.inner_step import split_by_parameter
@@ -220,26 +220,18 @@ def _write(optimizer: HeldValues, unit: Unit, position: int, kind: str, part: to
 def _set_state(
     optimizer: HeldValues, unit: Unit, piece: Piece, kind: str, part: torch.Tensor
 ) -> None:
-    inner = optimizer._inner
+    inner, mine = optimizer._inner, _optimizer_piece(unit, piece)
+    _local(optimizer, unit, piece, kind)  # raises where there is no such state
+    unit.unstepped.discard(mine.weights)
+    if not state_of(inner, mine.weights):
+        allocate_state_of(inner, inner.param_groups[mine.group_index], mine.weights)
     if not isinstance(inner, PortableState):
         _local(optimizer, unit, piece, kind).copy_(part)
         return
-    mine = _optimizer_piece(unit, piece)
     values = state_of(inner, mine.weights)
-    _local(optimizer, unit, piece, kind)  # raises where there is none
     start = piece.offset - mine.start
     values[kind][start : start + part.numel()].copy_(part)
     inner.load_portable_state(mine.weights, values)
-
-
-def full_state_dict(optimizer: HeldValues) -> dict[str, torch.Tensor]:
-    """See `ZeroOptimizer.full_state_dict`."""
-    found: dict[str, torch.Tensor] = {}
-    for unit in optimizer.units:
-        with optimizer.hold_units([unit]):
-            for spec in unit.specs:
-                found[spec.name] = spec.param.detach().to("cpu", copy=True)
-    return found
 
 
 def _stated(optimizer: HeldValues, unit: Unit, piece: Piece, kind: str) -> Any:
@@ -295,7 +287,10 @@ def optimizer_state(optimizer: HeldValues) -> dict[str, Any]:
     """See `ZeroOptimizer.state_dict`: {"state": {key: {name: value}}, "groups": [...]}."""
     tensors: dict[str, dict[str, Any]] = {}
     for unit in optimizer.units:
-        held = {id(p): state_of(optimizer._inner, p.weights) for p in unit.optimizer_pieces}
+        held = {
+            id(p): {} if p.weights in unit.unstepped else state_of(optimizer._inner, p.weights)
+            for p in unit.optimizer_pieces
+        }
         for piece in unit.layout.pieces(unit.group.rank) if unit.trainable else ():
             mine = _optimizer_piece(unit, piece)
             for key, value in held[id(mine)].items():
@@ -414,5 +409,4 @@ def _holdings(optimizer: HeldValues) -> Iterator[Holding]:
                     padding = gap * size if value.shape == weights.shape else 0
                     yield Holding(place, "optimizer", value.numel() * size, padding)
     yield Holding("host", "buffers", optimizer._homes.buffer_bytes)
-    if optimizer._zenflow is not None:
-        yield Holding("host", "buffers", optimizer._zenflow.buffer_bytes())
+    yield Holding("host", "buffers", optimizer._host_step.buffer_bytes())

@@ -19,7 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from ds_zero.errors import ShardError
-from ds_zero.optimizer import owners_of
+from ds_zero.owners import owners_of
 from ds_zero.sharded_param import is_sharded
 
 #: What a module that treats positions alike is: hidden, and what goes with it, to an output.

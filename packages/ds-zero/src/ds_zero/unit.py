@@ -29,6 +29,7 @@ from torch import nn
 from ds_core import comm
 from ds_core.flat import Piece
 from ds_core.flat_gradient import FlatGradient
+from ds_core.optimizer_state import devices_of_state
 from ds_core.precision import Precision
 from ds_core.seams import Transport
 from ds_zero.errors import ShardError
@@ -100,16 +101,18 @@ class Unit(UnitHomes):
         self.crossing: Crossing | None = self._homes.crossing(self.states, own, self.grad_dtype)
         self.shard_home: ShardHome | None = None
         self._fill(values, precision, broadcast)
+        self.optimizer_pieces = self._cut_for_optimizer() if self.trainable else []
+        self.unstepped = set()
         # Stage 1 keeps full-size gradients anyway, and one rank's part is all: the average is
         # among them, unless it leaves the device.
         same = self.grad_dtype == self.dtype and self.trainable
         self._may_be_in_twin = (stage == 1 or group.size == 1) and same
-        self._grad_in_twin = self._may_be_in_twin and self.crossing is None
-        self.grad = torch.empty(0)
-        self.optimizer_pieces: list[OptimizerPiece] = []
+        self._no_gradient()
+
+    def _no_gradient(self) -> None:
+        self.grad, self._grad_in_twin = torch.empty(0), False
         if self.trainable:
             self._allocate_gradients()
-            self.optimizer_pieces = self._cut_for_optimizer()
         #: Whether `grad` holds something that the next reduction must be added to.
         self.has_grad = False
         #: Called when the average of its gradients is complete.
@@ -207,6 +210,7 @@ class Unit(UnitHomes):
     # ------------------------------------------------------------------ gradients
 
     def _allocate_gradients(self) -> None:
+        self._grad_in_twin = self._may_be_in_twin and self.crossing is None
         device, in_twin = self.full.device, self._grad_in_twin
         transient = self._consumed or not in_twin
         self.twin = FlatGradient(self.layout, self.dtype, device, transient=transient)
@@ -313,6 +317,27 @@ class Unit(UnitHomes):
                 self.specs, self.layout, self.group.rank, limit
             )
         ]
+
+    @torch.no_grad()
+    def move_states(self, states: Tier, optimizer: torch.optim.Optimizer) -> None:
+        """Let weights and states of the optimizer live on the device, or on the host, from now on.
+
+        They keep their bits. Only while there is no gradient.
+        """
+        assert not self.has_grad
+        weights = None if states == self.states else self._move_weights(states)
+        if weights is None:
+            return
+        self._allocate_gradients()
+        for piece in self.optimizer_pieces:
+            piece.weights.data = weights[piece.start : piece.stop]
+            state = optimizer.state.get(piece.weights, {})
+            if state:
+                group = optimizer.param_groups[piece.group_index]
+                places = devices_of_state(optimizer, group, weights)
+                for key, value in state.items():
+                    if isinstance(value, torch.Tensor):
+                        state[key] = value.to(places.get(key, weights.device))
 
     def piece_at(self, offset: int) -> OptimizerPiece:
         """The optimizer piece that has the element at `offset` of the shard."""

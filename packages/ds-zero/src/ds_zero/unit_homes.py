@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 
 from ds_core.flat import FlatLayout
-from ds_core.optimizer_state import devices_of_state, is_wide
+from ds_core.optimizer_state import is_wide
 from ds_zero.offload.choice import Tier
 from ds_zero.offload.crossing import Crossing, host_empty
 from ds_zero.offload.homes import Homes
@@ -17,16 +16,14 @@ from ds_zero.offload.shard_home import DiskShard, HostShard, ShardHome, memory_o
 from ds_zero.unit_piece import OptimizerPiece
 
 
-class UnitHomes(ABC):
+class UnitHomes:
     """The part of a `Unit` that knows where its shard, its weights and their states are.
 
     What steps, saves or edits a unit asks for them through the context managers here, and need not
-    know itself.
+    know itself. It uses these buffers of the unit, and knows nothing of gradients and gathers.
     """
 
-    name: str
     stage: int
-    trainable: bool
     dtype: torch.dtype
     grad_dtype: torch.dtype
     layout: FlatLayout
@@ -37,14 +34,10 @@ class UnitHomes(ABC):
     crossing: Crossing | None
     shard_home: ShardHome | None
     optimizer_pieces: list[OptimizerPiece]
-    has_grad: bool
+    #: Optimizer pieces on disk whose states are there, but have not seen a step: elsewhere an
+    #: optimizer has none before its first.
+    unstepped: set[torch.Tensor]
     _homes: Homes
-    _may_be_in_twin: bool
-    _grad_in_twin: bool
-
-    @abstractmethod
-    def _allocate_gradients(self) -> None:
-        """Make the buffers of gradients anew, where they belong now."""
 
     def _find_homes(self) -> None:
         """Let the shard live elsewhere, if that is asked for, until the unit is whole."""
@@ -149,6 +142,17 @@ class UnitHomes(ABC):
                     stack.callback(self.shard_home.store, self.shard)
             yield
 
+    @contextmanager
+    def stepping(self, piece: OptimizerPiece, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """States and weights of an optimizer piece are in memory inside the block, for a step."""
+        with self.present(piece, edits=True):
+            group = optimizer.param_groups[piece.group_index]
+            # Others begin from zeros, so they need no second memory.
+            differs = piece.weights in self.unstepped and group.get("dampening")
+            with _first_step(optimizer, piece.weights) if differs else nullcontext():
+                yield
+        self.unstepped.discard(piece.weights)
+
     def put_on_disk(self, piece: OptimizerPiece, optimizer: torch.optim.Optimizer) -> None:
         """Give a piece's states, which are in memory, to the disk, if that is where they live."""
         swap = self._homes.swap
@@ -196,20 +200,16 @@ class UnitHomes(ABC):
             self._outgoing = host_empty(self.shard.numel(), self.dtype, pin=pin)
             self._outgoing.copy_(self.master)
 
-    @torch.no_grad()
-    def move_states(self, states: Tier, optimizer: torch.optim.Optimizer) -> None:
-        """Let weights and states of the optimizer live on the device, or on the host, from now on.
+    def _move_weights(self, states: Tier) -> torch.Tensor | None:
+        """Let weights of the optimizer live on the device, or on the host, from now on.
 
-        They keep their bits. Only while there is no gradient.
+        They keep their bits. Returns them, None if all was in one memory.
         """
-        if states == self.states:
-            return
-        assert not self.has_grad
-        own, before = self.layout.shard_numel, self.crossing
+        before, own = self.crossing, self.layout.shard_numel
         self.states = states
         self.crossing = self._homes.crossing(states, own, self.grad_dtype)
         if before is None and self.crossing is None:
-            return  # one memory
+            return None
         source = self.shard if self.master is None else self.master
         if self.crossing is not None:
             weights = host_empty(own, source.dtype, pin=self._homes.offload.pin_memory)
@@ -221,17 +221,7 @@ class UnitHomes(ABC):
         else:
             weights, self.master = self.shard, None  # which has the same bits
         self._find_outgoing()
-        self._grad_in_twin = self._may_be_in_twin and self.crossing is None
-        self._allocate_gradients()
-        for piece in self.optimizer_pieces:
-            piece.weights.data = weights[piece.start : piece.stop]
-            state = optimizer.state.get(piece.weights, {})
-            if state:
-                group = optimizer.param_groups[piece.group_index]
-                places = devices_of_state(optimizer, group, weights)
-                for key, value in state.items():
-                    if isinstance(value, torch.Tensor):
-                        state[key] = value.to(places.get(key, weights.device))
+        return weights
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -267,3 +257,18 @@ class UnitHomes(ABC):
     def is_full(self) -> bool:
         """Whether the full parameters are present on this rank."""
         return self.full.untyped_storage().size() > 0
+
+
+@contextmanager
+def _first_step(optimizer: torch.optim.Optimizer, weights: torch.Tensor) -> Iterator[None]:
+    """Inside, an optimizer finds no state of a parameter; what it makes goes to the present one."""
+    held = optimizer.state.pop(weights)
+    try:
+        yield
+        for key, value in optimizer.state.get(weights, {}).items():
+            if is_wide(value):
+                held[key].copy_(value)
+            else:
+                held[key] = value
+    finally:
+        optimizer.state[weights] = held

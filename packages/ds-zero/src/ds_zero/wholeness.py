@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
 from ds_core import comm
 from ds_zero.errors import ShardError, TornShardError
+
+T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -92,3 +95,50 @@ def raise_together(
     where = "; ".join(f"rank {rank}: {each.told}" for rank, each in found.items())
     kind = TornShardError if any(each.is_torn for each in found.values()) else ShardError
     raise kind(f"{operation}: {where}") from cause
+
+
+class Attempts:
+    """Work between exchanges, in which a rank must take part also after an error of its own.
+
+    Attributes:
+        error: of the first work that failed; what comes after it is left out.
+    """
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def attempt(self, work: Callable[[], T]) -> T | None:
+        """Do some work, unless there was an error before; what it returns, None after an error."""
+        if self.error is None:
+            try:
+                return work()
+            except Exception as error:
+                self.error = error
+        return None
+
+    def end_together(self, operation: str, groups: Iterable[comm.Group]) -> None:
+        """Raise on every rank of the groups if there was an error on one. Collective.
+
+        The error itself where it happened, ShardError that tells it elsewhere.
+        """
+        troubled = [group for group in groups if self._is_anywhere(operation, group)]
+        if not troubled:
+            return
+        trouble = None
+        if self.error is not None:
+            told = f"{type(self.error).__name__}: {self.error}"
+            trouble = Trouble(told, is_torn=False)
+        try:
+            # The largest has all ranks that see one of the others.
+            raise_together(operation, trouble, max(troubled, key=lambda group: group.size))
+        except ShardError as error:
+            if self.error is not None:
+                raise self.error from error
+            raise
+
+    def _is_anywhere(self, operation: str, group: comm.Group) -> bool:
+        device = group.control_device()
+        mine = torch.tensor([0.0 if self.error is None else 1.0], device=device)
+        everybody = torch.zeros(group.size, device=device)
+        comm.all_gather(everybody, mine, group, caller=f"{operation}: did all go well?")
+        return bool(everybody.any())

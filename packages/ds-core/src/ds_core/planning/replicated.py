@@ -63,12 +63,13 @@ def replicated_costs(work: Workload) -> Costs:
 
 
 def _held(work: Workload) -> Iterator[_Tensor]:
-    target = work.precision.compute
+    precision = work.precision
     for name, param in work.model.named_parameters():
-        is_cast = target not in (None, param.dtype) and param.dtype.is_floating_point
-        dtype = target if is_cast and target is not None else param.dtype
-        master = work.precision.master if is_cast and param.requires_grad else None
-        yield _Tensor(name, param.shape, dtype, master, param.requires_grad)
+        target = precision.compute if param.dtype.is_floating_point else None
+        # Also of a model that was built in 16 bits, as `ds_core.whole_model` has it.
+        has_master = target is not None and precision.master not in (None, target)
+        master = precision.master if has_master and param.requires_grad else None
+        yield _Tensor(name, param.shape, target or param.dtype, master, param.requires_grad)
 
 
 def _buckets(trained: list[_Tensor]) -> Iterator[list[_Tensor]]:

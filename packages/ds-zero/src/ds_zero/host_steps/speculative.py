@@ -3,7 +3,7 @@
 Clipping, and leaving a step out, need the norm of all gradients, so a plain step on the host begins
 when backward ends, and the device waits. Here each unit whose states are on the host is stepped as
 soon as its averaged gradient is complete, on the guess that nothing will be clipped, and what takes
-the step back is kept. `ZeroOptimizer.update` knows: where the guess was right, it only publishes
+the step back is kept. The step itself knows: where the guess was right, it only publishes
 the weights; where not, it takes the step back, to the bit, and takes it again. The model computes
 with the old weights until then.
 
@@ -29,57 +29,55 @@ import torch
 from ds_core import fused
 from ds_core.gradients import vector_norm
 from ds_core.optimizer_twin import hyperparameters, twin_of
-from ds_zero.errors import ShardError
+from ds_zero import checks
+from ds_zero.agreement import Agreement
+from ds_zero.host_steps.host_step import HostStep, Known
+from ds_zero.host_steps.twin_flow import TwinFlow
 from ds_zero.host_steps.worker import HostWorker
-from ds_zero.inner_step import InnerStep, is_all_of, is_whole
+from ds_zero.inner_step import InnerStep, is_all_of
+from ds_zero.offload.homes import Homes
 from ds_zero.unit import Unit
 from ds_zero.unit_piece import OptimizerPiece
 
 logger = logging.getLogger(__name__)
 
 
-class Speculation:
+class Speculation(HostStep):
     """Takes the steps of the units on the host ahead of time.
 
     Args:
         optimizer: the user's, whose groups hold flat shards.
         units: the trained ones; those whose states are on the device step as they do without.
+        homes: where the states live.
         worker: takes the steps.
         before_change: called before a backward changes anything.
+        twins: steps what was not stepped ahead, if host and device do so at the same time.
 
     A step ahead that fails is undone, and its error raised by the step itself. Where that failed
     too, `torn` says so.
 
     Attributes:
-        expected_scale: what gradients will be multiplied by if they are not clipped; None: more
-            backwards follow before the step, so that there is nothing to speculate about.
         taken, redone: units that stepped ahead so far, and those of them that were taken back.
-        torn: why the step of a unit could not be undone; None if all could.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         units: list[Unit],
+        homes: Homes,
         worker: HostWorker,
         before_change: Callable[[], None],
+        twins: TwinFlow | None = None,
     ) -> None:
-        for group in optimizer.param_groups:
-            if is_whole(optimizer, group):
-                raise ShardError(
-                    f"offload: speculative: {type(optimizer).__name__} puts matrices together "
-                    f"from all units and ranks, after backward; set speculative=False, or use an "
-                    f"elementwise optimizer"
-                )
-        refuse_random_rounding(optimizer, "speculative", "leave it out")
-        self._optimizer, self._worker = optimizer, worker
-        self._units, self._before_change = units, before_change
-        self.torn: str | None = None
+        checks.refuse_whole_matrices(optimizer, "offload: speculative", "set speculative=False")
+        checks.refuse_random_rounding(optimizer, "speculative", "leave it out")
+        super().__init__(optimizer, units, homes, worker)
+        self._worker: HostWorker = worker
+        self._before_change, self.twins = before_change, twins
         self._ahead: dict[int, _Ahead] = {}
         # By unit, which parameters the last step updated: what is expected of this one.
         self._used: dict[int, list[bool]] = {}
         self._is_open = False
-        self.expected_scale: float | None = 1.0
         self.taken = self.redone = 0
         for unit in self._units:
             unit.on_reduced, unit.on_added = self._reduced, self._take_back_unit
@@ -87,8 +85,8 @@ class Speculation:
     # ------------------------------------------------------------------ in backward
 
     def begin_backward(self) -> None:
-        """Gradients are about to change: what was stepped with the present ones is taken back."""
-        self.take_back()
+        """What was stepped with the present gradients is taken back."""
+        self.settle()
         self._is_open = self.expected_scale is not None
 
     def end_backward(self) -> None:
@@ -129,23 +127,37 @@ class Speculation:
 
     # ------------------------------------------------------------------ the step
 
-    def norm_squares(self) -> dict[int, torch.Tensor]:
-        """By unit, the squared norm of this rank's part of its gradient, fp64, where it is known.
-
-        Waits for the steps under way.
-        """
+    def known(self) -> Known:
+        """See `HostStep.known`."""
         self.wait()
-        return {i: ahead.square for i, ahead in self._ahead.items() if ahead.square is not None}
+        steps = self._ahead.items()
+        squares = {index: ahead.square for index, ahead in steps if ahead.square is not None}
+        errors = (ahead.error for _, ahead in steps if ahead.error is not None)
+        return Known(squares, failure=next(errors, None))
 
-    def settle(self, unit: Unit, used: list[bool], grad_scale: float | torch.Tensor) -> bool:
+    def judge(self, agreed: Agreement) -> None:
+        """Steps with gradients that are not finite, on any rank, are taken back."""
+        if agreed.norm is not None and not bool(torch.isfinite(agreed.norm)):
+            self.settle()
+
+    def _update_units(
+        self, used: dict[int, list[bool]], grad_scale: float | torch.Tensor, step: InnerStep
+    ) -> None:
+        if self.twins is None:
+            super()._update_units(used, grad_scale, step)
+        else:
+            self.twins.run(used, grad_scale, step, unless=self._was_taken)
+
+    def _update_unit(
+        self, unit: Unit, used: list[bool], grad_scale: float | torch.Tensor, step: InnerStep
+    ) -> None:
+        if not self._was_taken(unit, used, grad_scale):
+            step.run(unit, used)
+
+    def _was_taken(self, unit: Unit, used: list[bool], grad_scale: float | torch.Tensor) -> bool:
         """Whether the step of `unit` was taken as it should be; if so, its weights are shown now.
 
         If not, it is as if it had not been taken.
-
-        Args:
-            unit: any unit.
-            used: which of its parameters some rank used.
-            grad_scale: factor on every gradient.
         """
         self._used[unit.index] = used
         ahead = self._ahead.pop(unit.index, None)
@@ -159,30 +171,34 @@ class Speculation:
         ahead.show()
         return True
 
+    def forget(self, *, is_torn: bool) -> None:
+        """See `HostStep.forget`."""
+        (self.drop if is_torn else self.settle)()
+        super().forget(is_torn=is_torn)
+        if self.twins is not None:
+            self.twins.move()
+
+    # ------------------------------------------------------------------ between steps
+
     def wait(self) -> None:
         """Nothing is under way; gradients are where they are read."""
         for ahead in self._ahead.values():
             ahead.wait()
 
-    @property
-    def error(self) -> BaseException | None:
-        """What made a step ahead fail, for the step itself to raise. Waits for all of them."""
-        return next((a.error for a in self._ahead.values() if a.error is not None), None)
-
-    def take_back(self) -> None:
-        """Weights and states are as the last step left them."""
+    def settle(self) -> None:
+        """What was stepped ahead is taken back."""
         for unit in self._units:
             self._take_back_unit(unit)
 
     def drop(self) -> None:
-        """Forget what was stepped ahead, whatever became of it; all is about to be replaced."""
+        """Forget what was stepped ahead, whatever became of it."""
         self.wait()
         for ahead in self._ahead.values():
             ahead.leave()
         self._ahead.clear()
 
     def undo_bytes(self) -> int:
-        """Bytes that this rank holds more, from the end of backward until the step."""
+        """See `HostStep.undo_bytes`."""
         total = 0
         for unit in self._units:
             if unit.states == "device":
@@ -357,13 +373,3 @@ def _restore_of(optimizer: torch.optim.Optimizer, weights: torch.Tensor) -> Call
                 state[key] = saved
 
     return undo
-
-
-def refuse_random_rounding(optimizer: torch.optim.Optimizer, argument: str, instead: str) -> None:
-    """Raise ShardError if the order in which a step's parts are taken changes what it computes."""
-    for group in optimizer.param_groups:
-        if group.get("stochastic_rounding"):
-            raise ShardError(
-                f"offload: {argument}: {type(optimizer).__name__} rounds at random by the order of "
-                f"its steps, which is another here; set stochastic_rounding=False, or {instead}"
-            )

@@ -14,9 +14,9 @@ Twin-Flow" (blog); Ren et al. 2021, "ZeRO-Offload", section 4.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from statistics import median
 
@@ -24,10 +24,12 @@ import torch
 
 from ds_core import comm
 from ds_core.optimizer_twin import twin_of
-from ds_zero.host_steps.speculative import Speculation, refuse_random_rounding
+from ds_zero import checks
+from ds_zero.host_steps.host_step import HostStep
 from ds_zero.host_steps.worker import HostWorker
 from ds_zero.inner_step import InnerStep, is_all_of
-from ds_zero.offload.choice import Offload, Tier, nearest_split
+from ds_zero.offload.choice import Tier, nearest_split
+from ds_zero.offload.homes import Homes
 from ds_zero.publishing import Publishing
 from ds_zero.unit import Unit
 from ds_zero.unit_piece import OptimizerPiece
@@ -60,13 +62,22 @@ def best_split(sizes: Sequence[int], host_rate: float, device_rate: float) -> li
     return min([[False] * len(sizes), *candidates], key=needed)
 
 
-class TwinFlow:
+#: Whether the step of a unit was taken already: of (unit, used, grad_scale).
+Taken = Callable[[Unit, list[bool], float | torch.Tensor], bool]
+
+
+def _never(unit: Unit, used: list[bool], grad_scale: float | torch.Tensor) -> bool:
+    """No unit was updated already."""
+    return False
+
+
+class TwinFlow(HostStep):
     """Steps units on the host and on the device at the same time.
 
     Args:
         optimizer: the user's, whose groups hold flat shards.
         units: the trained ones.
-        offload: what leaves the device, with its `ratio`.
+        homes: what leaves the device, with its `ratio`.
         group: ranks that choose one ratio, if it is "auto".
         worker: the host's thread.
     """
@@ -75,63 +86,71 @@ class TwinFlow:
         self,
         optimizer: torch.optim.Optimizer,
         units: list[Unit],
-        offload: Offload,
+        homes: Homes,
         group: comm.Group,
         worker: HostWorker,
     ) -> None:
-        refuse_random_rounding(optimizer, "ratio", "give ratio 0 or 1")
-        self._optimizer, self._units, self._worker = optimizer, units, worker
-        self._offload, self._group = offload, group
-        self._measures = offload.ratio == "auto" and len(units) > 1
+        checks.refuse_random_rounding(optimizer, "ratio", "give ratio 0 or 1")
+        super().__init__(optimizer, units, homes, worker)
+        self._worker: HostWorker = worker
+        self._group = group
+        self._measures = homes.offload.ratio == "auto" and len(units) > 1
         # Seconds per element of steps so far: of the host, and of the device.
         self._rates: list[tuple[float, float]] = []
         self._steps = 0
         self._chosen: list[Tier] | None = None
 
+    def _update_units(
+        self, used: dict[int, list[bool]], grad_scale: float | torch.Tensor, step: InnerStep
+    ) -> None:
+        self.run(used, grad_scale, step)
+
     def run(
         self,
-        used: Mapping[int, list[bool]],
+        used: dict[int, list[bool]],
         grad_scale: float | torch.Tensor,
-        ahead: Speculation | None,
+        step: InnerStep,
+        unless: Taken = _never,
     ) -> None:
-        """Update all units and publish them. Collective; first those on the device, in order."""
-        step = InnerStep(self._optimizer, grad_scale)
-        publishing = Publishing()
-        begun: dict[int, tuple[Future[None], ExitStack]] = {}
-        host_seconds: list[float] = []
+        """Update all units and publish them. Collective; first those on the device, in order.
 
-        def begin(unit: Unit) -> None:
-            if ahead is not None and ahead.settle(unit, used[unit.index], grad_scale):
-                return
-            pieces = step.due(unit, used[unit.index])
-            if pieces:
-                stack = ExitStack()
-                whole = is_all_of(unit, pieces)
-                rounded = stack.enter_context(unit.updating(whole=whole))
-                work = partial(self._take, unit, pieces, rounded, grad_scale, host_seconds)
-                begun[unit.index] = self._worker.start(work), stack
-
-        def end(done: Future[None], stack: ExitStack) -> None:
-            done.result()
-            since = time.perf_counter()
-            stack.close()
-            host_seconds.append(time.perf_counter() - since)
-
+        unless: whether one on the host was updated already.
+        """
+        publishing, host = Publishing(), _HostPart()
         for unit in self._on("host"):
-            publishing.attempt(partial(begin, unit))
+            publishing.attempt(
+                partial(self._begin, host, unit, used[unit.index], grad_scale, step, unless)
+            )
         watch = _Stopwatch(self._units[0].full.device)
         for unit in self._on("device"):
             publishing.attempt(partial(step.run, unit, used[unit.index]))
             watch.lap()
             publishing.publish(unit)
         for unit in self._on("host"):
-            if unit.index in begun:
-                publishing.attempt(partial(end, *begun[unit.index]))
+            publishing.attempt(partial(host.end, unit))
             publishing.publish(unit)
-        wait([done for done, _ in begun.values()])  # also after an error
+        host.wait()  # also after an error
         publishing.finish()
         if self._measures:
-            self._measure(sum(host_seconds), watch)
+            self._measure(sum(host.seconds), watch)
+
+    def _begin(
+        self,
+        host: _HostPart,
+        unit: Unit,
+        used: list[bool],
+        grad_scale: float | torch.Tensor,
+        step: InnerStep,
+        unless: Taken,
+    ) -> None:
+        """Begin the host's part of one unit, in the worker."""
+        pieces = [] if unless(unit, used, grad_scale) else step.due(unit, used)
+        if not pieces:
+            return
+        stack = ExitStack()
+        rounded = stack.enter_context(unit.updating(whole=is_all_of(unit, pieces)))
+        work = partial(self._take, unit, pieces, rounded, grad_scale, host)
+        host.begun[unit.index] = self._worker.start(work), stack
 
     def _take(
         self,
@@ -139,13 +158,10 @@ class TwinFlow:
         pieces: list[OptimizerPiece],
         rounded: torch.Tensor | None,
         grad_scale: float | torch.Tensor,
-        seconds: list[float],
+        host: _HostPart,
     ) -> None:
-        """The host's part of one unit, in the worker."""
-        begin = time.perf_counter()
-        with twin_of(self._optimizer) as twin:
+        with host.timed(), twin_of(self._optimizer) as twin:
             InnerStep(twin, grad_scale).take(unit, pieces, rounded)
-        seconds.append(time.perf_counter() - begin)
 
     def _on(self, side: str) -> list[Unit]:
         return [unit for unit in self._units if (unit.states == "device") == (side == "device")]
@@ -169,13 +185,48 @@ class TwinFlow:
         # A step ends with its slowest rank.
         rates = everybody.view(-1, 2).amax(0).tolist()
         leaves = best_split(_sizes(self._units), *rates)
-        self._chosen = [self._offload.optimizer if leave else "device" for leave in leaves]
+        self._chosen = [self._homes.offload.optimizer if leave else "device" for leave in leaves]
 
     def move(self) -> None:
         """Let states move to where they were chosen to be; only while there are no gradients."""
         chosen, self._chosen = self._chosen, None
         for unit, tier in zip(self._units, chosen or (), strict=False):
             unit.move_states(tier, self._optimizer)
+
+    def forget(self, *, is_torn: bool) -> None:
+        """See `HostStep.forget`."""
+        super().forget(is_torn=is_torn)
+        self.move()
+
+
+class _HostPart:
+    """What the host does in one step: by unit what was begun, and the seconds of all that it did.
+
+    Both threads add to them.
+    """
+
+    def __init__(self) -> None:
+        self.begun: dict[int, tuple[Future[None], ExitStack]] = {}
+        self.seconds: list[float] = []
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """The time of the block counts, if no error ends it."""
+        begin = time.perf_counter()
+        yield
+        self.seconds.append(time.perf_counter() - begin)
+
+    def end(self, unit: Unit) -> None:
+        """Wait for a unit, if it was begun, and leave its weights where the model has them."""
+        if unit.index in self.begun:
+            done, stack = self.begun[unit.index]
+            done.result()
+            with self.timed():
+                stack.close()
+
+    def wait(self) -> None:
+        """Nothing is under way, whatever becomes of it."""
+        wait([done for done, _ in self.begun.values()])
 
 
 def _sizes(units: list[Unit]) -> list[int]:

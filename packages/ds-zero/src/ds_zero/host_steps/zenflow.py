@@ -37,11 +37,15 @@ from torch import nn
 from ds_core.flat import Piece
 from ds_core.optimizer_state import PortableState, allocate_state_of, is_wide
 from ds_core.optimizer_twin import noted_groups, twin_of
+from ds_core.seams import tearing
+from ds_zero import checks
 from ds_zero.errors import ShardError
-from ds_zero.host_steps.speculative import refuse_random_rounding
+from ds_zero.host_steps.host_step import HostStep
 from ds_zero.host_steps.worker import HostWorker
 from ds_zero.inner_step import InnerStep, is_whole
+from ds_zero.offload.homes import Homes
 from ds_zero.offload.shard_home import DiskShard
+from ds_zero.publishing import Publishing
 from ds_zero.unit import Unit
 from ds_zero.unit_piece import OptimizerPiece
 
@@ -97,12 +101,13 @@ class ZenFlow:
         return -(-self.full_warm_up_rounds // self.update_interval) * self.update_interval
 
 
-class ZenFlowStep:
-    """Takes the steps of `units` as a `ZenFlow` says.
+class ZenFlowStep(HostStep):
+    """Takes the steps of units as a `ZenFlow` says.
 
     Args:
         optimizer: the user's, whose groups hold flat shards.
         units: the trained ones.
+        homes: where their states live.
         choice: how.
         worker: takes the steps of the rest.
     """
@@ -111,6 +116,7 @@ class ZenFlowStep:
         self,
         optimizer: torch.optim.Optimizer,
         units: list[Unit],
+        homes: Homes,
         choice: ZenFlow,
         worker: HostWorker,
     ) -> None:
@@ -122,9 +128,10 @@ class ZenFlowStep:
                 f"zenflow: {name} does not keep one number per element for each state, so parts of "
                 f"a shard cannot be stepped apart; use AdamW, or leave zenflow out"
             )
-        refuse_random_rounding(optimizer, "zenflow", "leave zenflow out")
-        self._optimizer, self._units = optimizer, units
-        self._choice, self._worker = choice, worker
+        checks.refuse_random_rounding(optimizer, "zenflow", "leave zenflow out")
+        super().__init__(optimizer, units, homes, worker)
+        self._worker: HostWorker = worker
+        self._choice = choice
         # Kernels that write rounded weights differ in the last bits from those that do not.
         self._rounds = {unit.index: unit.rounds for unit in units}
         for unit in units:
@@ -132,13 +139,13 @@ class ZenFlowStep:
         self._parts: dict[torch.Tensor, _Part] = {}
         self._done: list[_Rest] = []
 
-    def run(
-        self, unit: Unit, used: list[bool], grad_scale: float | torch.Tensor, plain: InnerStep
+    def _update_unit(
+        self, unit: Unit, used: list[bool], grad_scale: float | torch.Tensor, step: InnerStep
     ) -> None:
         """Take the step of one unit; afterwards its shard shows what is done by now."""
         if not all(used):
             self.settle()  # its pieces may be cut
-        pieces = plain.due(unit, used)
+        pieces = step.due(unit, used)
         if not pieces:
             return
         unit.settle_gradient()
@@ -147,7 +154,7 @@ class ZenFlowStep:
             for piece in pieces:
                 steps = self._steps(piece)
                 if steps < self._choice.warm_up:
-                    plain.take(unit, [piece], rounded if self._rounds[unit.index] else None)
+                    step.take(unit, [piece], rounded if self._rounds[unit.index] else None)
                     self._allocate(piece)
                     self._state(piece)[STEPS] = torch.tensor(float(steps + 1))
                     rounded[piece.start : piece.stop].copy_(piece.weights)
@@ -292,16 +299,27 @@ class ZenFlowStep:
 
     def settle(self) -> None:
         """Wait for what is under way; weights and states of the optimizer are all in place."""
-        while self._done:
-            self._done.pop().done.result()
-        for part in list(self._parts.values()):
-            self._close(part.piece)
+        with tearing(self, "a step of what ZenFlow leaves for later"):
+            while self._done:
+                self._done.pop().done.result()
+            for part in list(self._parts.values()):
+                self._close(part.piece)
 
     def drop(self) -> None:
-        """Wait for what is under way, whatever becomes of it; all of it is about to be replaced."""
+        """Wait for what is under way, whatever becomes of it."""
         wait([entry.done for entry in self._done])
         self._done.clear()
         self._parts.clear()
+
+    def close(self, *, is_torn: bool) -> None:
+        """See `HostStep.close`; weights of the optimizer may be ahead of the model's."""
+        if not is_torn:
+            publishing = Publishing()
+            for unit in self._units:
+                publishing.attempt(unit.refresh)
+                publishing.publish(unit)
+            publishing.finish()
+        super().close(is_torn=is_torn)
 
     def shown_state(self) -> dict[str, dict[str, Any]]:
         """The weights that the model sees, by `SHOWN` and parameter, where others may be ahead.
@@ -309,7 +327,7 @@ class ZenFlowStep:
         With them a run that resumes sees each update when the run that saved does, and saving
         changes nothing for either.
         """
-        if not self._choice.overlap_step or self._choice.topk_ratio == 1.0:
+        if not self._shows_apart:
             return {}
         found: dict[str, Any] = {}
         for unit in self._units:
@@ -318,9 +336,18 @@ class ZenFlowStep:
                     found[part.slot.name] = _shown(unit, part)
         return {SHOWN: found}
 
-    def has_shown(self, loaded: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint that was loaded has written what the model is to see."""
-        return bool(self.shown_state()) and SHOWN in loaded
+    @property
+    def _shows_apart(self) -> bool:
+        """Whether the weights of the optimizer may be ahead of those that the model sees."""
+        return self._choice.overlap_step and self._choice.topk_ratio < 1.0
+
+    def refresh(self, unit: Unit, loaded: Mapping[str, Any]) -> None:
+        """Let a shard show what the model of the checkpoint saw, if that was `loaded`."""
+        if SHOWN not in loaded or not self._shows_apart:
+            unit.refresh()
+            return
+        with unit.updating(whole=False):
+            pass  # it was written where updates leave it
 
     def passing_state(self) -> dict[str, str]:
         """Our keys, and what is lost now without each."""
@@ -403,7 +430,7 @@ class _Compact:
         """The gradient is here."""
 
     @contextmanager
-    def present(self, piece: OptimizerPiece | None, *, edits: bool) -> Iterator[None]:
+    def stepping(self, piece: OptimizerPiece, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         """Weights and states are here."""
         yield
 

@@ -66,6 +66,20 @@ class Offload:
                 'offload: "nvme" needs a folder on that disk: Offload(folder="/mnt/nvme"), in a '
                 "config nvme_path"
             )
+        self._check_split()
+        for name, least in (
+            ("piece_numel", 1),
+            ("buffers", 2),
+            ("parameter_buffers", 1),
+            ("max_numel_in_cpu", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ShardError(
+                    f"offload: {name}: got {getattr(self, name)}, expected at least {least}"
+                )
+
+    def _check_split(self) -> None:
+        """Raise ShardError for a `ratio` or `speculative` that makes no sense of `optimizer`."""
         if self.ratio != "auto" and not 0.0 <= self.ratio <= 1.0:
             raise ShardError(f'offload: ratio: got {self.ratio!r}, expected 0 to 1, or "auto"')
         if self.ratio != 1.0 and self.optimizer == "device":
@@ -88,16 +102,6 @@ class Offload:
                 f'offload: speculative: got True with optimizer="{self.optimizer}", {why}; set '
                 f'optimizer="cpu", or leave it out'
             )
-        for name, least in (
-            ("piece_numel", 1),
-            ("buffers", 2),
-            ("parameter_buffers", 1),
-            ("max_numel_in_cpu", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ShardError(
-                    f"offload: {name}: got {getattr(self, name)}, expected at least {least}"
-                )
 
     @property
     def folder_of_parameters(self) -> str | None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from deepspeed._parameter_attributes import mark_model
 from ds_zero import ShardError, ZeroOptimizer
-from ds_zero.optimizer import owners_of
+from ds_zero.owners import owners_of
 
 
 class DeepSpeedZeRoOffload:

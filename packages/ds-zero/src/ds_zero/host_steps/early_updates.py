@@ -17,16 +17,18 @@ import torch
 
 from ds_core import comm, fused
 from ds_core.gradients import vector_norm
+from ds_zero import checks
+from ds_zero.agreement import Agreement
 from ds_zero.errors import ShardError, TornShardError
+from ds_zero.host_steps.host_step import HostStep, Known
 from ds_zero.inner_step import InnerStep
 from ds_zero.offload.homes import Homes
 from ds_zero.unit import Unit
-from ds_zero.whole_matrices import MatrixStep
 from ds_zero.wholeness import advice
 
 
-class EarlyUpdates:
-    """Takes the steps of `units` during backward.
+class EarlyUpdates(HostStep):
+    """Takes the steps of units during backward.
 
     A parameter that this rank did not use keeps its value, as in plain PyTorch, where one rank
     has it all; on several ranks its gradient counts as zero.
@@ -34,41 +36,33 @@ class EarlyUpdates:
     Args:
         optimizer: the user's, whose groups hold flat shards.
         units: the trained ones.
-        matrices: of an optimizer that updates whole matrices; refused.
         homes: where the units' states live.
-
         before_change: called before a backward changes anything.
-
-    Attributes:
-        norm_squares: by unit, the squared norm of this rank's part of its gradient, fp64.
-        failure: what ended the updates of this step on this rank; it is told when the step ends.
 
     From the first gradient on that is not finite, this rank updates nothing until `forget`.
     """
+
+    updates_in_backward = True
+    _torn: str | None
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         units: list[Unit],
-        matrices: list[MatrixStep],
         homes: Homes,
         before_change: Callable[[], None],
     ) -> None:
-        if matrices:
-            raise ShardError(
-                f"update_in_backward: {type(optimizer).__name__} puts matrices together from all "
-                f"units and ranks, after backward; leave it out, or use an elementwise optimizer"
-            )
-        self._optimizer, self._homes, self._before_change = optimizer, homes, before_change
+        checks.refuse_whole_matrices(optimizer, "update_in_backward", "leave it out")
+        super().__init__(optimizer, units, homes)
+        self._before_change = before_change
         self._step = InnerStep(optimizer, 1.0)
-        self._num_units = len(units)
         # In which order the last backward completed the units; the next one reads ahead by it.
         self._order: list[Unit] = []
         self._seen: set[int] = set()
-        self.norm_squares: dict[int, torch.Tensor] = {}
-        self.failure: Exception | None = None
-        self._torn: str | None = None
         self._is_running = False
+        self._squares: dict[int, torch.Tensor] = {}
+        # What ended the updates of this step on this rank; it is told when the step ends.
+        self._failure: Exception | None = None
         self._pending: list[comm.Pending] = []
         # Whether all gradients so far were finite, as the host knows; as the device does.
         self._finite = True
@@ -80,12 +74,12 @@ class EarlyUpdates:
     # ------------------------------------------------------------------ in backward
 
     def begin_backward(self) -> None:
-        """A backward begins."""
+        """See `HostStep.begin_backward`."""
         self._torn = self.torn  # of the last one, if that did not end
         self._is_running = True
 
     def end_backward(self) -> None:
-        """It has ended."""
+        """See `HostStep.end_backward`."""
         self._is_running = False
 
     @torch.no_grad()
@@ -99,7 +93,7 @@ class EarlyUpdates:
             )
         begins = not self._seen
         self._seen.add(unit.index)
-        if self.failure is None:
+        if self._failure is None:
             try:
                 if begins:
                     self._begin()
@@ -107,7 +101,7 @@ class EarlyUpdates:
                 self._update(unit)
             except Exception as error:
                 # Told when the step ends: the other ranks wait for this one's gradients.
-                self.failure = error
+                self._failure = error
                 told = f"{type(error).__name__}: {error}"
                 self._torn = self._torn or f"update_in_backward ended in the middle: {told}"
         unit.consume_gradient()
@@ -124,7 +118,7 @@ class EarlyUpdates:
     def _update(self, unit: Unit) -> None:
         unit.settle_gradient()
         square = vector_norm(unit.grad).double().square_()
-        self.norm_squares[unit.index] = square
+        self._squares[unit.index] = square
         used = unit.used if unit.group.size == 1 else [True] * len(unit.params)
         if not _is_known(square):
             self._update_unless(unit, used, ~torch.isfinite(square))
@@ -154,10 +148,9 @@ class EarlyUpdates:
 
     # ------------------------------------------------------------------ the step
 
-    @property
-    def updated(self) -> torch.Tensor:
-        """How many units this rank has updated since `forget`, fp64."""
-        return self._updated
+    def known(self) -> Known:
+        """See `HostStep.known`."""
+        return Known(self._squares, self._updated, self._failure)
 
     @property
     def torn(self) -> str | None:
@@ -165,23 +158,31 @@ class EarlyUpdates:
         if self._torn is None and self._is_running and self._seen:
             return (
                 f"a backward with update_in_backward ended in the middle, after "
-                f"{len(self._seen)} of {self._num_units} units"
+                f"{len(self._seen)} of {len(self._units)} units"
             )
         return self._torn
 
-    def judge(self, norm: torch.Tensor, updated: int) -> None:
-        """Note the norm of all gradients, and how many units some rank has updated."""
-        if updated and not bool(torch.isfinite(norm)):
+    @torn.setter
+    def torn(self, reason: str | None) -> None:
+        self._torn = reason
+
+    def judge(self, agreed: Agreement) -> None:
+        """Some units were updated already: then all gradients must be finite."""
+        if agreed.norm is None or bool(torch.isfinite(agreed.norm)):
+            return
+        if agreed.updated:
             self._torn = self._torn or (
-                f"a gradient was not finite when {updated} of {self._num_units} units were updated "
-                f"in backward already"
+                f"a gradient was not finite when {agreed.updated} of {len(self._units)} units were "
+                f"updated in backward already"
             )
 
-    def finish(self, norm: torch.Tensor, grad_scale: float | torch.Tensor) -> None:
+    def update(self, agreed: Agreement, grad_scale: float | torch.Tensor) -> None:
         """End the step: wait until the model has the new parameters.
 
         Raises ShardError for gradients that were not finite, or should have been scaled.
         """
+        norm = agreed.norm
+        assert norm is not None
         while self._pending:
             self._pending.pop().wait()
         if not bool(torch.isfinite(norm)):
@@ -195,20 +196,24 @@ class EarlyUpdates:
                 f"(clipping, or a loss scale) after they have been used; shard without it"
             )
 
-    def forget(self) -> None:
+    def forget(self, *, is_torn: bool) -> None:
         """The next backward begins a step."""
-        self._torn = self.torn
+        super().forget(is_torn=is_torn)
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        self._torn = self.torn  # of a backward that has not ended
         self._is_running = False
         self._seen.clear()
-        self.norm_squares.clear()
-        self.failure = None
+        self._squares.clear()
+        self._failure = None
         self._finite, self._finite_there = True, None
         self._updated = torch.zeros((), dtype=torch.float64)
 
     def mend(self) -> None:
-        """All units belong to one step again: they were loaded."""
-        self.forget()
-        self._torn = None
+        """See `HostStep.mend`."""
+        self._begin_step()
+        super().mend()
 
 
 def _is_known(number: torch.Tensor) -> bool:
