@@ -188,6 +188,29 @@ def count_bytes(folder: Path) -> None:
     assert 2 * shards <= read - moved[0] <= 4 * shards
 
 
+def test_states_are_read_while_a_backward_runs(tmp_path: Path):
+    run_ranks(1, count_reads_ahead, tmp_path)
+
+
+def count_reads_ahead(folder: Path) -> None:
+    """As many records as there are buffers; none of a backward that no step follows."""
+    case = CASES["stack"]
+    model, optimizer = sharded(case, 2, offload=offload("nvme", 2, folder, buffers=3))
+    sharded_steps(model, optimizer, case, 2)
+    swap = optimizer._homes.swap
+    assert swap is not None
+    records = [sum(field.nbytes for field in record.fields) for record in swap._records.values()]
+    assert len(records) > 3
+    before = swap.bytes_read
+    with optimizer.no_sync():
+        case.loss(model, case.inputs(0, 2), 0, 2).backward()
+    assert swap.bytes_read == before
+    case.loss(model, case.inputs(0, 2), 0, 2).backward()
+    assert swap.bytes_read - before == sum(records[:3])
+    optimizer.step()
+    assert swap.bytes_read - before == sum(records)
+
+
 def test_nothing_is_left_in_the_folder(tmp_path: Path):
     run_ranks(1, train_and_leave, tmp_path, tmp_path / "new" / "folder")
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []

@@ -155,6 +155,8 @@ class ZeroOptimizer(HeldValues):
     def _gradients_complete(self, unit: Unit) -> None:
         if self._gather is not None and unit.stage == 3:
             self._gather.release(unit)
+        if self._reducer.sync:
+            self._host_step.gradient_complete()
 
     @property
     def accumulate_locally(self) -> bool:

@@ -78,6 +78,9 @@ class EarlyUpdates(HostStep):
         self._torn = self.torn  # of the last one, if that did not end
         self._is_running = True
 
+    def gradient_complete(self) -> None:
+        """Nothing: units are updated as their gradients come, in the order of the last backward."""
+
     def end_backward(self) -> None:
         """See `HostStep.end_backward`."""
         self._is_running = False

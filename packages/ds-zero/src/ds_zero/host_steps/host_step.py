@@ -8,6 +8,7 @@ early, or puts off, shows nowhere else: `settle` puts weights and states in thei
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -75,6 +76,17 @@ class HostStep:
 
     def begin_backward(self) -> None:
         """A backward begins: gradients are about to change."""
+
+    def gradient_complete(self) -> None:
+        """A unit's gradient is there, for the step: read states of one more piece meanwhile.
+
+        One for each, since a backward reads parameters from the same disk.
+        """
+        if self._homes.swap is not None:
+            everything = InnerStep(self._optimizer, 1.0)
+            pieces = (p for u in self._units for p in everything.due(u, [True] * len(u.params)))
+            with suppress(OSError):  # of a write before: the step tells it, on all ranks
+                self._homes.expect((piece.weights for piece in pieces), most=1)
 
     def end_backward(self) -> None:
         """It has ended; not called if an error ended it."""

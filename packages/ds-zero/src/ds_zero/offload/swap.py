@@ -101,6 +101,7 @@ class Swap:
         """
         with self._lock:
             record = self._records[weights]
+            self._upcoming = deque(each for each in self._upcoming if each is not weights)
             if rescues:
                 self._rescue(record)
             self.bring(weights)
