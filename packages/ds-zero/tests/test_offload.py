@@ -418,7 +418,7 @@ def begin_at_different_steps(name: str, stage: int, make: Any, folder: Path) -> 
 
 
 def test_a_state_that_was_set_is_kept(stage: int, tmp_path: Path):
-    run_ranks(2, set_before_the_first_step, stage, tmp_path)
+    run_ranks(1, set_before_the_first_step, stage, tmp_path)
 
 
 def set_before_the_first_step(stage: int, folder: Path) -> None:
