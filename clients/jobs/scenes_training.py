@@ -313,11 +313,7 @@ def offloaded(out: Path) -> dict[str, Any]:
             model, dealt(STEPS), lambda params: acts(params, lr=RATE, weight_decay=decay)
         )
         optimizer = make(model.parameters())
-        try:
-            model, optimizer, data = accelerator.prepare(model, optimizer, loader())
-        except TypeError as error:
-            told[name] = {"error": str(error)}
-            continue
+        model, optimizer, data = accelerator.prepare(model, optimizer, loader())
         inner = model.basic_optimizer
         losses = trained(accelerator, model, optimizer, first(data, STEPS))
         told[name] = {

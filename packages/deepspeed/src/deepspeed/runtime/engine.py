@@ -23,6 +23,7 @@ from deepspeed.runtime.engine_files import EngineFiles
 from deepspeed.runtime.lr_schedules import schedule_maker
 from deepspeed.runtime.schedule_steps import SteppedSchedule, steps_alone
 from deepspeed.runtime.trained import optimizer_of, settle_trained
+from deepspeed.runtime.zero.placeholders import give_placeholders
 from ds_core import comm
 from ds_core.errors import DsError
 
@@ -131,6 +132,8 @@ class DeepSpeedEngine(EngineFiles):
                 engine, self.basic_optimizer, stage=self.zero_optimization_stage()
             )
         mark_model(model, engine.sharding)
+        if self.zero_optimization_partition_weights():
+            give_placeholders(model)
         self.training_dataloader: Any = engine.dataloader
         if training_data is not None and not own_loader:
             self.training_dataloader = self.deepspeed_io(training_data)
