@@ -95,7 +95,11 @@ def test_msamp_needs_its_own_package(seen):
 
 @pytest.mark.parametrize(
     ("scene", "precision", "dtype"),
-    [("fp16", "fp16", "float16"), ("bf16", "bf16", "bfloat16"), ("bf16_stage3", "bf16", "bfloat16")],
+    [
+        ("fp16", "fp16", "float16"),
+        ("bf16", "bf16", "bfloat16"),
+        ("bf16_stage3", "bf16", "bfloat16"),
+    ],
 )
 def test_mixed_precision(seen, scene, precision, dtype):
     told = seen(scene)
@@ -249,7 +253,9 @@ def test_a_model_is_built_in_shards_and_its_parameters_are_gathered(seen):
     assert told["zero3"]
     assert told["statuses"] == ["NOT_AVAILABLE"]
     assert told["shapes"] == told["total"] > 0
-    assert told["losses"][-1] < told["losses"][0]
+    # Nothing is to be learned from the order of random words: about log(16) all along.
+    assert told["losses"] == pytest.approx([2.773] * len(told["losses"]), abs=0.1)
+    assert told["saved"] == [7.0]
     assert told["seen"] == [16, 16]
     # Rank 0 wrote it, and every rank reads it.
     assert told["row"] == [7.0]

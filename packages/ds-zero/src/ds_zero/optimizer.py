@@ -188,6 +188,11 @@ class ZeroOptimizer(HeldValues):
         self._is_loading = False
 
     @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The torch optimizer that does the arithmetic; its groups hold pieces of parameters."""
+        return self._inner
+
+    @property
     def before_change(self) -> Callable[[], None]:
         """Called before parameters or states change; set it to wait for who still reads them."""
         return self._before_change.call

@@ -26,6 +26,7 @@ from deepspeed.runtime.trained import optimizer_of, settle_trained
 from deepspeed.runtime.zero.placeholders import give_placeholders
 from ds_core import comm
 from ds_core.errors import DsError
+from ds_zero import ZeroOptimizer
 
 logger = logging.getLogger("DeepSpeed")
 
@@ -517,6 +518,8 @@ def _skips_nonfinite(config: Mapping[str, Any]) -> bool:
 
 def _inner_of(sharding: Any) -> torch.optim.Optimizer:
     """The optimizer that does the arithmetic of a sharding."""
+    if isinstance(sharding, ZeroOptimizer):
+        return sharding.inner
     if isinstance(sharding, torch.optim.Optimizer):
         return sharding
     inner: torch.optim.Optimizer = sharding.optimizer
