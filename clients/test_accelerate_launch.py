@@ -115,7 +115,7 @@ with open({told!r}, "w") as file:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "program"), [("pdsh", "pdsh"), ("openmpi", "mpirun"), ("mpich", "mpirun")]
+    ("launcher", "program"), [("pdsh", "pdsh"), ("openmpi", "mpirun"), ("mpich", "mpiexec")]
 )
 @pytest.mark.parametrize(
     ("chosen", "expected"),

@@ -19,7 +19,8 @@ KEPT += ("gradient_clipping", "gradient_accumulation_steps", "zero3_save_16bit_m
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    # Where a command is started on each host, the launcher adds --local_rank.
+    options = parser.parse_known_args()[0]
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
     model = fresh()
     model, optimizer, data = accelerator.prepare(model, adamw(model.parameters()), loader())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -309,9 +310,8 @@ def offloaded(out: Path) -> dict[str, Any]:
         # What accelerate makes of it: Adam, in whose mode without decoupled decay.
         acts = Adagrad if name == "Adagrad" else AdamW if name in ("AdamW", "kept") else Adam
         decay = 0.1 if name == "Adam" else 0.0
-        expected = by_hand(
-            model, dealt(STEPS), lambda params: acts(params, lr=RATE, weight_decay=decay)
-        )
+        reference = partial(acts, lr=RATE, weight_decay=decay)
+        expected = by_hand(model, dealt(STEPS), reference)
         optimizer = make(model.parameters())
         model, optimizer, data = accelerator.prepare(model, optimizer, loader())
         inner = model.basic_optimizer
