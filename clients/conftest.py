@@ -138,6 +138,18 @@ def commands(python: str) -> dict[str, list[str]]:
     }
 
 
+@pytest.fixture
+def port() -> int:
+    """A port of this machine that is free."""
+    return free_port()
+
+
+@pytest.fixture
+def variables(python: str) -> dict[str, str]:
+    """The environment of a job, for tests that start it themselves."""
+    return environment(python)
+
+
 Launch = Callable[..., Job]
 
 

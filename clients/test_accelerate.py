@@ -1,19 +1,10 @@
-"""accelerate: `accelerate launch --use_deepspeed` and `Accelerator(deepspeed_plugin=...)`."""
+"""accelerate: one program under plain DDP and under `accelerate launch --use_deepspeed`."""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 
 TOLERANCE = 1e-5
-CONFIG = {
-    "train_micro_batch_size_per_gpu": "auto",
-    "train_batch_size": "auto",
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": 0.5,
-    "zero_optimization": {"stage": 2},
-}
 #: The keys of the model; the tied pair twice, as `state_dict` has it.
 KEYS = ["first.bias", "first.weight", "last.bias", "last.weight", "middle.weight", "offset"]
 KEYS.append("twin.weight")
@@ -39,12 +30,6 @@ def launched(request, launch, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"stage{stage}")
     options = options_of(stage)
     return stage, launch("accelerated.py", folder, launcher="accelerate", options=options)
-
-
-def written(folder, **changes) -> str:
-    path = folder / "ds_config.json"
-    path.write_text(json.dumps({**CONFIG, **changes}))
-    return str(path)
 
 
 def test_launch_starts_ranks_and_prepare_returns_the_wrappers(launched):
@@ -101,54 +86,3 @@ def test_get_state_dict_is_the_whole_model(launched):
 def test_free_memory_destroys_the_engine(launched):
     _, job = launched
     assert all(rank["freed"] for rank in job.ranks)
-
-
-def test_without_gathering_get_state_dict_says_which_key_to_set(launch, tmp_path):
-    plugin = written(tmp_path, zero_optimization={"stage": 3})
-    job = launch("accelerated.py", tmp_path / "run", "--plugin", plugin)
-    assert "stage3_gather_16bit_weights_on_model_save" in job["state_error"]
-
-
-def test_optimizer_and_scheduler_of_the_file(launch, tmp_path):
-    """DummyOptim and DummyScheduler stand for them; "auto" follows the dummies."""
-    plugin = written(
-        tmp_path,
-        optimizer={"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}},
-        scheduler={
-            "type": "WarmupDecayLR",
-            "params": {
-                "warmup_min_lr": "auto",
-                "warmup_max_lr": "auto",
-                "warmup_num_steps": "auto",
-                "total_num_steps": "auto",
-                "warmup_type": "linear",
-            },
-        },
-    )
-    job = launch("accelerated.py", tmp_path / "run", "--plugin", plugin, "--dummies")
-    assert max(job["rates"]) == pytest.approx(1e-2)
-    assert len(set(job["rates"])) > 3
-    assert job["again"][0] == pytest.approx(job["again"][1], abs=1e-6)
-
-
-def test_a_callable_makes_the_scheduler(launch, tmp_path, ddp):
-    plugin = written(tmp_path, optimizer={"type": "AdamW", "params": {"lr": "auto"}})
-    job = launch("accelerated.py", tmp_path / "run", "--plugin", plugin, "--scheduler-callable")
-    assert job["rates"][0] == pytest.approx(1e-2)
-    assert job["rates"][-1] < 1e-2
-
-
-def test_offloading_maps_the_optimizer_to_the_one_on_the_cpu(launch, is_ours, tmp_path, ddp):
-    if not is_ours:
-        pytest.skip("the original package compiles its optimizer for the CPU first")
-    plugin = written(
-        tmp_path, zero_optimization={"stage": 2, "offload_optimizer": {"device": "cpu"}}
-    )
-    job = launch("accelerated.py", tmp_path / "run", "--plugin", plugin)
-    assert job["losses"] == pytest.approx(ddp["losses"], abs=TOLERANCE)
-
-
-def test_compile(launch, tmp_path, ddp):
-    plugin = written(tmp_path)
-    job = launch("accelerated.py", tmp_path / "run", "--plugin", plugin, "--compile")
-    assert job["losses"] == pytest.approx(ddp["losses"], abs=TOLERANCE)

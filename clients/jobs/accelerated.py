@@ -1,7 +1,6 @@
 """A program of a user of accelerate: its loop with gradient accumulation, clipping, save and load.
 
-`--plugin FILE` gives the Accelerator a DeepSpeedPlugin with that configuration; without it, what
-`accelerate launch` said counts, which may be no deepspeed at all.
+What `accelerate launch` said counts, which may be no deepspeed at all.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
-from accelerate.utils import DummyOptim, DummyScheduler, set_seed
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -50,22 +49,15 @@ def loader() -> DataLoader:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--plugin", type=Path)
-    parser.add_argument("--dummies", action="store_true", help="optimizer, scheduler from the file")
-    parser.add_argument("--scheduler-callable", action="store_true")
-    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--cpu", action="store_true", help="DDP on CPU; deepspeed finds it itself")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
-    plugin = DeepSpeedPlugin(str(options.plugin)) if options.plugin else None
     accelerator = Accelerator(
         cpu=options.cpu,
-        deepspeed_plugin=plugin,
         gradient_accumulation_steps=ACCUMULATE,
-        dynamo_backend="eager" if options.compile else None,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo", timeout=timedelta(seconds=123))],
     )
     job = Job(accelerator, options)
@@ -85,18 +77,8 @@ class Job:
         self.accelerator, self.out = accelerator, options.out
         set_seed(5)
         model = Net()
-        if options.dummies:
-            optimizer: Any = DummyOptim(model.parameters(), lr=1e-2, weight_decay=0.0)
-            scheduler: Any = DummyScheduler(optimizer, total_num_steps=20, warmup_num_steps=2)
-        else:
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
-        if options.scheduler_callable:
-            optimizer = DummyOptim(model.parameters(), lr=1e-2, weight_decay=0.0)
-            scheduler = DummyScheduler(
-                optimizer,
-                lr_scheduler_callable=lambda opt: torch.optim.lr_scheduler.StepLR(opt, 2, 0.5),
-            )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
         prepared = accelerator.prepare(model, optimizer, loader(), scheduler)
         self.model, self.optimizer, self.loader, self.scheduler = prepared
         self.batches = list(self.loader)

@@ -38,6 +38,11 @@ class HeldValues(torch.optim.Optimizer):
     #: Called before parameters or states change; set it to wait for who still reads them.
     before_change: Callable[[], None]
 
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The torch optimizer that does the arithmetic; its groups hold pieces of parameters."""
+        return self._inner
+
     # torch's schedulers and scalers read and write these two.
     @property
     def param_groups(self) -> list[dict[str, Any]]:

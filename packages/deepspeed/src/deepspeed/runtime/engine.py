@@ -23,8 +23,10 @@ from deepspeed.runtime.engine_files import EngineFiles
 from deepspeed.runtime.lr_schedules import schedule_maker
 from deepspeed.runtime.schedule_steps import SteppedSchedule, steps_alone
 from deepspeed.runtime.trained import optimizer_of, settle_trained
+from deepspeed.runtime.zero.placeholders import give_placeholders
 from ds_core import comm
 from ds_core.errors import DsError
+from ds_zero import ZeroOptimizer
 
 logger = logging.getLogger("DeepSpeed")
 
@@ -131,6 +133,8 @@ class DeepSpeedEngine(EngineFiles):
                 engine, self.basic_optimizer, stage=self.zero_optimization_stage()
             )
         mark_model(model, engine.sharding)
+        if self.zero_optimization_partition_weights():
+            give_placeholders(model)
         self.training_dataloader: Any = engine.dataloader
         if training_data is not None and not own_loader:
             self.training_dataloader = self.deepspeed_io(training_data)
@@ -514,6 +518,8 @@ def _skips_nonfinite(config: Mapping[str, Any]) -> bool:
 
 def _inner_of(sharding: Any) -> torch.optim.Optimizer:
     """The optimizer that does the arithmetic of a sharding."""
+    if isinstance(sharding, ZeroOptimizer):
+        return sharding.inner
     if isinstance(sharding, torch.optim.Optimizer):
         return sharding
     inner: torch.optim.Optimizer = sharding.optimizer
