@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from argparse import Namespace
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from user_programs import (
 
 import deepspeed
 from deepspeed._errors import NotProvidedError
+from deepspeed.utils import groups
 from ds_core.errors import ConfigError, DsError
 from ds_core.testing import run_ranks
 
@@ -447,8 +449,52 @@ def test_an_mpu_of_data_parallelism_and_a_mesh_of_it_are_accepted():
         get_model_parallel_world_size = staticmethod(lambda: 1)
 
     deepspeed.initialize(model=make_model(), config=config(0), mpu=Unit, mesh_param=(1, 1))
-    with pytest.raises(NotProvidedError, match="ds-pipe"):
-        deepspeed.initialize(model=make_model(), config=config(0), mesh_param=(1, 2))
+    assert groups.mpu is Unit
+    assert groups.mesh_device.shape == (1, 1)
+    for shape, named in (((1, 2), "ds-pipe"), ((2, 1), r"give \(1, 1\)"), ((1,), "expected")):
+        with pytest.raises(NotProvidedError, match=f"mesh_param: .*{named}"):
+            deepspeed.initialize(model=make_model(), config=config(0), mesh_param=shape)
+    sizes = {"data_parallel_size": 2, "sequence_parallel_size": 1}
+    with pytest.raises(NotProvidedError, match="data_parallel_size, sequence_parallel_size: got"):
+        deepspeed.initialize(model=make_model(), config={**config(0), **sizes})
+
+
+def test_groups_answer_after_initialize_by_its_mpu_or_mesh():
+    run_ranks(2, groups_after_initialize)
+
+
+def groups_after_initialize() -> None:
+    class Unit:
+        get_data_parallel_world_size = staticmethod(dist.get_world_size)
+        get_data_parallel_rank = staticmethod(dist.get_rank)
+        get_data_parallel_group = staticmethod(lambda: own)
+        get_model_parallel_rank = staticmethod(lambda: 0)
+        get_model_parallel_world_size = staticmethod(lambda: 1)
+
+    own = None
+    sizes = {"data_parallel_size": 2, "sequence_parallel_size": 1}
+    engine, *_ = deepspeed.initialize(model=make_model(), config={**config(2), **sizes})
+    assert groups.mesh_device.mesh_dim_names == ("data_parallel", "sequence_parallel")
+    assert groups._get_sequence_parallel_world_size() == 1
+    assert groups._get_sequence_parallel_rank() == 0
+    assert dist.get_process_group_ranks(engine.get_sequence_parallel_group()) == [dist.get_rank()]
+    assert groups._get_data_parallel_group_ranks() == [0, 1]
+    groups.mesh_device, own = None, dist.new_group([0, 1])
+    engine, *_ = deepspeed.initialize(model=make_model(), config=config(2), mpu=Unit)
+    assert groups._get_data_parallel_group() is own
+    assert groups._get_data_parallel_world_size() == engine.dp_world_size == 2
+    assert groups._get_model_parallel_world_size() == engine.mp_world_size == 1
+    assert groups._get_data_parallel_rank() == dist.get_rank()
+    with pytest.raises(NotProvidedError, match="no sequence-parallel group"):
+        engine.get_sequence_parallel_group()
+    groups.mpu = None
+
+
+@pytest.fixture(autouse=True)
+def no_groups() -> Iterator[None]:
+    """What a test has `initialize` say of groups is gone after it."""
+    yield
+    groups.mpu = groups.mesh_device = None
 
 
 @pytest.fixture(autouse=True)

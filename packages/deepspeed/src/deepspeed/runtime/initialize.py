@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from deepspeed.runtime.config_reading import read_config
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.parallel_unit import check_mesh, check_unit
+from deepspeed.runtime.parallel_unit import check_unit, mesh_of
 from ds_core import comm
 from ds_core.errors import ConfigError
 
@@ -60,7 +60,7 @@ def initialize(
     source = _config_source(args, config if config is not None else config_params)
     comm.init()
     check_unit(mpu)
-    check_mesh(mesh_param)
+    given = read_config(source)
     engine = DeepSpeedEngine(
         args=args,
         model=model,
@@ -71,7 +71,8 @@ def initialize(
         mpu=mpu,
         dist_init_required=dist_init_required,
         collate_fn=collate_fn,
-        config=read_config(source),
+        config=given,
+        mesh_device=mesh_of(mesh_param, given),
     )
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
