@@ -80,6 +80,80 @@ def tags(folder: str) -> None:
     assert all(torch.equal(weights[name], whole[name]) for name in weights)
 
 
+def test_what_a_load_is_told_to_leave_out_stays_as_it_is(stage: int, tmp_path: Path):
+    run_ranks(2, leaves_out, stage, str(tmp_path))
+
+
+def leaves_out(stage: int, folder: str) -> None:
+    engine = made(stage, scheduler=SCHEDULE)
+    train(engine, 3)
+    engine.save_checkpoint(folder, None, {"epoch": 1}, True, False)
+    expected = engine._engine.state_dict()
+    weights, step = "0.weight", "exp_avg"
+
+    def momentum(of: Any) -> torch.Tensor:
+        return of._engine.sharding.full_optimizer_state(weights, step)
+
+    other = made(stage, scheduler=SCHEDULE)
+    train(other, 1)
+    before = momentum(other)
+    _, client = other.load_checkpoint(
+        folder, load_optimizer_states=False, load_lr_scheduler_states=False
+    )
+    assert client == {"epoch": 1}
+    assert torch.equal(momentum(other), before)
+    assert other.lr_scheduler.last_batch_iteration == 0
+    assert other.global_steps == 3
+    _, client = other.load_checkpoint(folder, None, True, True, False)
+    assert torch.equal(momentum(other), momentum(engine))
+    assert other.lr_scheduler.last_batch_iteration == 0
+    alone = made(stage, scheduler=SCHEDULE)
+    _, client = alone.load_checkpoint(folder, load_module_only=True)
+    assert client == {"epoch": 1}
+    assert (alone.global_steps, alone.lr_scheduler.last_batch_iteration) == (0, -1)
+    for each in (other, alone):
+        found = each._engine.state_dict()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_frozen_parameters_that_were_left_out_keep_the_models_values(stage: int, tmp_path: Path):
+    run_ranks(2, leaves_frozen, stage, str(tmp_path))
+
+
+def leaves_frozen(stage: int, folder: str) -> None:
+    def frozen(value: float) -> Any:
+        model = make_model()
+        model[0].weight.requires_grad_(False).fill_(value)
+        return deepspeed.initialize(model=model, config=config(stage))[0]
+
+    engine = frozen(0.5)
+    train(engine, 1)
+    engine.save_checkpoint(folder, exclude_frozen_parameters=True)
+    other = frozen(0.25)
+    other.load_checkpoint(folder)
+    found, expected = other._engine.state_dict(), engine._engine.state_dict()
+    assert found.pop("0.weight").eq(0.25).all()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_tags_that_ranks_name_differently(tmp_path: Path):
+    run_ranks(2, names_tags, str(tmp_path))
+
+
+def names_tags(folder: str) -> None:
+    mine = f"rank{dist.get_rank()}"
+    for policy in ("Ignore", "Warn", "Fail"):
+        engine = made(1, checkpoint={"tag_validation": policy})
+        assert engine.checkpoint_tag_validation_enabled() == (policy != "Ignore")
+        assert engine.checkpoint_tag_validation_fail() == (policy == "Fail")
+        if policy == "Fail":
+            with pytest.raises(CheckpointError, match="rank1"):
+                engine.save_checkpoint(folder, mine)
+        else:
+            engine.save_checkpoint(folder, mine)
+            assert engine.load_checkpoint(folder)[0] == str(Path(folder) / "rank0")
+
+
 class Wrapped(nn.Module):
     """The model under other names."""
 
