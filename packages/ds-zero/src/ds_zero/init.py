@@ -24,6 +24,7 @@ from torch.nn.modules.module import (
 
 from ds_core import comm
 from ds_zero.errors import ShardError
+from ds_zero.released import released
 from ds_zero.sharded_param import hide, is_sharded, show
 
 _RECORD = "_ds_init"
@@ -289,4 +290,6 @@ def held_bytes(param: nn.Parameter) -> int:
     record = record_of(param)
     if record is not None:
         return record.part.nbytes
+    if released(param) is not None:
+        return 0  # its part goes when a unit takes it over, before that has as much
     return 0 if param.is_meta else param.numel() * param.element_size()

@@ -21,6 +21,7 @@ from ds_core.seams import Transport, change_freely, tearing
 from ds_zero import checks, inner_step, preflight
 from ds_zero.agreement import Agreement, agree
 from ds_zero.checks import OWNER
+from ds_zero.released import Released
 from ds_zero.early_updates import EarlyUpdates
 from ds_zero.errors import ShardError
 from ds_zero.gather import GatherRuntime
@@ -185,7 +186,7 @@ class ZeroOptimizer(HeldValues):
             )
         sources = [self._homes, self._early, self._ahead]
         self._wholeness = Wholeness([each for each in sources if each is not None], device)
-        self._is_loading = False
+        self._is_loading = self._is_released = False
 
     @property
     def before_change(self) -> Callable[[], None]:
@@ -393,6 +394,8 @@ class ZeroOptimizer(HeldValues):
 
     def _agree(self, *, with_norm: bool) -> Agreement:
         """What all ranks know of the gradients; asked once. Raises what made work ahead fail."""
+        if self._is_released:
+            raise ShardError("release() has ended training: shard the model anew to go on")
         if self._agreed is not None and not (with_norm and self._agreed.norm is None):
             return self._agreed
         squares: Mapping[int, torch.Tensor] = {}
@@ -670,6 +673,38 @@ class ZeroOptimizer(HeldValues):
         self._reducer.close()
         self._watch.close()
         self._homes.close()
+
+
+    def release(self) -> None:
+        """End training and leave the parameters as they are: sharded ones stay sharded, at stage 3.
+
+        No hook of ours remains on the model; master copies, states and gradients are freed.
+        `GatheredParameters` goes on making parameters whole, in the dtype of the model, and
+        `ds_zero.shard` takes them over. Not collective, unless state is parked on disk.
+        """
+        self._parking.bring_back(non_blocking=False)
+        self._drop_unsettled()
+        if self._worker is not None:
+            self._worker.close()
+        for unit in self.units:
+            for param in unit.params:
+                param.__dict__.pop(OWNER, None)
+        self._reducer.close()
+        self._watch.close()
+        if self._gather is not None:
+            self._gather.settle()
+            self._gather.remove_hooks()
+            Released(self.units, self._gather, self._homes)
+        self._is_released = True
+        self.torn = "release() ended training and freed the optimizer's state"
+        self._inner.state.clear()
+        for group in self._inner.param_groups:
+            group["params"] = []
+        for unit in self.units:
+            unit.end_training()
+        self._homes.end_training()
+        if self._gather is None:
+            self._homes.close()
 
 
 def _axes_of(plan: list[UnitSpec]) -> list[tuple[str, ...]]:

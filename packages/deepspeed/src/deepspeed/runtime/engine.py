@@ -511,13 +511,14 @@ class DeepSpeedEngine(EngineFiles):
         """Nothing: no more is kept of the parameters than is in use."""
 
     def destroy(self) -> None:
-        """End training: the module is whole and without hooks. Once; again it does nothing.
+        """End training: the module has no hooks, and states and gradients are freed. Once.
 
-        Waits for a checkpoint that is being written. Collective.
+        At stage 3 its parameters stay sharded: `deepspeed.zero.GatheredParameters` makes them
+        whole, and `initialize` takes them over. Waits for a checkpoint that is being written.
         """
         if self._is_open:
             object.__setattr__(self, "_is_open", False)
-            self._engine.close()
+            self._engine.close(whole=False)
 
 
 class EngineMonitor:

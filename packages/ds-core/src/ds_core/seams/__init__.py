@@ -21,6 +21,7 @@ from ds_core.seams.runner import Runner, Sequential
 from ds_core.seams.sharding import (
     FullValues,
     ParkableSharding,
+    ReleasableSharding,
     PassingState,
     Sharding,
     ShardingFactory,
@@ -41,6 +42,7 @@ __all__ = [
     "Op",
     "OpTools",
     "ParkableSharding",
+    "ReleasableSharding",
     "PassingState",
     "Runner",
     "Sequential",
