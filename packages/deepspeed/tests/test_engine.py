@@ -490,6 +490,59 @@ def groups_after_initialize() -> None:
     groups.mpu = None
 
 
+def test_destroy_leaves_the_model_sharded_and_another_engine_takes_it(stage: int):
+    run_ranks(2, destroyed, stage)
+
+
+def destroyed(stage: int) -> None:
+    engine, *_ = deepspeed.initialize(model=make_model(), config=config(stage))
+    model, optimizer = engine.module, engine.optimizer
+    train(engine, 2)
+    expected = engine.module_state_dict()
+    rows = engine._engine.mesh.ledger.rows()
+    engine.destroy()
+    engine.destroy()
+    assert engine._engine.mesh.ledger.rows() == rows  # nothing is sent
+    assert not any(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    if stage > 0:
+        assert not optimizer.state
+        with pytest.raises(DsError, match="ended training"):
+            engine.save_checkpoint("nowhere")
+    if stage == 3:
+        assert {p.ds_status.name for p in model.parameters()} == {"NOT_AVAILABLE"}
+        with deepspeed.zero.GatheredParameters(model.parameters()):
+            assert all(torch.equal(expected[n], p) for n, p in model.named_parameters())
+    else:
+        assert all(torch.equal(expected[n], p) for n, p in model.named_parameters())
+    names = [f"module.{name}" for name in expected]
+    assert list(engine.state_dict()) == names
+    again, *_ = deepspeed.initialize(model=model, config=config(stage))
+    plain = make_model()
+    plain.load_state_dict(expected)
+    losses = rank_losses(plain_losses(2, world=2, max_norm=1e9, model=plain))
+    assert_same(train(again, 2), losses)
+    # Also with a model that one rank leaves earlier than the others.
+    if dist.get_rank() == 0:
+        again.destroy()
+    dist.barrier()
+
+
+def test_state_dict_tells_names_and_shapes_at_every_stage(stage: int):
+    run_ranks(2, tells_names, stage)
+
+
+def tells_names(stage: int) -> None:
+    engine, *_ = deepspeed.initialize(model=make_model(), config=config(stage))
+    truth = make_model().state_dict()
+    if dist.get_rank() == 0:  # the original's sends nothing
+        engine.state_dict()
+    shapes = {name: value.shape for name, value in engine.state_dict().items()}
+    assert shapes == {f"module.{name}": value.shape for name, value in truth.items()}
+    assert list(engine.module.state_dict()) == list(truth)
+    whole = engine.module_state_dict()
+    assert all(torch.equal(whole[name], value) for name, value in truth.items())
+
+
 @pytest.fixture(autouse=True)
 def no_groups() -> Iterator[None]:
     """What a test has `initialize` say of groups is gone after it."""

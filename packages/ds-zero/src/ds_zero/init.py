@@ -118,8 +118,8 @@ class Init:
         self._hooks: list[Any] = []
         self._group: comm.Group | None = None
 
-    #: `Keeper`: whoever touches a parameter finds it whole.
-    gathers_any_time = True
+    #: `Keeper`: whoever touches a parameter finds it whole, at any time.
+    detaches_later = values_stay = True
 
     @property
     def group(self) -> comm.Group:
@@ -145,6 +145,24 @@ class Init:
         if self._enabled:
             self._take(module)
 
+    def pause(self) -> None:
+        """Shard what has been built so far, and let what comes be built as ever until `resume`.
+
+        Inside the block: for a model that is to be trained before its end. Collective.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        for module in list(self._roots):
+            self._give_storage(module)
+            self._take(module)
+        self._devices.clear()
+        self._roots.clear()
+        self._evict(keep=())
+
+    def resume(self) -> None:
+        """Undo `pause`."""
+        self.__enter__()
+
     def __enter__(self) -> Init:
         if self._enabled:
             self._hooks = [register_module_module_registration_hook(self._adopted)]
@@ -161,16 +179,10 @@ class Init:
     ) -> None:
         if not self._enabled:
             return
+        if kind is None:
+            self.pause()
         for hook in self._hooks:
             hook.remove()
-        if kind is not None:
-            return
-        for module in list(self._roots):
-            self._give_storage(module)
-            self._take(module)
-        self._devices.clear()
-        self._roots.clear()
-        self._evict(keep=())
 
     def _adopted(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
         """A parent registers a finished child: its parameters can go."""

@@ -21,7 +21,6 @@ from ds_core.seams import Transport, change_freely, tearing
 from ds_zero import checks, inner_step, preflight
 from ds_zero.agreement import Agreement, agree
 from ds_zero.checks import OWNER
-from ds_zero.released import Released
 from ds_zero.early_updates import EarlyUpdates
 from ds_zero.errors import ShardError
 from ds_zero.gather import GatherRuntime
@@ -37,6 +36,7 @@ from ds_zero.offload.homes import Homes
 from ds_zero.parking import KINDS, Parking
 from ds_zero.plan import Selector, UnitSpec, plan_units
 from ds_zero.publishing import Publishing
+from ds_zero.released import Released
 from ds_zero.sharded_param import show_class
 from ds_zero.unit import Unit
 from ds_zero.unit_plan import Setup
@@ -674,7 +674,6 @@ class ZeroOptimizer(HeldValues):
         self._watch.close()
         self._homes.close()
 
-
     def release(self) -> None:
         """End training and leave the parameters as they are: sharded ones stay sharded, at stage 3.
 
@@ -757,7 +756,7 @@ class _BeforeChange:
 class _Nobody:
     """Keeps a sharded parameter while the optimizer is being built."""
 
-    gathers_any_time = False
+    detaches_later = values_stay = False
 
     def touch(self, params: list[nn.Parameter], operation: str) -> None:
         """See `sharded_param.Keeper`."""

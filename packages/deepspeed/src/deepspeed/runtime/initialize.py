@@ -12,6 +12,10 @@ from torch.utils.data import Dataset
 from deepspeed.runtime.config_reading import read_config
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.parallel_unit import check_unit, mesh_of
+from deepspeed.runtime.zero.partition_parameters import (
+    restore_init_context,
+    shutdown_init_context,
+)
 from ds_core import comm
 from ds_core.errors import ConfigError
 
@@ -61,19 +65,24 @@ def initialize(
     comm.init()
     check_unit(mpu)
     given = read_config(source)
-    engine = DeepSpeedEngine(
-        args=args,
-        model=model,
-        optimizer=optimizer,
-        model_parameters=_once(model_parameters),
-        training_data=training_data,
-        lr_scheduler=lr_scheduler,
-        mpu=mpu,
-        dist_init_required=dist_init_required,
-        collate_fn=collate_fn,
-        config=given,
-        mesh_device=mesh_of(mesh_param, given),
-    )
+    # Inside `zero.Init` the engine and what it makes are built as outside it.
+    shutdown_init_context()
+    try:
+        engine = DeepSpeedEngine(
+            args=args,
+            model=model,
+            optimizer=optimizer,
+            model_parameters=_once(model_parameters),
+            training_data=training_data,
+            lr_scheduler=lr_scheduler,
+            mpu=mpu,
+            dist_init_required=dist_init_required,
+            collate_fn=collate_fn,
+            config=given,
+            mesh_device=mesh_of(mesh_param, given),
+        )
+    finally:
+        restore_init_context()
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 

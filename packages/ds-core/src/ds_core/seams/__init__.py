@@ -21,8 +21,8 @@ from ds_core.seams.runner import Runner, Sequential
 from ds_core.seams.sharding import (
     FullValues,
     ParkableSharding,
-    ReleasableSharding,
     PassingState,
+    ReleasableSharding,
     Sharding,
     ShardingFactory,
     change_freely,
