@@ -268,7 +268,8 @@ class EngineFiles(nn.Module):
         if load_module_only or not load_optimizer_states:
             self._refuse_torn_anywhere("load_checkpoint without optimizer states")
         self.wait_for_checkpoint()
-        with as_ours(directory, tag) as imported:
+        with_states = load_optimizer_states and not load_module_only
+        with as_ours(directory, tag, optimizer=with_states) as imported:
             path, client_state = load(
                 cast("Engine", self),
                 directory if imported is None else imported,
