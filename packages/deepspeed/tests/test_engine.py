@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from argparse import Namespace
 from collections.abc import Iterator
@@ -541,6 +542,38 @@ def tells_names(stage: int) -> None:
     assert list(engine.module.state_dict()) == list(truth)
     whole = engine.module_state_dict()
     assert all(torch.equal(whole[name], value) for name, value in truth.items())
+
+
+#: What accelerate, transformers, lightning, trl and peft read of an engine and its optimizer.
+READ = {
+    "": "module optimizer lr_scheduler config device backward step no_sync compile destroy train "
+    "eval zero_grad parameters to set_gradient_accumulation_boundary get_global_grad_norm "
+    "save_checkpoint load_checkpoint zero_gather_16bit_weights_on_model_save "
+    "_zero3_consolidated_16bit_state_dict _consolidated_16bit_state_dict",
+    "optimizer": "overflow param_groups state_dict",
+    "optimizer.parameter_offload": "module forward_hooks backward_hooks param_coordinator "
+    "_register_deepspeed_module",
+    "optimizer.parameter_offload.param_coordinator": "is_invalid_trace _invalidate_trace",
+}
+
+
+def test_what_libraries_read_of_an_engine_is_there():
+    run_ranks(2, read_by_libraries)
+
+
+def read_by_libraries() -> None:
+    schedule = {"type": "WarmupLR", "params": {"warmup_num_steps": 4}}
+    engine, *_ = deepspeed.initialize(model=make_model(), config=config(3, scheduler=schedule))
+    for path, names in READ.items():
+        owner = functools.reduce(getattr, filter(None, path.split(".")), engine)
+        missing = [name for name in names.split() if not hasattr(owner, name)]
+        assert missing == [], path
+    assert isinstance(engine.config, dict)
+    for param in engine.module.parameters():
+        for name in ("ds_numel", "ds_shape", "ds_status", "ds_id", "partition_numel"):
+            assert hasattr(param, name), name
+        assert isinstance(param.ds_active_sub_modules, set)
+    assert all(hasattr(module, "ds_external_parameters") for module in engine.module.modules())
 
 
 @pytest.fixture(autouse=True)
