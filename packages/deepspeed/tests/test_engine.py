@@ -65,7 +65,8 @@ def tutorial(stage: int) -> None:
     assert engine.skipped_steps == 0
     engine.destroy()
     engine.destroy()
-    assert torch.isfinite(model(torch.ones(1, 6))).all()
+    with deepspeed.zero.GatheredParameters(model.parameters()):  # at stage 3 they stay sharded
+        assert torch.isfinite(model(torch.ones(1, 6))).all()
 
 
 def test_micro_batches_are_counted_with_clipping(stage: int):

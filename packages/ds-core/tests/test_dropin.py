@@ -65,8 +65,7 @@ def test_the_original_in_a_folder_before_ours_is_no_matter(
 ):
     install(environment / "ours", "0.19.8+ds.0.1.0", OURS)
     install(environment / "theirs", "0.19.8", THEIRS)
-    for folder in ("ours", "theirs"):
-        monkeypatch.syspath_prepend(str(environment / folder))
+    monkeypatch.setattr(sys, "path", [str(environment / name) for name in ("theirs", "ours")])
     assert dropin.dropin_problems() == []
 
 
