@@ -198,6 +198,13 @@ def soak(session: nox.Session) -> None:
     _run(session, scripts / "python", "benchmarks/soak.py", *session.posargs)
 
 
+#: Tests of a package that skip where the libraries that they drive are not installed.
+WITH_CLIENTS = (
+    "packages/deepspeed/tests/test_zero_transformers.py",
+    "packages/deepspeed/tests/test_zero_trl.py",
+)
+
+
 @nox.session(python=False)
 def integrations(session: nox.Session) -> None:
     """`import deepspeed` under transformers, accelerate, lightning, trl and peft. An hour.
@@ -221,7 +228,7 @@ def integrations(session: nox.Session) -> None:
         session,
         Path(python),
         *("-m", "pytest", *limit, "--original", original),
-        *([] if names_paths else ["clients"]),
+        *([] if names_paths else ["clients", *WITH_CLIENTS]),
         *options,
         **({"FASHION_MNIST": str(found)} if found else {}),
     )

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from argparse import Namespace
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from user_programs import (
 
 import deepspeed
 from deepspeed._errors import NotProvidedError
+from deepspeed.utils import groups
 from ds_core.errors import ConfigError, DsError
 from ds_core.testing import run_ranks
 
@@ -62,7 +65,8 @@ def tutorial(stage: int) -> None:
     assert engine.skipped_steps == 0
     engine.destroy()
     engine.destroy()
-    assert torch.isfinite(model(torch.ones(1, 6))).all()
+    with deepspeed.zero.GatheredParameters(model.parameters()):  # at stage 3 they stay sharded
+        assert torch.isfinite(model(torch.ones(1, 6))).all()
 
 
 def test_micro_batches_are_counted_with_clipping(stage: int):
@@ -447,8 +451,137 @@ def test_an_mpu_of_data_parallelism_and_a_mesh_of_it_are_accepted():
         get_model_parallel_world_size = staticmethod(lambda: 1)
 
     deepspeed.initialize(model=make_model(), config=config(0), mpu=Unit, mesh_param=(1, 1))
-    with pytest.raises(NotProvidedError, match="ds-pipe"):
-        deepspeed.initialize(model=make_model(), config=config(0), mesh_param=(1, 2))
+    assert groups.mpu is Unit
+    assert groups.mesh_device.shape == (1, 1)
+    for shape, named in (((1, 2), "ds-pipe"), ((2, 1), r"give \(1, 1\)"), ((1,), "expected")):
+        with pytest.raises(NotProvidedError, match=f"mesh_param: .*{named}"):
+            deepspeed.initialize(model=make_model(), config=config(0), mesh_param=shape)
+    sizes = {"data_parallel_size": 2, "sequence_parallel_size": 1}
+    with pytest.raises(NotProvidedError, match="data_parallel_size, sequence_parallel_size: got"):
+        deepspeed.initialize(model=make_model(), config={**config(0), **sizes})
+
+
+def test_groups_answer_after_initialize_by_its_mpu_or_mesh():
+    run_ranks(2, groups_after_initialize)
+
+
+def groups_after_initialize() -> None:
+    class Unit:
+        get_data_parallel_world_size = staticmethod(dist.get_world_size)
+        get_data_parallel_rank = staticmethod(dist.get_rank)
+        get_data_parallel_group = staticmethod(lambda: own)
+        get_model_parallel_rank = staticmethod(lambda: 0)
+        get_model_parallel_world_size = staticmethod(lambda: 1)
+
+    own = None
+    sizes = {"data_parallel_size": 2, "sequence_parallel_size": 1}
+    engine, *_ = deepspeed.initialize(model=make_model(), config={**config(2), **sizes})
+    assert groups.mesh_device.mesh_dim_names == ("data_parallel", "sequence_parallel")
+    assert groups._get_sequence_parallel_world_size() == 1
+    assert groups._get_sequence_parallel_rank() == 0
+    assert dist.get_process_group_ranks(engine.get_sequence_parallel_group()) == [dist.get_rank()]
+    assert groups._get_data_parallel_group_ranks() == [0, 1]
+    groups.mesh_device, own = None, dist.new_group([0, 1])
+    engine, *_ = deepspeed.initialize(model=make_model(), config=config(2), mpu=Unit)
+    assert groups._get_data_parallel_group() is own
+    assert groups._get_data_parallel_world_size() == engine.dp_world_size == 2
+    assert groups._get_model_parallel_world_size() == engine.mp_world_size == 1
+    assert groups._get_data_parallel_rank() == dist.get_rank()
+    with pytest.raises(NotProvidedError, match="no sequence-parallel group"):
+        engine.get_sequence_parallel_group()
+    groups.mpu = None
+
+
+def test_destroy_leaves_the_model_sharded_and_another_engine_takes_it(stage: int):
+    run_ranks(2, destroyed, stage)
+
+
+def destroyed(stage: int) -> None:
+    engine, *_ = deepspeed.initialize(model=make_model(), config=config(stage))
+    model, optimizer = engine.module, engine.optimizer
+    train(engine, 2)
+    expected = engine.module_state_dict()
+    rows = engine._engine.mesh.ledger.rows()
+    engine.destroy()
+    engine.destroy()
+    assert engine._engine.mesh.ledger.rows() == rows  # nothing is sent
+    assert not any(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    if stage > 0:
+        assert not optimizer.state
+        with pytest.raises(DsError, match="ended training"):
+            engine.save_checkpoint("nowhere")
+    if stage == 3:
+        assert {p.ds_status.name for p in model.parameters()} == {"NOT_AVAILABLE"}
+        with deepspeed.zero.GatheredParameters(model.parameters()):
+            assert all(torch.equal(expected[n], p) for n, p in model.named_parameters())
+    else:
+        assert all(torch.equal(expected[n], p) for n, p in model.named_parameters())
+    names = [f"module.{name}" for name in expected]
+    assert list(engine.state_dict()) == names
+    again, *_ = deepspeed.initialize(model=model, config=config(stage))
+    plain = make_model()
+    plain.load_state_dict(expected)
+    losses = rank_losses(plain_losses(2, world=2, max_norm=1e9, model=plain))
+    assert_same(train(again, 2), losses)
+    # Also with a model that one rank leaves earlier than the others.
+    if dist.get_rank() == 0:
+        again.destroy()
+    dist.barrier()
+
+
+def test_state_dict_tells_names_and_shapes_at_every_stage(stage: int):
+    run_ranks(2, tells_names, stage)
+
+
+def tells_names(stage: int) -> None:
+    engine, *_ = deepspeed.initialize(model=make_model(), config=config(stage))
+    truth = make_model().state_dict()
+    if dist.get_rank() == 0:  # the original's sends nothing
+        engine.state_dict()
+    shapes = {name: value.shape for name, value in engine.state_dict().items()}
+    assert shapes == {f"module.{name}": value.shape for name, value in truth.items()}
+    assert list(engine.module.state_dict()) == list(truth)
+    whole = engine.module_state_dict()
+    assert all(torch.equal(whole[name], value) for name, value in truth.items())
+
+
+#: What accelerate, transformers, lightning, trl and peft read of an engine and its optimizer.
+READ = {
+    "": "module optimizer lr_scheduler config device backward step no_sync compile destroy train "
+    "eval zero_grad parameters to set_gradient_accumulation_boundary get_global_grad_norm "
+    "save_checkpoint load_checkpoint zero_gather_16bit_weights_on_model_save "
+    "_zero3_consolidated_16bit_state_dict _consolidated_16bit_state_dict",
+    "optimizer": "overflow param_groups state_dict",
+    "optimizer.parameter_offload": "module forward_hooks backward_hooks param_coordinator "
+    "_register_deepspeed_module",
+    "optimizer.parameter_offload.param_coordinator": "is_invalid_trace _invalidate_trace",
+}
+
+
+def test_what_libraries_read_of_an_engine_is_there():
+    run_ranks(2, read_by_libraries)
+
+
+def read_by_libraries() -> None:
+    schedule = {"type": "WarmupLR", "params": {"warmup_num_steps": 4}}
+    engine, *_ = deepspeed.initialize(model=make_model(), config=config(3, scheduler=schedule))
+    for path, names in READ.items():
+        owner = functools.reduce(getattr, filter(None, path.split(".")), engine)
+        missing = [name for name in names.split() if not hasattr(owner, name)]
+        assert missing == [], path
+    assert isinstance(engine.config, dict)
+    for param in engine.module.parameters():
+        for name in ("ds_numel", "ds_shape", "ds_status", "ds_id", "partition_numel"):
+            assert hasattr(param, name), name
+        assert isinstance(param.ds_active_sub_modules, set)
+    assert all(hasattr(module, "ds_external_parameters") for module in engine.module.modules())
+
+
+@pytest.fixture(autouse=True)
+def no_groups() -> Iterator[None]:
+    """What a test has `initialize` say of groups is gone after it."""
+    yield
+    groups.mpu = groups.mesh_device = None
 
 
 @pytest.fixture(autouse=True)

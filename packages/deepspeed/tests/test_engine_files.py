@@ -9,10 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from user_programs import config, make_model, train
+from user_programs import config, loss_of, make_model, train
 
 import deepspeed
-from deepspeed._errors import NotProvidedError
 from ds_core.errors import CheckpointError
 from ds_core.testing import run_ranks
 
@@ -79,10 +78,157 @@ def tags(folder: str) -> None:
     running.load_checkpoint(folder, "pytorch_model")
     whole = running.module_state_dict()
     assert all(torch.equal(weights[name], whole[name]) for name in weights)
-    with pytest.raises(NotProvidedError, match="load_module_state_dict"):
-        engine.load_checkpoint(folder, "pytorch_model", custom_load_fn=print)
-    with pytest.raises(NotProvidedError, match="rename"):
-        engine.load_module_state_dict({"module": {}}, custom_load_fn=print)
+
+
+def test_what_a_load_is_told_to_leave_out_stays_as_it_is(stage: int, tmp_path: Path):
+    run_ranks(2, leaves_out, stage, str(tmp_path))
+
+
+def leaves_out(stage: int, folder: str) -> None:
+    engine = made(stage, scheduler=SCHEDULE)
+    train(engine, 3)
+    engine.save_checkpoint(folder, None, {"epoch": 1}, True, False)
+    expected = engine._engine.state_dict()
+    weights, step = "0.weight", "exp_avg"
+
+    def momentum(of: Any) -> torch.Tensor:
+        return of._engine.sharding.full_optimizer_state(weights, step)
+
+    other = made(stage, scheduler=SCHEDULE)
+    train(other, 1)
+    before = momentum(other)
+    _, client = other.load_checkpoint(
+        folder, load_optimizer_states=False, load_lr_scheduler_states=False
+    )
+    assert client == {"epoch": 1}
+    assert torch.equal(momentum(other), before)
+    assert other.lr_scheduler.last_batch_iteration == 0
+    assert other.global_steps == 3
+    _, client = other.load_checkpoint(folder, None, True, True, False)
+    assert torch.equal(momentum(other), momentum(engine))
+    assert other.lr_scheduler.last_batch_iteration == 0
+    alone = made(stage, scheduler=SCHEDULE)
+    _, client = alone.load_checkpoint(folder, load_module_only=True)
+    assert client == {"epoch": 1}
+    assert (alone.global_steps, alone.lr_scheduler.last_batch_iteration) == (0, -1)
+    for each in (other, alone):
+        found = each._engine.state_dict()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_frozen_parameters_that_were_left_out_keep_the_models_values(stage: int, tmp_path: Path):
+    run_ranks(2, leaves_frozen, stage, str(tmp_path))
+
+
+def leaves_frozen(stage: int, folder: str) -> None:
+    def frozen(value: float) -> Any:
+        model = make_model()
+        model[0].weight.requires_grad_(False).fill_(value)
+        return deepspeed.initialize(model=model, config=config(stage))[0]
+
+    engine = frozen(0.5)
+    train(engine, 1)
+    engine.save_checkpoint(folder, exclude_frozen_parameters=True)
+    other = frozen(0.25)
+    other.load_checkpoint(folder)
+    found, expected = other._engine.state_dict(), engine._engine.state_dict()
+    assert found.pop("0.weight").eq(0.25).all()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_tags_that_ranks_name_differently(tmp_path: Path):
+    run_ranks(2, names_tags, str(tmp_path))
+
+
+def names_tags(folder: str) -> None:
+    mine = f"rank{dist.get_rank()}"
+    for policy in ("Ignore", "Warn", "Fail"):
+        engine = made(1, checkpoint={"tag_validation": policy})
+        assert engine.checkpoint_tag_validation_enabled() == (policy != "Ignore")
+        assert engine.checkpoint_tag_validation_fail() == (policy == "Fail")
+        if policy == "Fail":
+            with pytest.raises(CheckpointError, match="rank1"):
+                engine.save_checkpoint(folder, mine)
+        else:
+            engine.save_checkpoint(folder, mine)
+            assert engine.load_checkpoint(folder)[0] == str(Path(folder) / "rank0")
+
+
+class Wrapped(nn.Module):
+    """The model under other names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = make_model()
+        for param in self.parameters():
+            nn.init.zeros_(param)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.body(inputs)
+
+
+def into_body(src: Any, dst: Any) -> None:
+    dst.body.load_state_dict(src)
+
+
+def test_a_function_of_the_program_puts_the_weights_into_the_model(stage: int, tmp_path: Path):
+    run_ranks(2, places, stage, str(tmp_path))
+
+
+def places(stage: int, folder: str) -> None:
+    half = {"bf16": {"enabled": True}, "scheduler": SCHEDULE}
+    engine = made(stage, **half)
+    for number in range(2):
+        engine.backward(loss_of(engine, number, dist.get_rank(), torch.bfloat16))
+        engine.step()
+    engine.save_checkpoint(folder, client_state={"epoch": 1})
+    expected = engine._engine.state_dict()
+    other = deepspeed.initialize(model=Wrapped(), config=config(stage, **half))[0]
+    path, client = other.load_checkpoint(
+        folder, load_optimizer_states=False, custom_load_fn=into_body
+    )
+    assert (path is not None, client) == (True, {"epoch": 1})
+    assert (other.global_steps, other.lr_scheduler.last_batch_iteration) == (2, 1)
+    found = other._engine.state_dict()
+    for name, value in expected.items():
+        assert torch.equal(found[f"body.{name}"], value.bfloat16().float()), name
+    # What the function took as it is has all its digits, and its optimizer goes on.
+    same = made(stage, **half)
+    same.load_checkpoint(folder, custom_load_fn=lambda src, dst: dst.load_state_dict(src))
+    found = same._engine.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    for each in (engine, same):
+        each.backward(loss_of(each, 2, dist.get_rank(), torch.bfloat16))
+        each.step()
+    later = engine._engine.state_dict()
+    assert all(torch.equal(v, later[name]) for name, v in same._engine.state_dict().items())
+    weights = {name: value + 1 for name, value in expected.items()}
+    same.load_module_state_dict({"module": weights}, custom_load_fn=into_itself)
+    assert torch.equal(same._engine.state_dict()["0.bias"], weights["0.bias"])
+
+    def fails_on_one(src: Any, dst: Any) -> None:
+        if dist.get_rank() == 1:
+            raise KeyError("body")
+
+    with pytest.raises(CheckpointError, match="custom_load_fn failed on rank 1: KeyError"):
+        same.load_module_state_dict({"module": weights}, custom_load_fn=fails_on_one)
+
+
+def into_itself(src: Any, dst: Any) -> None:
+    dst.load_state_dict(src)
+
+
+def test_names_that_may_be_missing(stage: int):
+    engine = made(stage)
+    weights = {name: torch.ones_like(v) for name, v in make_model().state_dict().items()}
+    del weights["4.bias"]
+    with pytest.raises(CheckpointError, match=r"lacks: 4\.bias"):
+        engine.load_module_state_dict({"module": weights})
+    with pytest.raises(CheckpointError, match=r"model alone has \['4\.bias'\]"):
+        engine.load_module_state_dict({"module": weights}, allowed_missing_keys=["0.bias"])
+    engine.load_module_state_dict({"module": weights}, allowed_missing_keys=["4.bias"])
+    assert engine._engine.state_dict()["4.weight"].eq(1).all()
+    engine.load_module_state_dict({"module": weights}, False, None, True, None, None)
 
 
 class Notes:

@@ -16,7 +16,7 @@ from ds_core.errors import DsError
 
 @pytest.mark.parametrize("package", sorted({name.rpartition(".")[0] for name in ABSENT}))
 def test_every_absent_module_and_what_is_below_it_can_be_imported(package):
-    pytest.importorskip(package)
+    importlib.import_module(package)
     for module in (name for name in ABSENT if name.rpartition(".")[0] == package):
         for name in (module, f"{module}.anything"):
             found = importlib.import_module(name)

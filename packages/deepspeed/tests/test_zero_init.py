@@ -157,6 +157,45 @@ def fail_inside() -> None:
         raise ZeroDivisionError
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_engine_made_inside_the_block(stage: int):
+    run_ranks(2, initialize_inside, stage)
+
+
+def initialize_inside(stage: int) -> None:
+    optimizer = {"type": "AdamW", "params": {"lr": 1e-2}}
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": optimizer,
+        "zero_optimization": {"stage": stage},
+    }
+    with deepspeed.zero.Init(config_dict_or_path=config, mem_efficient_linear=False, mpu=None):
+        torch.manual_seed(0)
+        inside = Net()
+        engine, *_ = deepspeed.initialize(model=inside, config=config)
+        assert not sharded_names(inside) or stage == 3
+        # The block goes on where it was.
+        assert sharded_names(nn.Sequential(nn.Linear(2, 2))) == {"0.weight", "0.bias"}
+        pp.shutdown_init_context()
+        assert torch.arange is pp._orig_torch_arange
+        assert sharded_names(nn.Sequential(nn.Linear(2, 2))) == set()
+        pp.shutdown_init_context()
+        pp.restore_init_context()
+        pp.restore_init_context()
+        assert torch.arange is not pp._orig_torch_arange
+    assert torch.arange is pp._orig_torch_arange
+    pp.shutdown_init_context()
+    pp.restore_init_context()
+    assert torch.arange is pp._orig_torch_arange
+    torch.manual_seed(0)
+    outside, *_ = deepspeed.initialize(model=Net(), config=config)
+    for each in (engine, outside):
+        each.backward(each(torch.ones(2, 6)).square().mean())
+        each.step()
+    found, truth = (each._engine.state_dict() for each in (engine, outside))
+    assert all(torch.equal(found[name], value) for name, value in truth.items())
+
+
 def test_a_model_that_is_built_already():
     run_ranks(2, adopt)
 

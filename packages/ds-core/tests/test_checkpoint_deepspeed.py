@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 
 import ds_core
 from ds_core import comm
-from ds_core.checkpoint import full_state_dict, import_checkpoint, inspect, verify
+from ds_core.checkpoint import full_state_dict, import_checkpoint, importing, inspect, verify
 from ds_core.checkpoint.foreign import deepspeed
 from ds_core.checkpoint.lazy import open_checkpoint
 from ds_core.checkpoint.unpickling import load_torch_file
@@ -379,3 +380,41 @@ def test_an_engine_loads_a_folder_of_deepspeed_as_it_is(tmp_path):
     with pytest.raises(CheckpointError, match="states"):
         engine.load_checkpoint(folder)
     assert not list(folder.glob(".import-*"))
+
+
+@pytest.mark.parametrize("options", [{"load_module_only": True}, {"load_optimizer_states": False}])
+def test_a_load_without_optimizer_copies_no_states_of_it(tmp_path, monkeypatch, options):
+    folder = unpacked("stage1-fp32-w2", tmp_path)
+    written = []
+    save = importing.save_lazy
+
+    def counted(directory, name, state, **facts):
+        written.append(sorted({str(tensor.path[0]) for tensor in state.tensors.values()}))
+        return save(directory, name, state, **facts)
+
+    monkeypatch.setattr(importing, "save_lazy", counted)
+    model = Tiny()
+    config = {"train_batch_size": 1, "optimizer": {"type": "AdamW", "params": {"lr": 0.5}}}
+    engine = ds_core.initialize(model, config)
+    engine.load_checkpoint(folder, **options)
+    assert written == [["model"]]
+    assert engine.global_step == (0 if "load_module_only" in options else 3)
+    expected = load_file(folder / "expected.safetensors")
+    reference = expected.get("fp32.hidden.weight", expected.get("hidden.weight"))
+    assert torch.equal(model.hidden.weight, reference)
+    assert engine.sharding.param_groups[0]["lr"] == 0.5
+
+
+def test_a_copy_that_the_disk_has_no_room_for_is_not_begun(tmp_path, monkeypatch):
+    folder = unpacked("stage1-fp32-w2", tmp_path)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(importing.shutil, "disk_usage", lambda path: usage(100, 90, 10))
+    engine = ds_core.initialize(
+        Tiny(), {"train_batch_size": 1, "optimizer": {"type": "AdamW", "params": {"lr": 0.5}}}
+    )
+    with pytest.raises(CheckpointError, match=r"takes 0\.00 GB in this format, and .* GB of room"):
+        engine.load_checkpoint(folder)
+    assert not list(folder.glob(".import-*"))
+    with pytest.raises(CheckpointError, match="make room, or run `ds checkpoint import`"):
+        import_checkpoint(folder, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()

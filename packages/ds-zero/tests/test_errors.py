@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -184,13 +186,38 @@ def read_outside() -> None:
         lambda p: p.sum(),
         lambda p: p + 1,
         lambda p: p.tolist(),
-        lambda p: p.detach(),
+        lambda p: p.detach() + 1,
         lambda p: p.data,
         lambda p: torch.cat([p, p]),
         lambda p: p.clone(),
     ):
         with pytest.raises(ds_zero.ShardError, match=message):
             read(model.entry.weight)
+
+
+def test_a_state_dict_outside_a_pass_tells_names_and_shapes():
+    run_ranks(2, tell_state_dict)
+
+
+def tell_state_dict() -> None:
+    model, optimizer = sharded(CASES["stack"], 3)
+    truth = optimizer.full_state_dict()
+    if dist.get_rank() == 0:  # nothing is sent
+        model.state_dict()
+    found = model.state_dict()
+    assert {name: value.shape for name, value in found.items()} == {
+        name: value.shape for name, value in truth.items()
+    }
+    assert not found["entry.weight"].requires_grad
+    with pytest.raises(ds_zero.ShardError, match=r"'entry.weight' is sharded .* sum needs its"):
+        found["entry.weight"].sum()
+    with pytest.raises(ds_zero.ShardError, match="needs its values"):
+        torch.save(found, os.devnull)
+    # It has its own copy of them: the model's are gone after the block.
+    with ds_zero.GatheredParameters(model.parameters()):
+        assert torch.equal(found["entry.weight"], truth["entry.weight"])
+    assert torch.equal(found["entry.weight"], truth["entry.weight"])
+    assert type(found["entry.weight"]) is torch.Tensor
 
 
 # ---------------------------------------------------------------------- ranks that die

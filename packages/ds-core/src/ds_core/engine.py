@@ -32,6 +32,7 @@ from ds_core.seams import (
     InputAdjuster,
     Observer,
     ParkableSharding,
+    ReleasableSharding,
     Runner,
     Sequential,
     Sharding,
@@ -523,8 +524,11 @@ class Engine(EngineFiles):
         """
         self._emit(EventKind.LOG, **scalars)
 
-    def close(self) -> None:
+    def close(self, *, whole: bool = True) -> None:
         """Give the model back whole and without hooks, and let the observers finish.
+
+        whole: if False, a sharding that can leaves the parameters where they are, as ds_zero at
+        stage 3, and frees the rest: the model need not fit on a rank, and nothing is sent.
 
         Waits for a checkpoint that is being written; raises CheckpointError, after all else is
         done, if it failed.
@@ -535,7 +539,8 @@ class Engine(EngineFiles):
         # A file that one rank cannot write must not keep the others waiting.
         with ExitStack() as steps:
             steps.callback(self._thaw)
-            steps.callback(self.sharding.close)
+            leaves = not whole and isinstance(self.sharding, ReleasableSharding)
+            steps.callback(self.sharding.release if leaves else self.sharding.close)  # type: ignore[attr-defined]
             steps.callback(self._adjusters.clear)
             steps.callback(self._observers.clear)
             steps.callback(self._emit, EventKind.CLOSE)

@@ -20,6 +20,7 @@ from ds_core.seams import EventKind, Sharding
 if TYPE_CHECKING:
     from ds_core.accumulation import Accumulation
     from ds_core.checkpoint import AsyncSaver, LoadedWeights, PendingSave
+    from ds_core.checkpoint.lazy import LazyStateDict
     from ds_core.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -234,6 +235,7 @@ class EngineFiles(nn.Module):
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
         verify: bool = False,
+        place_weights: Callable[[LazyStateDict], None] | None = None,
     ) -> dict[str, Any]:
         """Load a checkpoint of any stage and world size; returns its `client_state`.
 
@@ -251,6 +253,9 @@ class EngineFiles(nn.Module):
             load_module_only: load the weights and nothing else, as from a pretrained model.
             verify: compare the whole checkpoint with its checksums before anything is changed;
                 without it, each rank verifies what it reads, as it reads it.
+            place_weights: called, last of all, with the checkpoint's weights by name, each read
+                when it is looked up; it puts them into the model, which keeps its own otherwise.
+                For weights that are named or cut otherwise than the model's.
 
         Raises CheckpointError if it is missing, damaged, or of another model; the engine must not
         be used then: steps and saves raise TornError until a load succeeds. So they do after an
@@ -263,7 +268,8 @@ class EngineFiles(nn.Module):
         if load_module_only or not load_optimizer_states:
             self._refuse_torn_anywhere("load_checkpoint without optimizer states")
         self.wait_for_checkpoint()
-        with as_ours(directory, tag) as imported:
+        with_states = load_optimizer_states and not load_module_only
+        with as_ours(directory, tag, optimizer=with_states) as imported:
             path, client_state = load(
                 cast("Engine", self),
                 directory if imported is None else imported,
@@ -273,6 +279,7 @@ class EngineFiles(nn.Module):
                 lr_scheduler=load_lr_scheduler_states,
                 only_model=load_module_only,
                 verify=verify,
+                place_weights=place_weights,
             )
         if imported is not None:
             path = os.fspath(directory)

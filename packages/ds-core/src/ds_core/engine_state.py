@@ -19,6 +19,7 @@ from ds_core.passing_state import passing_keys, with_others_ignored, with_own_on
 
 if TYPE_CHECKING:
     from ds_core.checkpoint import LoadedWeights
+    from ds_core.checkpoint.lazy import LazyStateDict
     from ds_core.checkpoint.remote import Place
     from ds_core.engine import Engine
 
@@ -49,6 +50,7 @@ def load(
     lr_scheduler: bool,
     only_model: bool,
     verify: bool,
+    place_weights: Callable[[LazyStateDict], None] | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """See `Engine.load_checkpoint`."""
     from ds_core import checkpoint
@@ -71,6 +73,9 @@ def load(
     parts = None if with_optimizer else {"model", "client"}
     if not only_model and not with_optimizer:
         parts = {"model", "client", "engine", "lr_scheduler", "rng", "data"}
+    if place_weights is not None:
+        state["model"] = {}
+        parts = (parts or {*state, "lr_scheduler", "rng", "data"}) - {"model"}
     loaded = checkpoint.load(path, state=state, parts=parts, strict=strict, verify=verify)
     # Loading its own state makes a sharding publish what was written into it.
     groups = in_own_order(loaded["groups"], state["groups"])
@@ -79,6 +84,8 @@ def load(
     engine.sharding.load_state_dict(published if with_optimizer else engine.sharding.state_dict())
     if not only_model:
         _restore(engine, loaded, with_scheduler=lr_scheduler)
+    if place_weights is not None:
+        place_weights(checkpoint.full_state_dict(path))
     return str(path), dict(loaded.get("client", {}))
 
 

@@ -139,7 +139,7 @@ def _hand_over(units: list[Unit], optimizer: torch.optim.Optimizer, on_disk: _St
 class _Nobody:
     """Keeps a sharded parameter while the optimizer is being built."""
 
-    gathers_any_time = False
+    detaches_later = values_stay = False
 
     def touch(self, params: list[nn.Parameter], operation: str) -> None:
         """See `sharded_param.Keeper`."""

@@ -72,7 +72,9 @@ def _check_parameter(spec: ParamSpec) -> None:
             f"model: parameter {spec.name!r} is a DTensor; ds-zero 0.1 shards plain parameters "
             f"(fully_shard and tensor-parallel styles cannot be combined with it yet)"
         )
-    if hasattr(spec.param, OWNER):
+    from ds_zero.released import released
+
+    if hasattr(spec.param, OWNER) and released(spec.param) is None:
         raise ShardError(
             f"model: parameter {spec.name!r} is sharded already; call close() on the optimizer "
             f"that shards it first"
@@ -85,9 +87,16 @@ def _entry(spec: ParamSpec) -> Entry:
 
 
 def full_value(param: nn.Parameter) -> torch.Tensor:
-    """The whole value of a parameter; one that `ds_zero.Init` sharded is gathered."""
-    from ds_zero.init import gathered_value
+    """The whole value of a parameter; one that `ds_zero.Init` sharded is gathered.
 
+    So is one that was left sharded when an earlier training ended.
+    """
+    from ds_zero.init import gathered_value
+    from ds_zero.released import released
+
+    left = released(param)
+    if left is not None:
+        return left.take(param)
     return gathered_value(param)
 
 

@@ -305,8 +305,13 @@ class GatherRuntime:
 
     # ------------------------------------------------------------------ use outside the hooks
 
-    #: `Keeper`: only at certain times, and the error should come where a value is asked for.
-    gathers_any_time = False
+    #: `Keeper`: the memory of a unit goes when its use ends.
+    values_stay = False
+
+    @property
+    def detaches_later(self) -> bool:
+        """`Keeper`: outside passes, where nothing is gathered on touch."""
+        return not (self._order.active or self.in_backward)
 
     def touch(self, params: list[nn.Parameter], operation: str) -> None:
         """A sharded parameter is used where no hook foresaw it (Keeper protocol).

@@ -33,6 +33,8 @@ class HeldValues(torch.optim.Optimizer):
     _wholeness: Wholeness
     # Whether `prepare_load` was called last.
     _is_loading: bool = False
+    # Whether `release` has ended training.
+    _is_released: bool = False
     # What all ranks know of the present gradients, if they have exchanged it.
     _agreed: Agreement | None = None
     #: Called before parameters or states change; set it to wait for who still reads them.

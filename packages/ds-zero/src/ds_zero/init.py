@@ -24,6 +24,7 @@ from torch.nn.modules.module import (
 
 from ds_core import comm
 from ds_zero.errors import ShardError
+from ds_zero.released import released
 from ds_zero.sharded_param import hide, is_sharded, show
 
 _RECORD = "_ds_init"
@@ -117,8 +118,8 @@ class Init:
         self._hooks: list[Any] = []
         self._group: comm.Group | None = None
 
-    #: `Keeper`: whoever touches a parameter finds it whole.
-    gathers_any_time = True
+    #: `Keeper`: whoever touches a parameter finds it whole, at any time.
+    detaches_later = values_stay = True
 
     @property
     def group(self) -> comm.Group:
@@ -144,6 +145,24 @@ class Init:
         if self._enabled:
             self._take(module)
 
+    def pause(self) -> None:
+        """Shard what has been built so far, and let what comes be built as ever until `resume`.
+
+        Inside the block: for a model that is to be trained before its end. Collective.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        for module in list(self._roots):
+            self._give_storage(module)
+            self._take(module)
+        self._devices.clear()
+        self._roots.clear()
+        self._evict(keep=())
+
+    def resume(self) -> None:
+        """Undo `pause`."""
+        self.__enter__()
+
     def __enter__(self) -> Init:
         if self._enabled:
             self._hooks = [register_module_module_registration_hook(self._adopted)]
@@ -160,16 +179,10 @@ class Init:
     ) -> None:
         if not self._enabled:
             return
+        if kind is None:
+            self.pause()
         for hook in self._hooks:
             hook.remove()
-        if kind is not None:
-            return
-        for module in list(self._roots):
-            self._give_storage(module)
-            self._take(module)
-        self._devices.clear()
-        self._roots.clear()
-        self._evict(keep=())
 
     def _adopted(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
         """A parent registers a finished child: its parameters can go."""
@@ -289,4 +302,6 @@ def held_bytes(param: nn.Parameter) -> int:
     record = record_of(param)
     if record is not None:
         return record.part.nbytes
+    if released(param) is not None:
+        return 0  # its part goes when a unit takes it over, before that has as much
     return 0 if param.is_meta else param.numel() * param.element_size()

@@ -27,6 +27,7 @@ from ds_zero.offload.homes import Homes
 from ds_zero.owners import disown
 from ds_zero.parking import KINDS, Parking
 from ds_zero.plan import UnitSpec, plan_units
+from ds_zero.released import Released
 from ds_zero.sharded_param import show_class
 from ds_zero.unit import Unit
 from ds_zero.wholeness import Trouble, Wholeness
@@ -199,6 +200,8 @@ class ZeroOptimizer(HeldValues):
 
     def _agree(self, *, with_norm: bool) -> Agreement:
         """What all ranks know of the gradients; asked once. Raises what made work ahead fail."""
+        if self._is_released:
+            raise ShardError("release() has ended training: shard the model anew to go on")
         if self._agreed is not None and not (with_norm and self._agreed.norm is None):
             return self._agreed
         known, trouble = self._host_step.known(), self._wholeness.trouble
@@ -426,3 +429,31 @@ class ZeroOptimizer(HeldValues):
         self._reducer.close()
         self._watch.close()
         self._homes.close()
+
+    def release(self) -> None:
+        """End training and leave the parameters as they are: sharded ones stay sharded, at stage 3.
+
+        No hook of ours remains on the model; master copies, states and gradients are freed.
+        `GatheredParameters` goes on making parameters whole, in the dtype of the model, and
+        `ds_zero.shard` takes them over. Not collective, unless state is parked on disk.
+        """
+        self._parking.bring_back(non_blocking=False)
+        self._drop_unsettled()
+        self._host_step.close(is_torn=True)  # nobody steps on from what is not published
+        disown(self.units)
+        self._reducer.close()
+        self._watch.close()
+        if self._gather is not None:
+            self._gather.settle()
+            self._gather.remove_hooks()
+            Released(self.units, self._gather, self._homes)
+        self._is_released = True
+        self.torn = "release() ended training and freed the optimizer's state"
+        self._inner.state.clear()
+        for group in self._inner.param_groups:
+            group["params"] = []
+        for unit in self.units:
+            unit.end_training()
+        self._homes.end_training()
+        if self._gather is None:
+            self._homes.close()

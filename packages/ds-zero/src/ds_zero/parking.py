@@ -215,7 +215,7 @@ class Parking:
     def _refuse_forward(self, module: nn.Module, inputs: Any) -> None:
         self._raise("forward", {"lp_params"})
 
-    gathers_any_time = False
+    detaches_later, values_stay = True, False
 
     def touch(self, params: list[nn.Parameter], operation: str) -> None:
         """A parked parameter is used (Keeper protocol)."""

@@ -22,8 +22,15 @@ _KEEPER = "_ds_keeper"
 class Keeper(Protocol):
     """Whoever holds the shards of a parameter."""
 
-    #: Whether values may be asked for at any time, so that `detach` can leave that for later.
-    gathers_any_time: bool
+    #: Whether the values stay where they are once they are present, so that others may share them.
+    values_stay: bool
+
+    @property
+    def detaches_later(self) -> bool:
+        """Whether `detach` leaves it to the use of what it makes to ask for the values.
+
+        So `state_dict()` tells names and shapes, and gathers nothing by itself.
+        """
 
     def touch(self, params: list[nn.Parameter], operation: str) -> None:
         """Make the values of `params` present, or raise an error that says how to."""
@@ -85,7 +92,7 @@ class ShardedMixin:
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is torch.Tensor.detach and _keeper(args[0]).gathers_any_time:
+        if func is torch.Tensor.detach and _keeper(args[0]).detaches_later:
             return _detached(args[0])
         if func not in _METADATA:
             _touch(_sharded_in((args, kwargs)), getattr(func, "__name__", repr(func)))
@@ -139,22 +146,27 @@ def _keeper(param: torch.Tensor) -> Keeper:
 class _Detached:
     """Keeps what `detach` made of a sharded parameter: it has values once they are asked for."""
 
-    gathers_any_time = True
+    detaches_later = values_stay = True
 
     def __init__(self, param: nn.Parameter) -> None:
         self._param = param
 
     def touch(self, params: list[nn.Parameter], operation: str) -> None:
         """See `Keeper`."""
-        values = self._param.data  # makes the parameter whole, or raises what its keeper says
+        keeper = _keeper(self._param)
+        if isinstance(self._param, ShardedMixin):
+            keeper.touch([self._param], operation)
+        values = self._param.data
+        if not keeper.values_stay:
+            values = values.clone()
         for each in params:
             show(each, values)
 
 
 def _detached(param: nn.Parameter) -> torch.Tensor:
-    """A tensor without gradient that shares the values of `param`, gathered when it is used.
+    """A tensor without gradient that has the values of `param`, asked for when it is used.
 
-    So `state_dict()` of a sharded model gathers nothing by itself.
+    It shares them if they stay where they are, and copies them otherwise.
     """
     with torch._C.DisableTorchFunctionSubclass():
         tensor = torch.Tensor.detach(param)

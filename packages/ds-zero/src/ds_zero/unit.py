@@ -207,6 +207,16 @@ class Unit(UnitHomes):
         with self.updating(whole=True) as rounded:
             (self.shard if rounded is None else rounded).copy_(own)
 
+    def end_training(self) -> None:
+        """Free the master copy and the gradients; the parameters can still be gathered."""
+        if self.trainable:
+            self.settle_gradient()
+            self.twin.forget()
+        self.crossing = self._outgoing = self.master = None
+        self.optimizer_pieces, self.grad, self.has_grad = [], torch.empty(0), False
+        if hasattr(self, "twin"):
+            del self.twin
+
     # ------------------------------------------------------------------ gradients
 
     def _allocate_gradients(self) -> None:

@@ -11,12 +11,13 @@ import torch
 
 from deepspeed._errors import NotProvidedError
 from deepspeed._stand_in import not_provided
+from deepspeed.accelerator._host_tensors import HostTensors
 from ds_core.accelerator import Accelerator
 
 _NO_BUILDERS = "ds_ops builds its kernels itself; `ds ops report` lists them"
 
 
-class DeepSpeedAccelerator:
+class DeepSpeedAccelerator(HostTensors):
     """The device of this process.
 
     `device_index` is that of a device of its kind, None for the current one; a CPU has one device.
@@ -35,10 +36,6 @@ class DeepSpeedAccelerator:
 
     def __repr__(self) -> str:
         return f"<accelerator {self._name}>"
-
-    @property
-    def _is_cpu(self) -> bool:
-        return self.core.kind == "cpu"
 
     @property
     def _module(self) -> Any:
@@ -270,21 +267,6 @@ class DeepSpeedAccelerator:
             return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
         free, total = torch.accelerator.get_memory_info(device_index)
         return int(free), int(total)
-
-    def pin_memory(
-        self, tensor: torch.Tensor, make_copy: bool = True, match_shape: bool = True
-    ) -> torch.Tensor:
-        """A copy of a tensor of the CPU in page-locked memory; on a CPU the tensor itself.
-
-        make_copy: whether the values are copied as well; match_shape makes no difference.
-        """
-        if self._is_cpu or make_copy:
-            return self.core.pin_memory(tensor)
-        return torch.empty_like(tensor, pin_memory=True)
-
-    def is_pinned(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor lies in page-locked memory."""
-        return not self._is_cpu and tensor.is_pinned()
 
     # --- Ranges for profilers -----------------------------------------------------------------
 

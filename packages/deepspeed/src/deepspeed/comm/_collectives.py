@@ -45,10 +45,16 @@ def all_reduce(
 
 
 def inference_all_reduce(
-    tensor: Tensor, op: Any = ReduceOp.SUM, group: ProcessGroup | None = None, **log: Any
+    tensor: Tensor,
+    op: Any = ReduceOp.SUM,
+    group: ProcessGroup | None = None,
+    async_op: bool = False,
+    prof: bool = False,
+    log_name: str = PROGRAM,
+    debug: object = None,
 ) -> Handle | None:
     """The same as `all_reduce`."""
-    return all_reduce(tensor, op, group, **log)
+    return all_reduce(tensor, op, group, async_op, prof, log_name, debug)
 
 
 @torch.no_grad()

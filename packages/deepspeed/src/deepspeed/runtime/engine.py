@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -21,10 +22,12 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.dataloader import DeepSpeedDataLoader
 from deepspeed.runtime.engine_files import EngineFiles
 from deepspeed.runtime.lr_schedules import schedule_maker
+from deepspeed.runtime.parallel_unit import name_groups
 from deepspeed.runtime.schedule_steps import SteppedSchedule, steps_alone
 from deepspeed.runtime.trained import optimizer_of, settle_trained
 from deepspeed.runtime.zero.placeholders import give_placeholders
-from ds_core import comm
+from deepspeed.utils import groups
+from ds_core import accelerator, comm
 from ds_core.errors import DsError
 from ds_zero import ZeroOptimizer
 
@@ -40,11 +43,28 @@ _INSTEAD: MappingProxyType[str, str] = MappingProxyType(
             ("timers", "engine_timers", "tput_timer", "get_wall_clock_timers"), _TIMERS
         ),
         **dict.fromkeys(
-            ("allreduce_gradients", "allreduce_bucket", "buffered_allreduce_fallback"), _BUCKETS
+            (
+                *("allreduce_gradients", "allreduce_bucket", "buffered_allreduce_fallback"),
+                *("allreduce_and_copy", "allreduce_no_retain", "all_gather_scalar"),
+                *("sparse_allreduce", "sparse_allreduce_bucket", "sparse_allreduce_no_retain"),
+                "sparse_all_gather",
+            ),
+            _BUCKETS,
         ),
         **dict.fromkeys(
-            ("get_deepcompile_backend", "register_compile_pass", "get_compile_time"), _DEEPCOMPILE
+            (
+                *("get_deepcompile_backend", "get_deepspeed_compile_backend", "get_compile_time"),
+                *("get_autosp_backend", "get_autotp_backend", "register_compile_pass"),
+            ),
+            _DEEPCOMPILE,
         ),
+        "get_optimizer_configuration": "see engine.optimizer.param_groups",
+        "print_forward_breakdown": _TIMERS,
+        "dynamic_loss_scale_args": "see engine.optimizer.loss_scale",
+        "swap_tensor_config": "see engine.zero_offload_optimizer()",
+        "tensor_parallel_config": "ds-pipe will bring tensor parallelism",
+        "autotuning_profile_model_info": "run `ds tune CONFIG`",
+        "random_ltd_initialize": "initialize sets up what data_efficiency asks for",
         "clip_fp32_gradients": "step() clips; set gradient_clipping",
         "load_moe_state_dict": "ds-moe will bring experts on ranks of their own",
         "set_custom_curriculum_learning_schedule": "give the schedule in "
@@ -89,6 +109,7 @@ class DeepSpeedEngine(EngineFiles):
         config: Any = None,
         config_class: DeepSpeedConfig | None = None,
         mesh_device: Any = None,
+        dont_change_device: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -97,16 +118,19 @@ class DeepSpeedEngine(EngineFiles):
                 f"torch.nn.Module"
             )
         comm.init()
+        if dont_change_device:
+            _require_on_device(model)
         self._config = config_class or DeepSpeedConfig(config, mpu, mesh_device)
         self.config = self._config._param_dict
         self.mpu, self.collate_fn, self.training_data = mpu, collate_fn, training_data
         self.client_optimizer, self.client_lr_scheduler = optimizer, lr_scheduler
         self.global_samples = self.micro_steps = 0
+        name_groups(mpu, mesh_device)
         ours, trains = self._config.ours, optimizer is not None or bool(self._config.optimizer_name)
-        groups, given = None, None
+        given, param_groups = None, None
         if trains:
-            given, groups = optimizer_of(model, optimizer, model_parameters)
-            settle_trained(model, given, groups, model_parameters)
+            given, param_groups = optimizer_of(model, optimizer, model_parameters)
+            settle_trained(model, given, param_groups, model_parameters)
         own_loader = training_data is not None and self.data_efficiency_enabled()
         engine = ds_core.initialize(
             model,
@@ -115,7 +139,7 @@ class DeepSpeedEngine(EngineFiles):
             lr_scheduler=self._schedule(lr_scheduler) if trains else None,
             training_data=training_data if own_loader else None,
             collate_fn=collate_fn,
-            param_groups=groups,
+            param_groups=param_groups,
             training=trains,
         )
         engine.skips_nonfinite = _skips_nonfinite(self.config)
@@ -394,6 +418,10 @@ class DeepSpeedEngine(EngineFiles):
         """torch's process group of the ranks that have batches of their own."""
         return self._engine.mesh.group("dp").pg
 
+    def get_sequence_parallel_group(self) -> Any:
+        """The ranks that share each sequence. Raises NotProvidedError: no such group was made."""
+        return groups._get_sequence_parallel_group()
+
     def get_data_parallel_rank(self) -> int:
         """This process's rank among those that have batches of their own."""
         return self.global_rank
@@ -479,17 +507,22 @@ class DeepSpeedEngine(EngineFiles):
 
     is_deepcompile_active = is_deepcompile_enabled
 
+    def collect_python_gc(self) -> int:
+        """Run Python's garbage collector now; returns how many objects it found."""
+        return gc.collect()
+
     def empty_partition_cache(self) -> None:
         """Nothing: no more is kept of the parameters than is in use."""
 
     def destroy(self) -> None:
-        """End training: the module is whole and without hooks. Once; again it does nothing.
+        """End training: the module has no hooks, and states and gradients are freed. Once.
 
-        Waits for a checkpoint that is being written. Collective.
+        At stage 3 its parameters stay sharded: `deepspeed.zero.GatheredParameters` makes them
+        whole, and `initialize` takes them over. Waits for a checkpoint that is being written.
         """
         if self._is_open:
             object.__setattr__(self, "_is_open", False)
-            self._engine.close()
+            self._engine.close(whole=False)
 
 
 class EngineMonitor:
@@ -508,6 +541,17 @@ class EngineMonitor:
     def write_events(self, event_list: Iterable[tuple[str, Any, Any]]) -> None:
         """Hand over (name, value, samples so far) triples; rank 0's are written."""
         self._engine.log({name: value for name, value, *_ in event_list})
+
+
+def _require_on_device(model: nn.Module) -> None:
+    """Raise NotProvidedError if part of a model that must stay where it is, is elsewhere."""
+    device = accelerator.current().device()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device != device:
+            raise NotProvidedError(
+                f"dont_change_device: got True, and {name} is on {tensor.device}: an engine "
+                f"computes on {device}; move the model there, or leave it out"
+            )
 
 
 def _skips_nonfinite(config: Mapping[str, Any]) -> bool:

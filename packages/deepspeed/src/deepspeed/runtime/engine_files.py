@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deepspeed._errors import NotProvidedError
 from deepspeed.runtime.client_state import packed, unpacked
 from deepspeed.runtime.engine_settings import EngineSettings
+from deepspeed.runtime.weight_placing import check_names, placing
 from ds_core import comm
 from ds_core.buffers import persistent_buffers
 from ds_core.errors import CheckpointError
@@ -84,7 +84,7 @@ class EngineFiles(EngineSettings):
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
-        custom_load_fn: Any = None,
+        custom_load_fn: Callable[..., Any] | None = None,
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Load a checkpoint of this package or of DeepSpeed's; returns its path and client state.
 
@@ -99,13 +99,9 @@ class EngineFiles(EngineSettings):
             load_optimizer_states: if False, the optimizer keeps its own state.
             load_lr_scheduler_states: if False, the schedule keeps its place.
             load_module_only: load the weights and nothing else.
-            custom_load_fn: not provided.
+            custom_load_fn: called on every rank with `src`, the weights of the checkpoint by name,
+                and `dst`, the model, whole and in its own dtypes; puts the one into the other.
         """
-        if custom_load_fn is not None:
-            raise NotProvidedError(
-                "load_checkpoint: custom_load_fn is not provided; change the names with "
-                "`ds checkpoint export` and pass the weights to engine.load_module_state_dict"
-            )
         name = None if tag is None else str(tag)
         group = self._engine.mesh.group("dp")
         found = _rank0(group, lambda: _checkpoint_path(load_dir, name), "load_checkpoint")
@@ -123,6 +119,7 @@ class EngineFiles(EngineSettings):
             load_optimizer_states=load_optimizer_states and self.trains,
             load_lr_scheduler_states=load_lr_scheduler_states,
             load_module_only=load_module_only,
+            place_weights=None if custom_load_fn is None else placing(self._engine, custom_load_fn),
         )
         counters = client.pop(_COUNTERS, {})
         if not load_module_only:
@@ -161,17 +158,28 @@ class EngineFiles(EngineSettings):
         self,
         checkpoint: Mapping[str, Any],
         strict: bool = True,
-        custom_load_fn: Any = None,
+        custom_load_fn: Callable[..., Any] | None = None,
         fetch_z3_params: bool = False,
-        **_: Any,
+        z3_params_to_fetch: Iterable[Any] | None = None,
+        allowed_missing_keys: Iterable[str] | None = None,
     ) -> None:
-        """Take over the weights in `checkpoint["module"]`, at every stage. Collective."""
+        """Take over the weights in `checkpoint["module"]`, at every stage. Collective.
+
+        Args:
+            checkpoint: a mapping with the weights by name.
+            strict: whether names that only the model or only the weights have are an error.
+            custom_load_fn: see `load_checkpoint`.
+            fetch_z3_params, z3_params_to_fetch: make no difference: each rank takes its part.
+            allowed_missing_keys: names that the weights may lack though `strict`.
+        """
+        values: Mapping[str, Any] = checkpoint["module"]
         if custom_load_fn is not None:
-            raise NotProvidedError(
-                "load_module_state_dict: custom_load_fn is not provided; rename the weights in "
-                "checkpoint['module'] before the call"
-            )
-        self._engine.load_state_dict(checkpoint["module"], strict=strict)
+            placing(self._engine, custom_load_fn)(values)
+            return
+        if strict and allowed_missing_keys is not None:
+            check_names(self._engine.module, values, set(allowed_missing_keys))
+            strict = False
+        self._engine.load_state_dict(values, strict=strict)
 
     def _zero3_consolidated_16bit_state_dict(
         self, exclude_frozen_parameters: bool = False

@@ -6,7 +6,10 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
+import torch
+from pydantic import BaseModel
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from deepspeed.runtime.config import DeepSpeedConfig
 
@@ -27,6 +30,23 @@ def _asks(path: str) -> Callable[[EngineSettings], Any]:
 
 def _zero(key: str) -> Callable[[EngineSettings], Any]:
     return _asks(f"zero_config.{key}")
+
+
+def _section(path: str) -> Callable[[EngineSettings], Any]:
+    """A method that returns a value of a section of the configuration, or a section as a dict.
+
+    None where the package that the section is for is not installed.
+    """
+    name, *rest = path.split(".")
+
+    def ask(self: EngineSettings) -> Any:
+        found = self._config.ours.section(name)
+        for key in rest:
+            found = getattr(found, key, None)
+        return found.model_dump() if isinstance(found, BaseModel) else found
+
+    ask.__doc__ = f"The effective value of {path}."
+    return ask
 
 
 class EngineSettings(nn.Module):
@@ -53,6 +73,9 @@ class EngineSettings(nn.Module):
     bf16_master_weights_and_gradients = _asks("bfloat16_config.bf16_master_weights_and_grads")
     bf16_optimizer_states = _asks("bfloat16_config.bf16_optimizer_states")
     torch_autocast_enabled = _asks("torch_autocast_enabled")
+    torch_autocast_lower_precision_safe_modules = _asks(
+        "ours.torch_autocast.lower_precision_safe_modules"
+    )
 
     zero_optimization = _asks("zero_enabled")
     zero_optimization_stage = _asks("zero_optimization_stage")
@@ -89,6 +112,33 @@ class EngineSettings(nn.Module):
     zero_compute_grad_norm = _zero("compute_grad_norm")
     is_sanity_checks_enabled = _zero("enable_sanity_checks")
     zenflow_config = _zero("zenflow")
+    zero_save_muon_momentum_buffer_in_memory = _zero("save_muon_momentum_buffer_in_memory")
+
+    data_efficiency_config = _section("data_efficiency")
+    data_sampling_config = _section("data_efficiency.data_sampling")
+    data_sampling_enabled = _section("data_efficiency.data_sampling.enabled")
+    curriculum_learning_config = _section("data_efficiency.data_sampling.curriculum_learning")
+    curriculum_learning_enabled = _section(
+        "data_efficiency.data_sampling.curriculum_learning.enabled"
+    )
+    random_ltd_config = _section("data_efficiency.data_routing.random_ltd")
+    random_ltd_enabled = _section("data_efficiency.data_routing.random_ltd.enabled")
+
+    flops_profiler_enabled = _section("flops_profiler.enabled")
+    flops_profiler_recompute_fwd_factor = _section("flops_profiler.recompute_fwd_factor")
+    flops_profiler_profile_step = _section("flops_profiler.profile_step")
+    flops_profiler_module_depth = _section("flops_profiler.module_depth")
+    flops_profiler_top_modules = _section("flops_profiler.top_modules")
+    flops_profiler_detailed = _section("flops_profiler.detailed")
+    flops_profiler_output_file = _section("flops_profiler.output_file")
+
+    autotuning_enabled = _section("autotuning.enabled")
+    autotuning_start_profile_step = _section("autotuning.start_profile_step")
+    autotuning_end_profile_step = _section("autotuning.end_profile_step")
+    autotuning_metric = _section("autotuning.metric")
+    autotuning_metric_path = _section("autotuning.metric_path")
+    autotuning_model_info_path = _section("autotuning.model_info_path")
+    aio_config = _section("aio")
 
     load_universal_checkpoint = _asks("checkpoint_config.load_universal")
     use_node_local_storage = _asks("checkpoint_config.use_node_local_storage")
@@ -135,6 +185,60 @@ class EngineSettings(nn.Module):
         """Whether the configuration asks for a curriculum or another order of the data."""
         return bool(getattr(self._config.ours.section("data_efficiency"), "enabled", False))
 
-    def flops_profiler_enabled(self) -> bool:
-        """Whether a step is profiled."""
-        return bool(getattr(self._config.ours.section("flops_profiler"), "enabled", False))
+    def checkpoint_tag_validation_enabled(self) -> bool:
+        """Whether tags of checkpoints that differ between ranks are noticed."""
+        return self._config.checkpoint_config.tag_validation != "Ignore"
+
+    def checkpoint_tag_validation_fail(self) -> bool:
+        """Whether they are an error."""
+        return self._config.checkpoint_config.tag_validation == "Fail"
+
+    def checkpoint_serialization_enabled(self) -> bool:
+        """Whether checkpoints are files of torch's own format: they never are."""
+        return False
+
+    checkpoint_writer_enabled = checkpoint_serialization_enabled
+
+    def compile_zero_optimization_stage(self) -> bool:
+        """Whether a pass of DeepCompile shards the model: there is none."""
+        return False
+
+    compile_autosp = compile_autotp = compile_zero_optimization_stage
+    uses_parallelization_pass_only = compile_zero_optimization_stage
+
+    def zero_legacy_stage1(self) -> bool:
+        """Whether stage 1 is an older one: there is one only."""
+        return False
+
+    def dump_state(self) -> bool:
+        """Whether the engine logs all that it holds: `ds report` and engine.log tell it."""
+        return False
+
+    def optimizer_legacy_fusion(self) -> bool:
+        """Whether optimizers are fused in an older way: never."""
+        return False
+
+    def cpuadam_cores_perc(self) -> float:
+        """The share of the cores that the optimizer on the host may use."""
+        return float(getattr(self.zero_offload_optimizer(), "cpuadam_cores_perc", 0.9))
+
+    def is_first_weights_partition_group(self) -> bool:
+        """Whether this rank is of the first group that holds a whole model: at stage 3."""
+        return self.zero_optimization_partition_weights()
+
+    def get_data_types(self) -> tuple[torch.dtype, torch.dtype]:
+        """The dtype in which the model computes, and that in which gradients accumulate."""
+        fp16, bf16 = self._config.float16_config.enabled, self._config.bfloat16_config.enabled
+        model = torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
+        named = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+        return model, named.get(str(self._config.ours.data_types.grad_accum_dtype), model)
+
+    @staticmethod
+    def is_map_style_dataset(obj: Any) -> bool:
+        """Whether a dataset is one of items by number."""
+        return hasattr(obj, "__getitem__") and hasattr(obj, "__len__")
+
+    @staticmethod
+    def is_iterable_style_dataset(obj: Any) -> bool:
+        """Whether a dataset is a stream."""
+        return isinstance(obj, IterableDataset)

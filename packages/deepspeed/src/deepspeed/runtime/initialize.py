@@ -11,7 +11,11 @@ from torch.utils.data import Dataset
 
 from deepspeed.runtime.config_reading import read_config
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.parallel_unit import check_mesh, check_unit
+from deepspeed.runtime.parallel_unit import check_unit, mesh_of
+from deepspeed.runtime.zero.partition_parameters import (
+    restore_init_context,
+    shutdown_init_context,
+)
 from ds_core import comm
 from ds_core.errors import ConfigError
 
@@ -60,19 +64,25 @@ def initialize(
     source = _config_source(args, config if config is not None else config_params)
     comm.init()
     check_unit(mpu)
-    check_mesh(mesh_param)
-    engine = DeepSpeedEngine(
-        args=args,
-        model=model,
-        optimizer=optimizer,
-        model_parameters=_once(model_parameters),
-        training_data=training_data,
-        lr_scheduler=lr_scheduler,
-        mpu=mpu,
-        dist_init_required=dist_init_required,
-        collate_fn=collate_fn,
-        config=read_config(source),
-    )
+    given = read_config(source)
+    # Inside `zero.Init` the engine and what it makes are built as outside it.
+    shutdown_init_context()
+    try:
+        engine = DeepSpeedEngine(
+            args=args,
+            model=model,
+            optimizer=optimizer,
+            model_parameters=_once(model_parameters),
+            training_data=training_data,
+            lr_scheduler=lr_scheduler,
+            mpu=mpu,
+            dist_init_required=dist_init_required,
+            collate_fn=collate_fn,
+            config=given,
+            mesh_device=mesh_of(mesh_param, given),
+        )
+    finally:
+        restore_init_context()
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 

@@ -83,15 +83,33 @@ class _Counted(ours.Schedule):
         """The last iteration."""
         return {"last_batch_iteration": self.last_batch_iteration}
 
+    def load_state_dict(self, sd: dict[str, Any]) -> None:
+        """Go on after the iteration of a `state_dict`."""
+        super().load_state_dict(sd)
+
 
 class LRRangeTest(_Counted, ours.LRRangeTest):
     """A learning rate that rises until training fails: see ds_core.lr_schedules.LRRangeTest."""
+
+    def step(self, batch_iteration: int | None = None) -> None:
+        """See `WarmupLR.step`."""
+        super().step(batch_iteration)
 
 
 class OneCycle(_Counted, ours.OneCycle):
     """Up, down, and decay: see ds_core.lr_schedules.OneCycle."""
 
     knows_first_rate = False
+
+    def step(self, batch_iteration: int | None = None) -> None:
+        """See `WarmupLR.step`."""
+        super().step(batch_iteration)
+
+    def get_mom(self) -> list[Any] | None:
+        """The momentum, or the betas, of each group; None if it is not cycled."""
+        if self.momentum_key is None:
+            return None
+        return [group[self.momentum_key] for group in self.optimizer.param_groups]
 
 
 class WarmupLR(_Counted, ours.WarmupLR):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from deepspeed._errors import NotProvidedError
+from deepspeed.comm._world import initialize_mesh_device
+from deepspeed.utils import groups
 
 #: What an `mpu` may be asked for, under the names that Megatron has had, and who will bring it.
 _SIZES = {
@@ -39,13 +43,45 @@ def check_unit(mpu: Any) -> None:
         )
 
 
-def check_mesh(mesh_param: Any) -> None:
-    """Raise NotProvidedError if a (data parallel, sequence parallel) mesh asks for the second."""
-    if mesh_param and len(mesh_param) > 1 and int(mesh_param[1]) > 1:
+def check_mesh(shape: Sequence[int], name: str = "mesh_param") -> None:
+    """Raise NotProvidedError unless a mesh is of data parallelism alone, over all ranks.
+
+    Args:
+        shape: data-parallel and sequence-parallel ranks.
+        name: of the argument, or of the keys, that ask for it.
+    """
+    given, world = tuple(int(size) for size in shape), dist.get_world_size()
+    if len(given) == 2 and given[1] > 1:
         raise NotProvidedError(
-            f"mesh_param: got {tuple(mesh_param)}, and sequence parallelism is not provided yet "
-            f"(ds-pipe will bring it); leave mesh_param out"
+            f"{name}: got {given}, and sequence parallelism is not provided yet (ds-pipe will "
+            f"bring it); leave it out"
         )
+    if given != (world, 1):
+        raise NotProvidedError(
+            f"{name}: got {given}, expected (data-parallel ranks, sequence-parallel ranks), and "
+            f"all {world} ranks are data-parallel; give ({world}, 1) or leave it out"
+        )
+
+
+def mesh_of(mesh_param: Sequence[int] | None, config: Mapping[str, Any]) -> DeviceMesh | None:
+    """The DeviceMesh that a program asks for, by an argument or by keys of its configuration.
+
+    Its dimensions are data_parallel and sequence_parallel. Collective if it is asked for.
+    """
+    keys = ("data_parallel_size", "sequence_parallel_size")
+    if not mesh_param and not all(key in config for key in keys):
+        return None
+    shape = tuple(mesh_param or (config[key] for key in keys))
+    check_mesh(shape, "mesh_param" if mesh_param else ", ".join(keys))
+    return initialize_mesh_device(shape, ("data_parallel", "sequence_parallel"))
+
+
+def name_groups(mpu: Any, mesh_device: DeviceMesh | None) -> None:
+    """Let `deepspeed.utils.groups` answer for the unit or mesh of the engine that is made."""
+    if mpu is not None:
+        groups.mpu = mpu
+    if mesh_device is not None:
+        groups.mesh_device = mesh_device
 
 
 def data_ranks(mpu: Any, mesh_device: Any = None) -> int:

@@ -51,14 +51,20 @@ def as_ours(
     tag: str | None = None,
     *,
     group: dist.ProcessGroup | None = None,
+    optimizer: bool = True,
 ) -> Iterator[str | None]:
     """The folder of a checkpoint of DeepSpeed in our format, for as long as the block; or None.
 
     None: what is there is not DeepSpeed's. Rank 0 writes the copy beside the original, or where
     that cannot be written to into the folder for temporary files, which then all ranks must share.
-    What can only be read by running code is left out. Collective.
+    What can only be read by running code is left out, and without `optimizer` the optimizer's
+    states, which are most of the bytes. The copy is gone after the block, and after an error.
+    Collective.
 
-    Raises CheckpointError on every rank if it cannot be read.
+    A copy, because a load has each rank read its boxes of tensors by an index with checksums, and
+    DeepSpeed's files have neither.
+
+    Raises CheckpointError on every rank if it cannot be read, or there is no room for the copy.
     """
     ranks = Ranks(group)
     what = f"reading {os.fspath(directory)}"
@@ -68,7 +74,7 @@ def as_ours(
         return
     scratch = ranks.first(what, lambda: _scratch(source.parent))
     try:
-        written = ranks.first(what, lambda: _imported(source, scratch))
+        written = ranks.first(what, lambda: _imported(source, scratch, optimizer))
         yield str(written)
         # Nobody reads any more.
         ranks.each(what, lambda: None)
@@ -84,10 +90,16 @@ def _scratch(beside: Path) -> Path:
         return Path(tempfile.mkdtemp(prefix="import-"))
 
 
-def _imported(source: Path, scratch: Path) -> Path:
+def _imported(source: Path, scratch: Path, optimizer: bool) -> Path:
     # What is missing or strange is judged by the load that follows, which knows the model.
     report = import_checkpoint(
-        source, scratch, tag="imported", format="deepspeed", drop_objects=True, strict=False
+        source,
+        scratch,
+        tag="imported",
+        format="deepspeed",
+        drop_objects=True,
+        strict=False,
+        optimizer=optimizer,
     )
     _tell(source, report)
     path = Path(str(report.path))

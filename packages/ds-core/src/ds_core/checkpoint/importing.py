@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,7 @@ def import_checkpoint(
     tag: str | None = None,
     format: str | None = None,
     weights_only: bool = False,
+    optimizer: bool = True,
     aliases: Mapping[str, str] | None = None,
     drop_objects: bool = False,
     strict: bool = True,
@@ -77,6 +79,7 @@ def import_checkpoint(
         tag: which of the source's tags, and the name of ours. Default: the source's own.
         format: "deepspeed", "dcp" or "weights". Default: found from the files.
         weights_only: leave out optimizer, schedule and client state.
+        optimizer: if False, leave out the optimizer's states alone, which are most of the bytes.
         aliases: further names of tied weights, `{"lm_head.weight": "embed.weight"}`, where the
             source does not tell; what it holds under the further name is compared and dropped.
         drop_objects: leave out what can only be read by running code, rather than refuse the file.
@@ -86,7 +89,8 @@ def import_checkpoint(
 
     Raises:
         CheckpointError: if the source is incomplete, damaged, of no known format or asks for code,
-            or, if `strict`, not all of it can be placed; nothing is written then.
+            or, if `strict`, not all of it can be placed, or the disk has no room for it; nothing
+            is written then.
     """
     folder = _tag_folder(Path(source), tag)
     opener = _opener(folder, format)
@@ -94,9 +98,12 @@ def import_checkpoint(
     _tie(found, aliases or {})
     if weights_only:
         _keep_weights(found)
+    elif not optimizer:
+        _drop_optimizer(found)
     if model is not None:
         _compare(found, model)
     _check(folder, found, strict=strict)
+    _check_room(directory, found)
     about = {
         "sharding": f"imported from {found.kind}",
         "aliases": found.aliases,
@@ -201,6 +208,30 @@ def _keep_weights(found: Foreign) -> None:
         del found.state.values[key]
         found.ignored[key] = "only weights were asked for"
     found.missing = [text for text in found.missing if not text.startswith("optimizer ")]
+
+
+def _drop_optimizer(found: Foreign) -> None:
+    tensors = found.state.tensors
+    found.state.tensors = {n: t for n, t in tensors.items() if t.path[0] != "optimizer"}
+    found.missing = [text for text in found.missing if not text.startswith("optimizer ")]
+    found.ignored["optimizer"] = "its states were not asked for"
+
+
+def _check_room(directory: str | os.PathLike[str], found: Foreign) -> None:
+    """Raise CheckpointError if a folder of this machine has less room than the tensors take."""
+    if "://" in os.fspath(directory):
+        return
+    folder = Path(directory).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    needed = sum(tensor.nbytes for tensor in found.state.tensors.values())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"{found.kind} takes {needed / 1e9:.2f} GB in this format, and {folder} has "
+            f"{free / 1e9:.2f} GB of room: make room, or run `ds checkpoint import` into a folder "
+            f"on another disk and load that"
+        )
 
 
 def _compare(found: Foreign, model: torch.nn.Module) -> None:

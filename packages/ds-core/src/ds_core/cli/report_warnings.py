@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
+from ds_core.cli.dropin import dropin_problems
 from ds_core.cli.installed import Provided, duplicates, range_problems
 from ds_core.cli.machine import Machine
 from ds_core.cli.ops_report import OpRow
@@ -26,6 +27,7 @@ def warnings_of(
     """Everything that is likely to hurt, each with what to do about it."""
     found = [
         *duplicates(),
+        *dropin_problems(),
         *range_problems(),
         *_limits(machine),
         *_torch_build(machine, environment),

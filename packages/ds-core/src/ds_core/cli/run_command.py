@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ds_core.cli.dropin import dropin_problems
 from ds_core.cli.panels import PanelCommand
 from ds_core.errors import DsError, LaunchError
 
@@ -320,6 +321,8 @@ def run(
         with_python=not no_python,
     )
     is_quiet = not context.find_root().params.get("debug", False)
+    for problem in () if as_node else dropin_problems():
+        typer.echo(f"warning: {problem}", err=True)
     with _interrupted_early():
         if hostfile is None and launcher is None:
             for name, value in (

@@ -144,6 +144,14 @@ class ParkableSharding(Protocol):
         """Bring them back, bit for bit."""
 
 
+@runtime_checkable
+class ReleasableSharding(Protocol):
+    """A `Sharding` that can end without making the model whole."""
+
+    def release(self) -> None:
+        """Leave parameters where they are, free of hooks, and free the rest. Not collective."""
+
+
 class ShardingFactory(Protocol):
     """What an entry point of the group `ds_core.sharding` is.
 

@@ -191,6 +191,12 @@ class Homes:
         if self.swap is not None:
             self.swap.settle()
 
+    def end_training(self) -> None:
+        """Give up the states on disk; parts of parameters stay where they are."""
+        if self.swap is not None:
+            self.swap.close()
+            self.swap = None
+
     def close(self) -> None:
         """Wait for what is under way, and close the files; what they held is gone."""
         for home in self._disk_shards:

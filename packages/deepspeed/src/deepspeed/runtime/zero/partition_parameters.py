@@ -216,6 +216,18 @@ class Init:
             self.unwrap_constructors()
             self._building.__exit__(kind, error, trace)
 
+    def shut_down(self) -> None:
+        """See `shutdown_init_context`; again it does nothing."""
+        if self._before:
+            self.unwrap_constructors()
+            self._building.pause()
+
+    def restore(self) -> None:
+        """See `restore_init_context`; nothing unless it is shut down."""
+        if not self._before:
+            self._building.resume()
+            self.wrap_constructors()
+
     def wrap_constructors(self) -> None:
         """Let torch's constructors make tensors of this format; nothing if they do."""
         if self._before:
@@ -251,15 +263,18 @@ def _mesh_of(group: Any) -> comm.Mesh | None:
 
 
 def shutdown_init_context() -> None:
-    """Leave out for a while what an `Init` that is entered does to constructors."""
+    """Leave an `Init` that is entered without effect for a while; what is built so far is sharded.
+
+    `deepspeed.initialize` does so itself. Collective inside an `Init`, as all of it is.
+    """
     for entered in Init._entered[:1]:
-        entered.unwrap_constructors()
+        entered.shut_down()
 
 
 def restore_init_context() -> None:
     """Undo `shutdown_init_context`."""
     for entered in Init._entered[:1]:
-        entered.wrap_constructors()
+        entered.restore()
 
 
 class GatheredParameters:
