@@ -6,9 +6,8 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
-from torch import nn
-
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine_features import EngineFeatures
 
 
 def _asks(path: str) -> Callable[[EngineSettings], Any]:
@@ -29,7 +28,7 @@ def _zero(key: str) -> Callable[[EngineSettings], Any]:
     return _asks(f"zero_config.{key}")
 
 
-class EngineSettings(nn.Module):
+class EngineSettings(EngineFeatures):
     """The half of a `DeepSpeedEngine` that answers questions about its configuration."""
 
     _config: DeepSpeedConfig

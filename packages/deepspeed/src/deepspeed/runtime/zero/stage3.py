@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from ds_zero import Offload
 
 __getattr__, __dir__ = names_of(
-    __name__, {"DeepSpeedZeroOptimizer_Stage3": "ds_zero:ZeroOptimizer"}
+    __name__, {"DeepSpeedZeroOptimizer_Stage3": "deepspeed.runtime.base_optimizer:DeepSpeedZeroOptimizer_Stage3"}
 )
 
 
