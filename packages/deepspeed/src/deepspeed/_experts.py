@@ -1,4 +1,4 @@
-"""Whether there are experts on ranks of their own: ds-moe will bring them, so nothing is one yet."""
+"""Whether there are experts on ranks of their own: none can be made before ds-moe."""
 
 from __future__ import annotations
 

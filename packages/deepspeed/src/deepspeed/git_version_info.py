@@ -1,4 +1,4 @@
-"""The version and what is built: this package is made from no git checkout, so that is "unknown"."""
+"""The version; of git "unknown", as the package need not come from a checkout."""
 
 from __future__ import annotations
 

@@ -99,7 +99,9 @@ class EngineOptimizer(DeepSpeedOptimizer, Optimizer):
     def scaled_global_norm(self, norm_type: int = 2) -> float | None:
         """The norm of the last step's gradients as they were with the loss scale."""
         if norm_type != 2:
-            raise NotProvidedError(f"optimizer.scaled_global_norm: norm_type: got {norm_type}, only 2")
+            raise NotProvidedError(
+                f"optimizer.scaled_global_norm: norm_type: got {norm_type}, only 2"
+            )
         norm = self._engine.grad_norm
         return None if norm is None else norm * self._engine.scaler.scale
 
@@ -140,11 +142,14 @@ class EngineOptimizer(DeepSpeedOptimizer, Optimizer):
     def refresh_fp32_params(self) -> None:
         """Have the master copies follow weights that a program wrote into the model. Collective.
 
-        At stage 3 nothing: `GatheredParameters` writes them into the master copies itself.
+        At stage 3 nothing: `GatheredParameters` writes them into the master copies itself. Takes a
+        copy of the model for as long as it runs.
         """
         if self.zero_stage < 3:
-            for param in self._engine.module.parameters():
-                safe_set_full_fp32_param(param, param.detach().clone())
+            # To set one writes its neighbours again as they were, so all are read first.
+            written = [(each, each.clone()) for each in self._engine.module.parameters()]
+            for param, value in written:
+                safe_set_full_fp32_param(param, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: what an engine trains is fixed when it is made."""

@@ -109,7 +109,9 @@ def empty_cache() -> None:
     get_accelerator().reset_peak_memory_stats()
 
 
-def move_to_device(item: Any, device: Any, criterion_func: Callable[[Any], bool] | None = None) -> Any:
+def move_to_device(
+    item: Any, device: Any, criterion_func: Callable[[Any], bool] | None = None
+) -> Any:
     """Tensors, alone or in lists, tuples and dicts, on another device.
 
     criterion_func: of those for which it is true, the tensor itself is moved rather than a copy.
