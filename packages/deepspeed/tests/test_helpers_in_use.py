@@ -81,7 +81,7 @@ def test_nothing_is_an_expert():
 @pytest.mark.parametrize(
     ("kind", "how", "expected"),
     [
-        ("fixed_linear", {"total_curriculum_step": 4, "difficulty_step": 8}, [8, 24, 32, 64]),
+        ("fixed_linear", {"total_curriculum_step": 4, "difficulty_step": 8}, [8, 16, 32, 64]),
         (
             "fixed_root",
             {"total_curriculum_step": 4, "difficulty_step": 8, "root_degree": 2},
