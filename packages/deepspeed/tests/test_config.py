@@ -106,11 +106,13 @@ def test_unknown_keys_where_the_original_reads_by_key():
         activation_checkpointing={"blocks": "repeated", "future": 1},
         aio={"block_size": 1048576, "thread_count": 1},
         checkpoint={"tag_validation": "WARN", "other": 1},
+        flops_profiler={"enabled": False, "future": 1},
     )
     assert [w.partition(":")[0] for w in config.warnings] == [
         "activation_checkpointing.future",
         "aio.thread_count",
         "checkpoint.other",
+        "flops_profiler.future",
     ]
 
 
@@ -171,6 +173,23 @@ def test_numbers_and_switches_as_text_as_pydantic_takes_them():
     assert config.zero_config.contiguous_gradients is True
     with pytest.raises(DeepSpeedConfigError, match="enabled"):
         loaded(fp16={"enabled": "perhaps"})
+
+
+def test_scalars_at_the_top_as_text():
+    config = loaded(
+        zero_allow_untested_optimizer="true", gradient_clipping="0.5", steps_per_print="10"
+    )
+    assert config.ours.zero_allow_untested_optimizer is True
+    assert config.gradient_clipping == 0.5
+    assert config.steps_per_print == 10
+    with pytest.raises(DeepSpeedConfigError, match="gradient_clipping: got"):
+        loaded(gradient_clipping="much")
+
+
+def test_a_bound_of_gradients_below_zero_is_none():
+    config = loaded(gradient_clipping=-1)
+    assert config.gradient_clipping == 0.0
+    assert config.warnings == ["gradient_clipping: -1 is below 0, so gradients are not clipped"]
 
 
 def test_what_accelerate_and_lightning_write():

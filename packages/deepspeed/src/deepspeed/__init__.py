@@ -20,6 +20,8 @@ _absent.install()
 
 #: The same as `__version__`.
 version = __version__
+__version_major__, __version_minor__, __version_patch__ = 0, 19, 8
+__git_hash__ = __git_branch__ = "unknown"
 #: Whose package of this name it is, for programs that want to know.
 __provider__ = "ds"
 
@@ -30,6 +32,12 @@ __getattr__, __dir__ = names_of(
         "add_config_arguments": "deepspeed.runtime.arguments:add_config_arguments",
         "DeepSpeedEngine": "deepspeed.runtime.engine:DeepSpeedEngine",
         "DeepSpeedOptimizer": "deepspeed.runtime.base_optimizer:DeepSpeedOptimizer",
+        "DeepSpeedOptimizerCallable": "deepspeed.runtime._constants:DeepSpeedOptimizerCallable",
+        "DeepSpeedSchedulerCallable": "deepspeed.runtime._constants:DeepSpeedSchedulerCallable",
+        "HAS_TRITON": "deepspeed.runtime._constants:HAS_TRITON",
+        "TORCH_DISTRIBUTED_DEFAULT_PORT": (
+            "deepspeed.runtime._constants:TORCH_DISTRIBUTED_DEFAULT_PORT"
+        ),
         "DeepSpeedConfig": "deepspeed.runtime.config:DeepSpeedConfig",
         "DeepSpeedConfigError": "deepspeed.runtime.config:DeepSpeedConfigError",
         "DeepSpeedDataLoader": "deepspeed.runtime.dataloader:DeepSpeedDataLoader",
@@ -43,8 +51,8 @@ __getattr__, __dir__ = names_of(
         "dist": "deepspeed.comm",
     },
     submodules=(
-        *("accelerator", "checkpoint", "comm", "elasticity", "launcher", "monitor", "ops"),
-        *("profiling", "runtime", "utils"),
+        *("accelerator", "checkpoint", "comm", "elasticity", "env_report", "launcher"),
+        *("git_version_info", "monitor", "ops", "profiling", "runtime", "utils"),
     ),
     missing={
         "init_inference": "ds-inference will bring it; until then run the model itself under "
@@ -57,6 +65,12 @@ __getattr__, __dir__ = names_of(
         "DeepSpeedInferenceConfig": "ds-inference will bring it",
         "DeepSpeedHybridEngine": "ds-inference will bring it; generate with the module of a "
         "stage 3 engine inside deepspeed.zero.GatheredParameters",
+        "default_inference_config": "ds-inference will bring it",
+        "replace_transformer_layer": "ds-inference will bring it",
+        "set_autotp_mode": "ds-pipe will bring tensor parallelism; use ZeRO stage 3",
+        "load_ds_config": "ds-pipe will bring tensor parallelism; use ZeRO stage 3",
+        "DualPipeVEngine": "ds-pipe will bring pipelines; use ZeRO stage 3",
+        "DualPipeVModule": "ds-pipe will bring pipelines; use ZeRO stage 3",
         "DeepSpeedTransformerLayer": "use torch.nn.functional.scaled_dot_product_attention and "
         "torch.compile",
         "DeepSpeedTransformerConfig": "use torch.nn.functional.scaled_dot_product_attention and "

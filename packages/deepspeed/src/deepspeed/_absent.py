@@ -6,6 +6,7 @@ would fail; whatever is done with such a name raises NotProvidedError with the r
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.machinery import ModuleSpec
@@ -141,8 +142,6 @@ ABSENT: Mapping[str, str] = {
     "deepspeed.runtime.superoffload": _OFFLOAD,
     "deepspeed.runtime.swap_tensor": _OFFLOAD,
     "deepspeed.runtime.torch_autocast": 'set "torch_autocast" in the config',
-    "deepspeed.runtime.utils": "norms and clipping are the engine's (gradient_clipping, "
-    "engine.get_global_grad_norm())",
     "deepspeed.runtime.zenflow": 'set "zenflow" in zero_optimization, which ds-zero has',
     **_below(
         "deepspeed.runtime.zero",
@@ -161,10 +160,36 @@ ABSENT: Mapping[str, str] = {
         "deepspeed.utils", "pin_memory pin_memory_tracker", "use get_accelerator().pin_memory"
     ),
     **_below("deepspeed", "compat constants", _INTERNAL),
-    **_below(
-        "deepspeed",
-        "git_version_info git_version_info_installed",
-        "see deepspeed.__version__ and `ds report`",
+    "deepspeed.git_version_info_installed": "see deepspeed.__version__ and `ds report`",
+}
+
+_BUILDERS = "deepspeed.ops._builders"
+_CONSTANTS = "deepspeed.runtime._constants"
+
+#: What programs use of these modules and is there nevertheless: where it lives.
+PROVIDED: Mapping[str, str] = {
+    "deepspeed.compression.helper.recursive_getattr": "deepspeed.utils.module_utils",
+    "deepspeed.compression.helper.recursive_setattr": "deepspeed.utils.module_utils",
+    "deepspeed.constants.TORCH_DISTRIBUTED_DEFAULT_PORT": _CONSTANTS,
+    "deepspeed.moe.utils.has_moe_layers": "deepspeed._experts",
+    "deepspeed.moe.utils.is_moe_param": "deepspeed._experts",
+    **{
+        f"deepspeed.ops.op_builder.{name}": _BUILDERS
+        for name in (
+            *("CPUAdagradBuilder", "CPUAdamBuilder", "CPULionBuilder"),
+            *("FusedAdamBuilder", "FusedLambBuilder", "FusedLionBuilder"),
+        )
+    },
+    "deepspeed.runtime.bf16_optimizer.BF16_Optimizer": "deepspeed.runtime.base_optimizer",
+    "deepspeed.runtime.constants.ROUTE_EVAL": _CONSTANTS,
+    "deepspeed.runtime.constants.ROUTE_PREDICT": _CONSTANTS,
+    "deepspeed.runtime.constants.ROUTE_TRAIN": _CONSTANTS,
+    "deepspeed.runtime.data_pipeline.curriculum_scheduler.CurriculumScheduler": (
+        "deepspeed._curriculum"
+    ),
+    "deepspeed.runtime.fp16.fused_optimizer.FP16_Optimizer": "deepspeed.runtime.base_optimizer",
+    "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer": (
+        "deepspeed.runtime.base_optimizer"
     ),
 }
 
@@ -186,7 +211,7 @@ class AbsentFinder:
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """A module without code, or None if the table does not have it."""
-        if not fullname.startswith("deepspeed."):
+        if not fullname.startswith("deepspeed.") or fullname in PROVIDED:
             return None
         reason = reason_for(fullname)
         if reason is None:
@@ -206,7 +231,10 @@ class _AbsentLoader(Loader):
             # What inspection asks of every module is not use.
             if name.startswith("__"):
                 raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
-            return not_provided(f"{module.__name__}.{name}", self._reason)
+            full = f"{module.__name__}.{name}"
+            if full in PROVIDED:
+                return getattr(importlib.import_module(PROVIDED[full]), name)
+            return not_provided(full, self._reason)
 
         module.__doc__ = f"Not provided by this package; {self._reason}."
         vars(module)["__getattr__"] = getattr_

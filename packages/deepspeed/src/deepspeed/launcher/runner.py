@@ -13,11 +13,12 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from deepspeed._errors import NotProvidedError
+from deepspeed._names import names_of
 from ds_core.errors import LaunchError
 from ds_core.launcher.devices import num_devices
 from ds_core.launcher.hostfile import Host, read_hostfile
@@ -28,6 +29,17 @@ DLTS_HOSTFILE = "/job/hostfile"
 DEEPSPEED_ENVIRONMENT_NAME = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
 DEEPSPEED_ENVIRONMENT_PATHS = [str(Path.home()), "."]
 _DEFAULT_PORT = 29500
+
+__getattr__, __dir__ = names_of(
+    __name__,
+    {},
+    missing={
+        "EXPORT_ENVS": f"name the variables for all hosts in {DEEPSPEED_ENVIRONMENT_NAME}",
+        "encode_world_info": "use ds_core.launcher",
+        "parse_num_nodes": "use ds_core.launcher",
+    },
+)
+
 _LAUNCHERS = ("pdsh", "ssh", "slurm", "openmpi", "mpich", "impi", "kubernetes", "ray")
 
 
@@ -227,6 +239,26 @@ def fetch_hostfile(hostfile_path: str) -> dict[str, int] | None:
     """Slots by host of a hostfile; None if there is no such file."""
     hosts = _hosts(hostfile_path)
     return None if hosts is None else {host.name: host.slots for host in hosts}
+
+
+def parse_resource_filter(
+    host_info: Mapping[str, Sequence[int]], include_str: str = "", exclude_str: str = ""
+) -> dict[str, list[int]]:
+    """The slots to use of each host, by the filters of --include and --exclude.
+
+    host_info: slot numbers by host. Raises LaunchError for a filter that names what is not there.
+    """
+    hosts = [Host(name, len(slots)) for name, slots in host_info.items()]
+    chosen = select_hosts(hosts, include=include_str or None, exclude=exclude_str or None)
+    return {host.name: list(host.slots) for host in chosen}
+
+
+def parse_inclusion_exclusion(
+    resource_pool: Mapping[str, int], inclusion: str, exclusion: str
+) -> dict[str, list[int]]:
+    """`parse_resource_filter` of hosts of which the number of slots is given."""
+    every = {name: list(range(slots)) for name, slots in resource_pool.items()}
+    return parse_resource_filter(every, inclusion, exclusion)
 
 
 def _hosts(path: str) -> tuple[Host, ...] | None:

@@ -9,7 +9,7 @@ __getattr__, __dir__ = names_of(
     {},
     submodules=(
         *("activation_checkpointing", "arguments", "base_optimizer", "config", "dataloader"),
-        *("engine", "initialize", "lr_schedules", "zero"),
+        *("engine", "initialize", "lr_schedules", "utils", "zero"),
     ),
     missing={
         "pipe": "ds-pipe will bring pipelines; use ZeRO stage 3",

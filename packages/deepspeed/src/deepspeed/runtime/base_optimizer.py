@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +12,22 @@ from torch.optim import Optimizer
 
 from deepspeed._errors import NotProvidedError
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.utils.tensor_fragment import safe_set_full_fp32_param
 from ds_core.checkpoint import FlatShard
 from ds_zero import ZeroOptimizer
 
 if TYPE_CHECKING:
     from ds_core.engine import Engine
 
+logger = logging.getLogger("DeepSpeed")
+
 
 class DeepSpeedOptimizer:
     """The class of which every optimizer of an engine is one."""
+
+
+class ZeROOptimizer(DeepSpeedOptimizer):
+    """The class of which the optimizer of an engine is one from stage 1 on."""
 
 
 class EngineOptimizer(DeepSpeedOptimizer, Optimizer):
@@ -78,6 +87,25 @@ class EngineOptimizer(DeepSpeedOptimizer, Optimizer):
         return policy is not None and policy.static is None
 
     @property
+    def loss_scaler(self) -> LossScale:
+        """The loss scale and how it changes."""
+        return LossScale(self)
+
+    @property
+    def dp_process_group(self) -> Any:
+        """torch's process group of the ranks that have batches of their own."""
+        return self._engine.mesh.group("dp").pg
+
+    def scaled_global_norm(self, norm_type: int = 2) -> float | None:
+        """The norm of the last step's gradients as they were with the loss scale."""
+        if norm_type != 2:
+            raise NotProvidedError(
+                f"optimizer.scaled_global_norm: norm_type: got {norm_type}, only 2"
+            )
+        norm = self._engine.grad_norm
+        return None if norm is None else norm * self._engine.scaler.scale
+
+    @property
     def _global_grad_norm(self) -> float | None:
         return self._engine.grad_norm
 
@@ -95,6 +123,33 @@ class EngineOptimizer(DeepSpeedOptimizer, Optimizer):
         """Forget what accumulates; at stages 2 and 3 nothing, as there only a step forgets it."""
         if self.zero_stage < 2:
             self._engine.zero_grad()
+
+    def offload_states(
+        self,
+        include: Iterable[Any] | None = None,
+        device: Any = "cpu",
+        pin_memory: bool = True,
+        non_blocking: bool = False,
+    ) -> None:
+        """As `engine.offload_states`. Collective."""
+        offload_states(self._engine, include, device, pin_memory, non_blocking)
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """As `engine.reload_states`. Collective."""
+        self._engine.reload_states(non_blocking)
+
+    @torch.no_grad()
+    def refresh_fp32_params(self) -> None:
+        """Have the master copies follow weights that a program wrote into the model. Collective.
+
+        At stage 3 nothing: `GatheredParameters` writes them into the master copies itself. Takes a
+        copy of the model for as long as it runs.
+        """
+        if self.zero_stage < 3:
+            # To set one writes its neighbours again as they were, so all are read first.
+            written = [(each, each.clone()) for each in self._engine.module.parameters()]
+            for param, value in written:
+                safe_set_full_fp32_param(param, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: what an engine trains is fixed when it is made."""
@@ -142,6 +197,70 @@ class EngineOptimizer(DeepSpeedOptimizer, Optimizer):
                 if name in saved["state"].get(key, {}):
                     by_name[name] = _filled(key, name, value, saved["state"][key][name])
         sharding.load_state_dict({"state": own["state"], "groups": saved["groups"]})
+
+
+class FP16_Optimizer(EngineOptimizer):  # noqa: N801 - the original's name
+    """Of an engine that trains in fp16 without ZeRO."""
+
+
+#: The original has one each for optimizers that it fuses and others.
+FP16_UnfusedOptimizer = FP16_Optimizer
+
+
+class BF16_Optimizer(EngineOptimizer):  # noqa: N801 - the original's name
+    """Of an engine that trains in bf16 without ZeRO."""
+
+
+class DeepSpeedZeroOptimizer(EngineOptimizer, ZeROOptimizer):
+    """Of an engine at stage 1 or 2."""
+
+
+class DeepSpeedZeroOptimizer_Stage3(EngineOptimizer, ZeROOptimizer):  # noqa: N801
+    """Of an engine at stage 3."""
+
+
+def optimizer_class(stage: int, compute: torch.dtype | None) -> type[EngineOptimizer]:
+    """By which class programs know the optimizer of an engine.
+
+    Args:
+        stage: of ZeRO.
+        compute: what the model computes in, if not as it was made.
+    """
+    if stage:
+        return DeepSpeedZeroOptimizer_Stage3 if stage == 3 else DeepSpeedZeroOptimizer
+    if compute is torch.float16:
+        return FP16_Optimizer
+    return BF16_Optimizer if compute is torch.bfloat16 else EngineOptimizer
+
+
+class LossScale:
+    """`optimizer.loss_scaler`: what losses are multiplied by before backward.
+
+    Attributes:
+        dynamic: whether it is adjusted while training.
+    """
+
+    def __init__(self, optimizer: EngineOptimizer) -> None:
+        self._optimizer, self.dynamic = optimizer, optimizer.dynamic_loss_scale
+
+    @property
+    def loss_scale(self) -> float:
+        """The present one; 1 without fp16."""
+        return self._optimizer.loss_scale
+
+    cur_scale = loss_scale
+
+
+def offload_states(
+    engine: Engine, include: Iterable[Any] | None, device: Any, pin_memory: bool, non_blocking: bool
+) -> None:
+    """Park state that rests in host memory; see `DeepSpeedEngine.offload_states`."""
+    target = str(getattr(device, "value", device))
+    if target == "none":
+        logger.warning("offload_states: no device is named, so nothing is offloaded")
+        return
+    kinds = None if include is None else [str(getattr(kind, "value", kind)) for kind in include]
+    engine.offload_states(kinds, target, pin_memory, non_blocking)
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from deepspeed.runtime import _env
+from deepspeed._names import names_of
+from deepspeed.runtime import _constants, _env
 from deepspeed.runtime.config_reading import read_config, translate
 from deepspeed.runtime.parallel_unit import data_ranks
 from ds_core import config as configuration
@@ -18,6 +19,10 @@ logger = logging.getLogger("DeepSpeed")
 
 #: What is wrong with a configuration; ds_core's own error, so that either name catches it.
 DeepSpeedConfigError = ConfigError
+
+__getattr__, __dir__ = names_of(
+    __name__, {name: f"{_constants.__name__}:{name}" for name in _constants.OPTIMIZER_NAMES}
+)
 
 __all__ = ["DeepSpeedConfig", "DeepSpeedConfigError"]
 

@@ -136,8 +136,11 @@ class _Translation:
                 self._leave_out(key, "it names no type, and DeepSpeed builds none then")
             elif model is not None and isinstance(value, Mapping):
                 result[key] = self._section(key, _OTHER_NAMES.get(key, key), value, model)
+            elif model is None and key in Config.model_fields:
+                result[key] = _from_text(value, Config.model_fields[key].annotation)
             else:
                 result[key] = value
+        self._settle_clipping(result)
         self._settle_offload(result)
         self._settle_params(result)
         level = result.get("log_level")
@@ -186,6 +189,13 @@ class _Translation:
             raise ConfigError(f"{here}: the deprecated form of {to}, which is given too; keep one")
         if value in (True, "true", "True"):
             result[to] = {"device": "cpu"}
+
+    def _settle_clipping(self, result: dict[str, Any]) -> None:
+        """A bound below 0 is none: the original clips if it is more than 0."""
+        bound = result.get("gradient_clipping")
+        if isinstance(bound, int | float) and bound < 0:
+            result["gradient_clipping"] = 0.0
+            self._note(f"gradient_clipping: {bound} is below 0, so gradients are not clipped")
 
     def _settle_offload(self, result: dict[str, Any]) -> None:
         """What has nothing to offload at a stage is not looked at by the original."""

@@ -71,6 +71,9 @@ LEFT_OUT: Mapping[str, LeftOut] = MappingProxyType(
         "use_data_before_expert_parallelism": LeftOut("there are no experts on ranks of their own"),
         "vocabulary_size": LeftOut(_NO_EFFECT),
         # Sections of ds-core
+        "autotuning.arg_mappings": LeftOut(
+            "`ds tune` hands over a trial's configuration as a whole"
+        ),
         "bf16.check_grad_overflow": LeftOut(
             "gradients that are not finite are an error then, rather than written into the weights"
         ),
@@ -144,7 +147,7 @@ SWITCHES: Mapping[str, str] = MappingProxyType(
 READ_BY_KEY = frozenset(
     (
         *("activation_checkpointing", "aio", "autotuning", "checkpoint", "data_efficiency"),
-        *("data_types", "optimizer", "scheduler", "torch_autocast"),
+        *("data_types", "flops_profiler", "optimizer", "scheduler", "torch_autocast"),
     )
 )
 

@@ -15,9 +15,10 @@ from torch.utils.data import Dataset
 
 import ds_core
 from deepspeed._errors import NotProvidedError
+from deepspeed._names import names_of
 from deepspeed._parameter_attributes import mark_model
-from deepspeed.runtime import _env
-from deepspeed.runtime.base_optimizer import EngineOptimizer
+from deepspeed.runtime import _constants, _env
+from deepspeed.runtime.base_optimizer import EngineOptimizer, optimizer_class
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.dataloader import DeepSpeedDataLoader
 from deepspeed.runtime.engine_files import EngineFiles
@@ -32,6 +33,17 @@ from ds_core.errors import DsError
 from ds_zero import ZeroOptimizer
 
 logger = logging.getLogger("DeepSpeed")
+
+__getattr__, __dir__ = names_of(
+    __name__,
+    {
+        name: f"{_constants.__name__}:{name}"
+        for name in (
+            *("DeepSpeedOptimizerCallable", "DeepSpeedSchedulerCallable"),
+            *("MEMORY_OPT_ALLREDUCE_SIZE", *_constants.OPTIMIZER_NAMES),
+        )
+    },
+)
 
 _TIMERS = "set wall_clock_breakdown, and metrics.jsonl for times as numbers"
 _BUCKETS = "gradients are averaged while backward runs; use no_sync() to put that off"
@@ -153,9 +165,9 @@ class DeepSpeedEngine(EngineFiles):
         self.optimizer: EngineOptimizer | None = None
         self.basic_optimizer = _inner_of(engine.sharding) if trains else None
         if trains or self.zero_optimization():
-            self.optimizer = EngineOptimizer(
-                engine, self.basic_optimizer, stage=self.zero_optimization_stage()
-            )
+            stage = self.zero_optimization_stage()
+            kind = optimizer_class(stage, engine.precision.compute)
+            self.optimizer = kind(engine, self.basic_optimizer, stage=stage)
         mark_model(model, engine.sharding)
         if self.zero_optimization_partition_weights():
             give_placeholders(model)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deepspeed.runtime.base_optimizer import offload_states
 from deepspeed.runtime.client_state import packed, unpacked
 from deepspeed.runtime.engine_settings import EngineSettings
 from deepspeed.runtime.weight_placing import check_names, placing
@@ -261,12 +262,7 @@ class EngineFiles(EngineSettings):
             pin_memory: whether host memory is page-locked.
             non_blocking: return while copies are under way.
         """
-        target = str(getattr(device, "value", device))
-        if target == "none":
-            logger.warning("offload_states: no device is named, so nothing is offloaded")
-            return
-        kinds = None if include is None else [str(getattr(k, "value", k)) for k in include]
-        self._engine.offload_states(kinds, target, pin_memory, non_blocking)
+        offload_states(self._engine, include, device, pin_memory, non_blocking)
 
     def reload_states(self, non_blocking: bool = False) -> None:
         """Bring back what `offload_states` parked, bit for bit. Collective."""

@@ -54,6 +54,13 @@ class EngineSettings(nn.Module):
 
     _config: DeepSpeedConfig
 
+    # Parallelism that is not there.
+    pipeline_parallelism = False
+    has_moe_layers = False
+    num_experts: tuple[int, ...] = ()
+    #: Gradients are averaged by `backward` itself.
+    enable_backward_allreduce = True
+
     optimizer_name = _asks("optimizer_name")
     optimizer_params = _asks("optimizer_params")
     scheduler_name = _asks("scheduler_name")
@@ -225,6 +232,21 @@ class EngineSettings(nn.Module):
     def is_first_weights_partition_group(self) -> bool:
         """Whether this rank is of the first group that holds a whole model: at stage 3."""
         return self.zero_optimization_partition_weights()
+
+    def dynamic_loss_scale_args(self) -> dict[str, Any] | None:
+        """How the loss scale is adjusted, None if the configuration leaves that to the default."""
+        asked: Any = self._config._param_dict.get("fp16", {})
+        keys = ("initial_scale_power", "loss_scale_window", "min_loss_scale", "hysteresis")
+        if not any(key in asked for key in keys):
+            return None
+        fp16 = self._config.float16_config
+        return {
+            "init_scale": 2**fp16.initial_scale_power,
+            "scale_window": fp16.loss_scale_window,
+            "delayed_shift": fp16.hysteresis,
+            "consecutive_hysteresis": fp16.consecutive_hysteresis,
+            "min_scale": fp16.min_loss_scale,
+        }
 
     def get_data_types(self) -> tuple[torch.dtype, torch.dtype]:
         """The dtype in which the model computes, and that in which gradients accumulate."""

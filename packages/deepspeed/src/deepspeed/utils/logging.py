@@ -53,6 +53,22 @@ def _make_logger() -> logging.Logger:
 logger = _make_logger()
 
 
+class LoggerFactory:
+    """Makes loggers that write as `logger` does."""
+
+    @staticmethod
+    def create_logger(name: str | None = None, level: int = logging.WARNING) -> logging.Logger:
+        """The logger of a name, at a level. Raises DsError without a name."""
+        if name is None:
+            raise DsError("LoggerFactory.create_logger: name: got None, expected a name")
+        made = logging.getLogger(name)
+        made.setLevel(level)
+        made.propagate = False
+        if not made.handlers:
+            made.addHandler(logger.handlers[0])
+        return made
+
+
 @functools.cache
 def warning_once(message: str, *args: Any) -> None:
     """Warn, but only once with the same message and arguments."""

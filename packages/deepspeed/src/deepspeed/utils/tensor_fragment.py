@@ -13,10 +13,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from deepspeed._names import names_of
 from deepspeed._parameter_attributes import owner_of
 from ds_core.errors import DsError
 from ds_core.seams import FullValues
 from ds_zero import ShardError, ZeroOptimizer
+
+_INNER = "it is an inner part of the original; use the safe_get_* and safe_set_* functions"
+
+__getattr__, __dir__ = names_of(
+    __name__,
+    {},
+    missing=dict.fromkeys(
+        (
+            *("fragment_address", "tensor_fragment", "get_hp_fragment_mapping", "link_hp_params"),
+            *("get_full_hp_param", "set_full_hp_param", "get_full_hp_grad", "set_full_hp_grad"),
+            *("get_hp_fragment", "map_to_flat_opt_states", "lazy_init_hp_params_optimizer_state"),
+        ),
+        _INNER,
+    ),
+)
 
 
 def safe_get_full_fp32_param(param: nn.Parameter) -> torch.Tensor | None:

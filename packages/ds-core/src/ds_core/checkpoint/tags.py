@@ -213,7 +213,8 @@ def condemned(directory: Place) -> list[Place]:
 def point_latest(directory: Place, tag: str) -> None:
     """Make `latest` name the tag, atomically."""
     with replace_atomically(directory / LATEST_NAME) as file:
-        write_all(file, f"{tag}\n".encode())
+        # Without a newline: there are programs that take the whole text for the tag.
+        write_all(file, tag.encode())
 
 
 def discard(path: Place) -> None:

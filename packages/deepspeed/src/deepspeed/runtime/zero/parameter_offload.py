@@ -6,9 +6,16 @@ from typing import Any
 
 from torch import nn
 
+from deepspeed._names import names_of
 from deepspeed._parameter_attributes import mark_model
 from ds_zero import ShardError, ZeroOptimizer
 from ds_zero.owners import owners_of
+
+__getattr__, __dir__ = names_of(
+    __name__,
+    {},
+    missing={"ZeROOrderedDict": "parameters are gathered by hooks; see deepspeed.zero"},
+)
 
 
 class DeepSpeedZeRoOffload:

@@ -13,9 +13,9 @@ from deepspeed.runtime.zero._estimates import Cluster, needs, show, sizes_of
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from ds_zero import Offload
 
-__getattr__, __dir__ = names_of(
-    __name__, {"DeepSpeedZeroOptimizer_Stage3": "ds_zero:ZeroOptimizer"}
-)
+_NAME = "DeepSpeedZeroOptimizer_Stage3"
+
+__getattr__, __dir__ = names_of(__name__, {_NAME: f"deepspeed.runtime.base_optimizer:{_NAME}"})
 
 
 @contextmanager

@@ -10,7 +10,9 @@ from deepspeed._names import names_of
 from deepspeed.runtime.zero._estimates import Cluster, needs, show, sizes_of
 from ds_zero import Offload
 
-__getattr__, __dir__ = names_of(__name__, {"DeepSpeedZeroOptimizer": "ds_zero:ZeroOptimizer"})
+__getattr__, __dir__ = names_of(
+    __name__, {"DeepSpeedZeroOptimizer": "deepspeed.runtime.base_optimizer:DeepSpeedZeroOptimizer"}
+)
 
 
 def estimate_zero2_model_states_mem_needs(
