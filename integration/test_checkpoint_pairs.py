@@ -35,7 +35,6 @@ LAYOUTS = [
 FORMATS = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}}
 #: One layout of each stage, each at another number of ranks, for the other number formats.
 SOME = [(0, 2, None), (1, 3, None), (2, 1, None), (3, 4, None)]
-KEYS = ("exp_avg", "exp_avg_sq")
 
 
 class Block(nn.Module):
