@@ -539,7 +539,11 @@ def tells_names(stage: int) -> None:
     if dist.get_rank() == 0:  # the original's sends nothing
         engine.state_dict()
     shapes = {name: value.shape for name, value in engine.state_dict().items()}
-    assert shapes == {f"module.{name}": value.shape for name, value in truth.items()}
+    saves_nothing = stage == 3 and dist.get_rank() != 0
+    assert shapes == {
+        f"module.{name}": torch.Size([0]) if saves_nothing else value.shape
+        for name, value in truth.items()
+    }
     assert list(engine.module.state_dict()) == list(truth)
     whole = engine.module_state_dict()
     assert all(torch.equal(whole[name], value) for name, value in truth.items())

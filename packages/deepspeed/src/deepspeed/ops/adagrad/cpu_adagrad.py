@@ -18,11 +18,22 @@ class DeepSpeedCPUAdagrad(CPUAdagrad):
     """
 
     def __init__(
-        self, model_params: Any, *args: Any, adamw_mode: bool = False, **kwargs: Any
+        self,
+        model_params: Any,
+        lr: float = 1e-2,
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        fp32_optimizer_states: bool = True,
+        *,
+        adamw_mode: bool = False,
+        **kwargs: Any,
     ) -> None:
         if adamw_mode:
             raise DsError("DeepSpeedCPUAdagrad: adamw_mode: got True, but Adagrad has no such mode")
-        super().__init__(model_params, *args, **kwargs)
+        super().__init__(
+            model_params, lr, eps, weight_decay, amsgrad, fp32_optimizer_states, **kwargs
+        )
 
     def _check_param(self, param: torch.Tensor) -> None:
         FusedOptimizer._check_param(self, param)
