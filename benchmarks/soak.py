@@ -1,6 +1,6 @@
 """Faults at random points of real runs on two and four ranks: does every run survive?
 
-    python benchmarks/soak.py --faults 200 --seed 1
+    python benchmarks/soak.py --faults 200 --seed 1 --at-once 3
 
 Each fault befalls a job twice: without a launcher, where every survivor must end within the timeout
 with an error that names the cause, and under `ds run --max-restarts`, which must go on by itself,
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -74,26 +75,44 @@ def plan(num_faults: int, seed: int) -> list[Trial]:
 
 
 def soak(
-    trials: Sequence[Trial], folder: Path, *, goes_on_every: int = 1, tells: bool = False
+    trials: Sequence[Trial],
+    folder: Path,
+    *,
+    goes_on_every: int = 1,
+    tells: bool = False,
+    at_once: int = 1,
 ) -> list[Outcome]:
     """What came of each trial, in order.
 
     Args:
-        trials: to run, one after the other.
+        trials: to run.
         folder: empty; holds the runs.
         goes_on_every: 1 tries `ds run` after each fault, 3 after each third one.
-        tells: whether each is printed as it is done.
+        tells: whether each is printed once it and those before it are done.
+        at_once: trials beside one another; much of each is waiting.
     """
     start_server()
     expected = reference(folder)
     outcomes = []
-    for number, trial in enumerate(trials):
-        outcome = run_trial(trial, folder, expected, goes_on=number % goes_on_every == 0)
-        outcomes.append(outcome)
-        if tells:
-            print(" | ".join(_row(number, outcome)), flush=True)
-            for problem in outcome.problems:
-                print(f"    {problem}", flush=True)
+    with ThreadPoolExecutor(at_once) as pool:
+        runs = [
+            pool.submit(
+                run_trial,
+                trial,
+                folder,
+                expected,
+                name=str(number),
+                goes_on=number % goes_on_every == 0,
+            )
+            for number, trial in enumerate(trials)
+        ]
+        for number, run in enumerate(runs):
+            outcome = run.result()
+            outcomes.append(outcome)
+            if tells:
+                print(" | ".join(_row(number, outcome)), flush=True)
+                for problem in outcome.problems:
+                    print(f"    {problem}", flush=True)
     return outcomes
 
 
@@ -170,6 +189,7 @@ def main() -> None:
     parser.add_argument(
         "--goes-on-every", type=int, default=1, help="try `ds run` after each N-th fault only (1)"
     )
+    parser.add_argument("--at-once", type=int, default=1, help="beside one another (1)")
     parser.add_argument("--save", action="store_true", help="write results/soak.json")
     arguments = parser.parse_args()
     trials = plan(arguments.faults, arguments.seed)
@@ -177,7 +197,13 @@ def main() -> None:
         trials = [trials[arguments.only - 1]]
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="ds-soak-") as folder:
-        outcomes = soak(trials, Path(folder), goes_on_every=arguments.goes_on_every, tells=True)
+        outcomes = soak(
+            trials,
+            Path(folder),
+            goes_on_every=arguments.goes_on_every,
+            tells=True,
+            at_once=arguments.at_once,
+        )
     done = report(outcomes, arguments.seed)
     print(done.text())
     print(f"\n({len(outcomes)} faults in {time.perf_counter() - begin:.0f} s)")

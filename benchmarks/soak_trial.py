@@ -109,22 +109,25 @@ def reference(folder: Path) -> dict[int, float]:
     return _losses(folder / "whole")
 
 
-def run_trial(trial: Trial, folder: Path, expected: dict[int, float], *, goes_on: bool) -> Outcome:
-    """Harm a run that goes on from `folder/base`, in a folder of its own within `folder`.
+def run_trial(
+    trial: Trial, folder: Path, expected: dict[int, float], *, name: str, goes_on: bool
+) -> Outcome:
+    """Harm a run that goes on from `folder/base`, in folders of its own within `folder`.
 
+    name: of the trial, for its folders.
     goes_on: whether `ds run` is tried as well.
     """
     # On a machine that is busy for seconds, ranks give up on one another before the fault strikes.
     for timeout_s in (trial.timeout_s, 3 * trial.timeout_s, 9 * trial.timeout_s):
         trial = replace(trial, timeout_s=timeout_s)
         outcome = Outcome(trial)
-        with _job_folder(trial, folder, "alone") as (place, options):
+        with _job_folder(trial, folder, f"{name}-alone") as (place, options):
             has_struck = _run_alone(trial, place, options, expected, outcome)
             _check_newest(place / "checkpoints", trial.fault, outcome)
         if has_struck:
             break
     if goes_on:
-        with _job_folder(trial, folder, "launched") as (place, options):
+        with _job_folder(trial, folder, f"{name}-launched") as (place, options):
             _run_launched(trial, place, options, expected, outcome)
     return outcome
 

@@ -90,7 +90,7 @@ def test_a_fault_of_the_soak_is_survived(
     folder, expected = base
     trial = replace(soak.plan(12, seed=11)[number], timeout_s=4.0)
 
-    outcome = soak.run_trial(trial, folder, expected, goes_on=number % 6 == 0)
+    outcome = soak.run_trial(trial, folder, expected, name=str(number), goes_on=number % 6 == 0)
 
     assert not outcome.problems, outcome
     assert (len(outcome.attempts) > 1) == (number % 6 == 0)

@@ -31,6 +31,7 @@ from ds_core.checkpoint.snapshot import HostBuffers, Snapshot
 from ds_core.checkpoint.state import FlatState
 from ds_core.checkpoint.store import checked_state
 from ds_core.comm.group import timeout_of
+from ds_core.comm.new_group import new_process_group
 from ds_core.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -337,12 +338,13 @@ def _own_group(
     whole = dist.group.WORLD if group is None else group
     assert whole is not None
     options["timeout"] = timeout_of(whole) if timeout_s is None else timedelta(seconds=timeout_s)
+    doing = "connecting the threads that write checkpoints"
     if group is None or group is dist.group.WORLD:
-        return dist.new_group(**options)
+        return new_process_group(None, doing, **options)
     # Only members call. Such a group is named by its ranks, and a name must not be used again: the
     # rendezvous of a second one would find what the first left. So it is never destroyed.
     ranks = dist.get_process_group_ranks(group)
-    return dist.new_group(ranks, use_local_synchronization=True, **options)
+    return new_process_group(ranks, doing, use_local_synchronization=True, **options)
 
 
 def _signature(flat: FlatState) -> int:

@@ -78,12 +78,19 @@ def collective_failed(
     return _error(call, group, f"{who} ({cause})")
 
 
-def who_failed(pg: dist.ProcessGroup | None, doing: str, error: Exception) -> str:
+def who_failed(
+    pg: dist.ProcessGroup | None,
+    doing: str,
+    error: Exception,
+    *,
+    ranks: Sequence[int] | None = None,
+) -> str:
     """Who is missing, in words, when an exchange of torch itself fails: one of a checkpoint.
 
     pg: the group of the exchange; None: all ranks. `doing` is equal on all of them.
+    ranks: the global ranks that took part; None: all of `pg`.
     """
-    ranks = dist.get_process_group_ranks(pg)
+    ranks = dist.get_process_group_ranks(pg) if ranks is None else ranks
     group = Group(doing, ranks, pg or dist.group.WORLD, Ledger())
     cause = _plain(str(error)) or type(error).__name__
     return f"{_roll_call(group, Note(group.lane_name, 0, doing, cause), ranks)} ({cause})"

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ds_core.comm.ledger import Ledger
+from ds_core.comm.new_group import new_process_group
 
 if TYPE_CHECKING:
     from ds_core.comm.sequence import SequenceCheck
@@ -86,8 +87,8 @@ class Group:
         name = f"{self.name} ({purpose})"
         pg = self.pg
         if pg is not None:
-            ranks = list(self.ranks)
-            pg = dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True)
+            options = {"timeout": self.timeout, "use_local_synchronization": True}
+            pg = new_process_group(self.ranks, f"making {name}", **options)
         lane = Group(name, self.ranks, pg, self.ledger)
         self._num_lanes += 1
         if self.check is not None:

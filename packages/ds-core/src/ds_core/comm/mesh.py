@@ -14,6 +14,7 @@ from ds_core.comm.board import ask
 from ds_core.comm.environment import init, wants_check
 from ds_core.comm.group import Group, timeout_of
 from ds_core.comm.ledger import Ledger
+from ds_core.comm.new_group import new_process_group
 from ds_core.comm.objects import broadcast_object
 from ds_core.comm.sequence import SequenceCheck
 from ds_core.errors import CommError
@@ -108,8 +109,9 @@ class Mesh:
             name = f"ranks {', '.join(map(str, chosen))}"
             pg = None
             if len(chosen) > 1:
-                pg = dist.new_group(
-                    list(chosen),
+                pg = new_process_group(
+                    chosen,
+                    f"making a group of {name}",
                     timeout=_world_timeout(),
                     use_local_synchronization=True,
                     sort_ranks=False,
