@@ -172,6 +172,20 @@ def test_a_stopped_rank_is_named_within_the_timeout(checked):
     assert "failed on rank 1" in late
 
 
+def late_to_a_new_group():
+    group = warm_group(checked=False, timeout_s=3)
+    if group.rank == 1:
+        # Wakes up when the other has long given up.
+        subprocess.Popen(["sh", "-c", f"sleep 10; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return error_of(lambda: group.lane("gradients"))
+
+
+def test_a_rank_that_never_comes_to_a_new_group_is_named():
+    message, _ = run_ranks(2, late_to_a_new_group, timeout_s=90)
+    assert "making dp (gradients) failed on rank 0: rank 1 stopped answering" in message
+
+
 def stopped_with_the_store():
     comm.init()  # by torchrun's variables: rank 0 holds the rendezvous store
     group = warm_group(True, timeout_s=3)
