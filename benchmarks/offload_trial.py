@@ -188,8 +188,7 @@ def _deepspeed(trial: Trial) -> Any:
             if where == "nvme":
                 zero[key]["nvme_path"] = trial.folder
     if trial.parameters == "nvme":
-        # Of its default of 5 buffers none is left when a unit has more parameters than that.
-        zero["offload_param"] |= {"max_in_cpu": trial.most_in_cpu, "buffer_count": 64}
+        zero["offload_param"]["max_in_cpu"] = trial.most_in_cpu
     if trial.states == "nvme":
         # Pipelined both ways, it runs out of its default of 4 buffers.
         pipelined = {"pipeline_read": True, "pipeline_write": True, "buffer_count": 12}
