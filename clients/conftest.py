@@ -175,6 +175,24 @@ def launch(python: str) -> Launch:
 
 
 @pytest.fixture(scope="session")
+def by_hand(python: str) -> Callable[..., None]:
+    """Run a script alone, in a folder, as a user does at a prompt; it has to succeed."""
+
+    def run(*command: str | Path, cwd: Path) -> None:
+        done = subprocess.run(
+            [python, *map(str, command)],
+            check=False,
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            env=environment(python),
+        )
+        assert done.returncode == 0, done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def smollm2(python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with SmolLM2-135M-Instruct, its real weights, for `from_pretrained`."""
     folder = tmp_path_factory.mktemp("smollm2")
