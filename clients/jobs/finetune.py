@@ -129,9 +129,7 @@ def adapter_on_a_sharded_base(options: argparse.Namespace) -> dict[str, Any]:
         disable_tqdm=True,
     )
     model = PeftModel.from_pretrained(base(options.base), options.adapter)
-    partitioned = all(
-        hasattr(p, "ds_numel") for n, p in model.named_parameters() if "lora" not in n
-    )
+    frozen = [param for name, param in model.named_parameters() if "lora" not in name]
     trainer = Trainer(model=model, args=arguments, eval_dataset=HELD_OUT)
     found = trainer.predict(HELD_OUT)
     return {
