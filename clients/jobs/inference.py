@@ -17,7 +17,7 @@ import torch.distributed as dist
 from llama import Losses, small_llama
 from peak import Peak, tensor_bytes
 from text import Windows
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 
@@ -87,7 +87,7 @@ def infer(folder: Path, config: dict[str, Any], model_folder: str) -> dict[str, 
 def error_of(action: Any) -> str:
     try:
         action()
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -107,6 +107,7 @@ def refusals(folder: Path, config: dict[str, Any], wrong: dict[str, Any]) -> dic
     told["stage 2"] = error_of(trainer_of(stage2).evaluate)
     empty = folder / "empty"
     empty.mkdir(parents=True, exist_ok=True)
+    TrainerState().save_to_json(str(empty / "trainer_state.json"))
     trainer = trainer_of(config)
     told["empty"] = error_of(lambda: trainer.train(resume_from_checkpoint=str(empty)))
     (empty / "global_step3").mkdir(exist_ok=True)

@@ -20,10 +20,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-STEPS, WARMUP, RATE, DECAY = 6, 2, 3e-3, 0.01
+STEPS, WARMUP, RATE, DECAY = 6, 2, 3e-3, 0.5
 
 
-def train(folder: Path, config: dict[str, Any] | None, plain: str = "") -> dict[str, list[float]]:
+def train(folder: Path, config: dict[str, Any] | None, plain: str = "") -> dict[str, Any]:
     """Losses and rates of a run with a configuration, or without one of plain torch.
 
     plain: "optimizer" for one group of all parameters, "schedule" for one that is a step late as
@@ -66,10 +66,11 @@ def train(folder: Path, config: dict[str, Any] | None, plain: str = "") -> dict[
         trainer.lr_scheduler = schedule
     trainer.train()
     unset_hf_deepspeed_config()
-    return {"train": losses.train, "rates": losses.rates}
+    engine = type(trainer.model_wrapped).__name__
+    return {"train": losses.train, "rates": losses.rates, "engine": engine}
 
 
-def find_batch_size(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+def find_batch_size(folder: Path, config: dict[str, Any] | None) -> dict[str, Any]:
     """A run whose first attempts have too little memory: the Trainer tries smaller batches."""
     model, losses = small_llama(layers=2), Losses()
     model.register_forward_pre_hook(check_memory, with_kwargs=True)
@@ -93,8 +94,7 @@ def find_batch_size(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[losses])
     trainer.train()
     unset_hf_deepspeed_config()
-    found = trainer.accelerator.deepspeed_config["train_micro_batch_size_per_gpu"]
-    return {"train": losses.train, "batch": found}
+    return {"train": losses.train, "batch": trainer.state.train_batch_size}
 
 
 def check_memory(module: torch.nn.Module, inputs: Any, named: dict[str, Any]) -> None:
@@ -113,19 +113,19 @@ def main() -> None:
     parser.add_argument("--configs", type=Path, required=True, help="a file of them, by name")
     options = parser.parse_known_args()[0]
     told: dict[str, Any] = {}
+    # First those without deepspeed: it leaves variables in the environment that turn it on again.
+    for name in ("", "optimizer", "schedule", "optimizer and schedule"):
+        told[f"plain {name}".strip()] = train(options.out / "plain", None, name)
+        gc.collect()
+    told["found plain"] = find_batch_size(options.out / "found", None)
+    gc.collect()
     for name, config in json.loads(options.configs.read_text()).items():
         told[name] = train(options.out / name, config)
         gc.collect()
-    for stage in ("1", "3"):
-        config = {
-            "train_micro_batch_size_per_gpu": "auto",
-            "train_batch_size": "auto",
-            "zero_optimization": {"stage": int(stage)},
-        }
-        told[f"found {stage}"] = find_batch_size(options.out / f"found{stage}", config)
-        gc.collect()
-    for name in ("", "optimizer", "schedule", "optimizer and schedule"):
-        told[f"plain {name}".strip()] = train(options.out / "plain", None, name)
+    sizes = {"train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto"}
+    for stage in (1, 2):
+        config = {**sizes, "zero_optimization": {"stage": stage}}
+        told[f"found {stage}"] = find_batch_size(options.out / "found", config)
         gc.collect()
     (options.out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(told))
     dist.destroy_process_group()
