@@ -318,6 +318,8 @@ def test_smollm2_learns_as_under_plain_ddp(launch, smollm2, smollm2_ddp, tmp_pat
     for rank in job.ranks:
         assert rank["partitioned"] == (name == "3")
         assert rank["model_bytes"] / rank["full_bytes"] < (0.6 if name == "3" else 1.1)
+        # A fifth of it is the embedding, which is whole while its values are spread.
+        assert rank["peak_bytes"] / rank["full_bytes"] < 0.85 or name == "2"
 
 
 SMOLLM2 = ("--steps", "3", "--batch", "1", "--length", "48", "--lr", "1e-4", "--warmup", "0")

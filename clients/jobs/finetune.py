@@ -124,7 +124,7 @@ def adapter_on_a_sharded_base(options: argparse.Namespace) -> dict[str, Any]:
         use_cpu=True,
         ddp_backend="gloo",
         per_device_eval_batch_size=2,
-        max_grad_norm=1.0,
+        label_names=["labels"],
         report_to=[],
         disable_tqdm=True,
     )

@@ -107,7 +107,7 @@ def refusals(folder: Path, config: dict[str, Any], wrong: dict[str, Any]) -> dic
     told["stage 2"] = error_of(trainer_of(stage2).evaluate)
     empty = folder / "empty"
     empty.mkdir(parents=True, exist_ok=True)
-    TrainerState().save_to_json(str(empty / "trainer_state.json"))
+    TrainerState(train_batch_size=2).save_to_json(str(empty / "trainer_state.json"))
     trainer = trainer_of(config)
     told["empty"] = error_of(lambda: trainer.train(resume_from_checkpoint=str(empty)))
     (empty / "global_step3").mkdir(exist_ok=True)
