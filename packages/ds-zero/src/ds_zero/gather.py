@@ -119,10 +119,9 @@ class GatherRuntime:
         """Modules of several with parameters that are whole throughout a pass, without the root."""
         roots = {id(p) for unit in self._units.values() if unit.is_root for p in unit.params}
         for name, module in model.named_modules():
-            has_children = next(module.children(), None) is not None
-            if module is not model and has_children:
-                if any(id(param) in roots for param in module.parameters()):
-                    yield name, module
+            is_part = module is not model and next(module.children(), None) is not None
+            if is_part and any(id(param) in roots for param in module.parameters()):
+                yield name, module
 
     def _install_on_part(
         self, name: str, part: nn.Module, here: Callable[[], GatherRuntime | None]
