@@ -105,14 +105,13 @@ def refusals(folder: Path, config: dict[str, Any], wrong: dict[str, Any]) -> dic
     told = {"mismatch": error_of(trainer_of(wrong, max_grad_norm=0.5).train)}
     stage2 = {**config, "zero_optimization": {"stage": 2}}
     told["stage 2"] = error_of(trainer_of(stage2).evaluate)
-    empty = folder / "empty"
-    empty.mkdir(parents=True, exist_ok=True)
-    TrainerState(train_batch_size=2).save_to_json(str(empty / "trainer_state.json"))
-    trainer = trainer_of(config)
-    told["empty"] = error_of(lambda: trainer.train(resume_from_checkpoint=str(empty)))
-    (empty / "global_step3").mkdir(exist_ok=True)
-    trainer = trainer_of(config)
-    told["no latest"] = error_of(lambda: trainer.train(resume_from_checkpoint=str(empty)))
+    # Folders of their own: a rank may be ahead.
+    for name, inside in (("empty", "."), ("no latest", "global_step3")):
+        checkpoint = folder / f"{name}{dist.get_rank()}"
+        (checkpoint / inside).mkdir(parents=True)
+        TrainerState(train_batch_size=2).save_to_json(str(checkpoint / "trainer_state.json"))
+        trainer = trainer_of(config)
+        told[name] = error_of(lambda: trainer.train(resume_from_checkpoint=str(checkpoint)))
     unset_hf_deepspeed_config()
     return told
 
