@@ -6,6 +6,7 @@ A program of a user of transformers; see `trainer.py`.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from llama import Losses, small_llama
-from peak import Peak, tensor_bytes
+from peak import tensor_bytes
 from text import Windows
 from transformers import AutoModelForCausalLM, Trainer, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -44,11 +45,9 @@ def infer(folder: Path, config: dict[str, Any], model_folder: str) -> dict[str, 
     """Evaluation, prediction and generation by a model that was never trained here; then it is."""
     arguments = arguments_of(folder, config)
     before = tensor_bytes()
-    with Peak() as peak:
-        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     told: dict[str, Any] = {
         "model_bytes": tensor_bytes() - before,
-        "peak_bytes": peak.bytes,
         "full_bytes": 4 * sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
         "partitioned": all(hasattr(p, "ds_numel") for p in model.parameters()),
     }
@@ -110,8 +109,8 @@ def refusals(folder: Path, config: dict[str, Any], wrong: dict[str, Any]) -> dic
         checkpoint = folder / f"{name}{dist.get_rank()}"
         (checkpoint / inside).mkdir(parents=True)
         TrainerState(train_batch_size=2).save_to_json(str(checkpoint / "trainer_state.json"))
-        trainer = trainer_of(config)
-        told[name] = error_of(lambda: trainer.train(resume_from_checkpoint=str(checkpoint)))
+        resume = functools.partial(trainer_of(config).train, str(checkpoint))
+        told[name] = error_of(resume)
     unset_hf_deepspeed_config()
     return told
 
