@@ -314,9 +314,13 @@ def test_smollm2_learns_as_under_plain_ddp(launch, smollm2, smollm2_ddp, tmp_pat
     assert job["evaluated"] == pytest.approx(smollm2_ddp["evaluated"], abs=TOLERANCE)
     # Real weights: they know English and Python before the first step.
     assert job["train"][0] < 3.5
-    for rank in job.ranks:
+    for number, rank in enumerate(job.ranks):
         assert rank["partitioned"] == (name == "3")
         assert rank["model_bytes"] / rank["full_bytes"] < (0.6 if name == "3" else 1.1)
+        # Beside what stays there is never a whole model in memory, but for the file, which
+        # transformers itself maps on rank 0.
+        passing = rank["peak_bytes"] - rank["model_bytes"]
+        assert name == "2" or passing < (0.85 + (number == 0)) * rank["full_bytes"]
 
 
 SMOLLM2 = ("--steps", "3", "--batch", "1", "--length", "48", "--lr", "1e-4", "--warmup", "0")
