@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 
+from ds_core.testing import free_port
 from implementations import build, is_ours
 from models import Tiny
-from ranks import Ranks, free_port, join
+from ranks import Ranks, join
 from report import Check, Report, main, median
 
 IMPLEMENTATIONS = (

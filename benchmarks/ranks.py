@@ -8,7 +8,6 @@ may be alive together and be asked in turn, so that a busy machine slows all ali
 from __future__ import annotations
 
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -39,6 +38,9 @@ class Ranks:
     def __init__(
         self, world_size: int, factory: Callable[..., Any], *args: Any, start_s: float = 300.0
     ) -> None:
+        # Not for the ranks, which import this file too: a peer's memory is without ds_core.
+        from ds_core.testing import free_port
+
         context = mp.get_context("spawn")
         port = free_port()
         self._pipes: list[Connection] = []
@@ -139,10 +141,3 @@ def join(rank: int, world_size: int, port: int) -> None:
     os.dup2(silence, 2)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
-
-
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from torch.distributed import TCPStore
 import soak_job
 from ds_core import checkpoint
 from ds_core.errors import CheckpointError
+from ds_core.testing import free_port
 from ds_core.testing.faults import DAMAGES, Fault, Strike, small_disk
 
 JOB = Path(soak_job.__file__)
@@ -242,7 +242,7 @@ class _Ranks:
         self, num_ranks: int, place: Path, options: list[str], *, own_store: bool = False
     ) -> None:
         context = multiprocessing.get_context("forkserver")
-        port, self._store = _free_port(), None
+        port, self._store = free_port(), None
         if not own_store:
             self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
             port = self._store.port
@@ -286,12 +286,6 @@ class _Ranks:
             if process.exitcode is None:
                 os.kill(process.pid, signal.SIGKILL)
             process.join()
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return int(free.getsockname()[1])
 
 
 def _be_rank(place: Path, rank: int, environ: dict[str, str], options: list[str]) -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ds_core.testing import free_port
 from import_time import PROBE
-from ranks import free_port
 from report import Check, Report, main, median
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ds_core.testing import free_port
 
 JOBS = Path(__file__).with_name("jobs")
 LIBRARIES = ("transformers", "accelerate", "lightning", "trl", "peft")
@@ -90,12 +91,6 @@ def original(request: pytest.FixtureRequest) -> str:
     if not python:
         pytest.skip("no interpreter with the original deepspeed: --original PYTHON names one")
     return python
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def environment(python: str) -> dict[str, str]:
@@ -187,6 +182,24 @@ def launch(python: str) -> Launch:
         found = [folder / f"rank{rank}.json" for rank in range(ranks)]
         said = [] if fails or not says else [json.loads(path.read_text()) for path in found]
         return Job(said, done.stdout, folder)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def by_hand(python: str) -> Callable[..., None]:
+    """Run a script alone, in a folder, as a user does at a prompt; it has to succeed."""
+
+    def run(*command: str | Path, cwd: Path) -> None:
+        done = subprocess.run(
+            [python, *map(str, command)],
+            check=False,
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            env=environment(python),
+        )
+        assert done.returncode == 0, done.stderr
 
     return run
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ds_core.testing import free_port
 from ds_core.testing.original import original_deepspeed
 
 STAGES = (1, 2, 3)
@@ -93,12 +93,6 @@ def deepspeed_trains(folder):
         told[stage] = losses_of(engine, rank, BEFORE, AFTER)
         engine.destroy()
     Path(f"{folder}/losses{rank}.json").write_text(json.dumps(told))
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ds_core.testing import Fault, run_ranks
+from ds_core.testing import Fault, free_port, run_ranks
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 JOB = BENCHMARKS / "soak_job.py"
@@ -130,9 +129,7 @@ def test_ranks_shrink_from_four_to_two_with_the_same_losses(
 def test_elastic_job_goes_on_when_a_node_is_lost(tmp_path: Path, undisturbed: list[float]) -> None:
     folder = tmp_path / "nodes"
     folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        endpoint = f"localhost:{free.getsockname()[1]}"
+    endpoint = f"localhost:{free_port()}"
     quick = ("last_call_timeout=1", "keep_alive_interval=1", "keep_alive_max_attempt=5")
     conf = [word for setting in quick for word in ("--rdzv-conf", setting)]
     words = ["--nnodes", "1:2", "--nproc", "1", "--rdzv-endpoint", endpoint, *conf]

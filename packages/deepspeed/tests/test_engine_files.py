@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tarfile
 from argparse import Namespace
 from pathlib import Path
@@ -48,6 +51,30 @@ def goes_on(stage: int, folder: str) -> None:
     torch.testing.assert_close(
         torch.tensor(train(other, 2, first=2)), torch.tensor(expected), **tolerance
     )
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_scripts_beside_a_checkpoint_write_whole_weights(stage: int, tmp_path: Path):
+    run_ranks(2, saves, stage, str(tmp_path / "saved"))
+    expected = torch.load(tmp_path / "saved" / "expected.pt")
+    scripts = sorted(path.name for path in (tmp_path / "saved").glob("*.py"))
+    assert scripts == ([] if stage == 0 else ["zero_to_fp32.py", "zero_to_torch.py"])
+    for script in scripts:
+        assert os.access(tmp_path / "saved" / script, os.X_OK)
+        out = tmp_path / script
+        subprocess.run([sys.executable, script, ".", str(out)], check=True, cwd=tmp_path / "saved")
+        found = torch.load(out / "pytorch_model.bin")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def saves(stage: int, folder: str) -> None:
+    engine = made(stage)
+    train(engine, 1)
+    engine.save_checkpoint(folder)
+    state = engine.module_state_dict()
+    if dist.get_rank() == 0:
+        torch.save(dict(state), Path(folder) / "expected.pt")
 
 
 def test_tags_weights_alone_and_what_is_not_there(tmp_path: Path):

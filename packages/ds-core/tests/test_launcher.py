@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -15,6 +14,7 @@ import pytest
 from ds_core.errors import LaunchError
 from ds_core.launcher import JobFailure, LaunchPlan, LaunchSpec, launch, make_plan
 from ds_core.launcher.plan import without_process
+from ds_core.testing import free_port
 
 Script = Callable[[str], str]
 
@@ -266,9 +266,7 @@ def test_stopped_process_does_not_hold_up_the_end(script: Script) -> None:
 
 def test_two_nodes_form_one_world(script: Script, tmp_path: Path) -> None:
     path = script("print(os.environ['RANK'], os.environ['WORLD_SIZE'], os.environ['GROUP_RANK'])")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    endpoint = f"127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "ds_core.cli", "run", "--nproc", "2", "--nnodes", "2"]
 
     nodes = [

@@ -66,7 +66,7 @@ NAMES = {
         "Died", "Fault", "FaultInjector", "Hung", "ObserverContract", "OpContract", "Raised",
         "RankFailure", "RankPool", "Returned", "RunnerContract", "ShardingContract", "TaskError",
         "TransportContract", "die", "die_on_call", "fake_world", "file_size_limit", "flip_byte",
-        "poisoned_empty", "run_ranks", "shared_pool", "truncate",
+        "free_port", "poisoned_empty", "run_ranks", "shared_pool", "truncate",
     ],
     "ds_core.testing.contracts": [
         "ObserverContract", "OpContract", "RunnerContract", "ShardingContract",

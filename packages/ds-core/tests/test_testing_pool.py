@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ds_core.testing import Died, Raised, RankFailure, RankPool, TaskError, run_ranks
+from ds_core.testing import Died, Raised, RankFailure, RankPool, TaskError, free_port, run_ranks
 
 Ranks = Callable[..., list[Any]]
 
@@ -363,3 +364,11 @@ def _wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "the condition was not met in time"
         time.sleep(0.05)
+
+
+def test_a_free_port_is_below_those_of_outgoing_connections_and_can_be_bound():
+    ports = {free_port() for _ in range(20)}
+    assert all(10_000 <= port < 32_768 for port in ports)
+    assert len(ports) > 10
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", ports.pop()))

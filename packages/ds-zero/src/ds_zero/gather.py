@@ -36,7 +36,8 @@ class GatherRuntime:
     """Gathers and frees the units of one model at stage 3.
 
     Args:
-        model: the root module, whose forward and backward delimit a pass.
+        model: the root module, whose forward and backward delimit a pass. A forward of a part
+            alone, such as the model inside a wrapper, is a pass too.
         units: all units of the model, sharded.
         ensure_begun: tells the watch over backwards that one is under way.
         prefetch: how many gathers may be under way or unused beside what is in use.
@@ -59,6 +60,8 @@ class GatherRuntime:
         self._pending: dict[int, comm.Pending] = {}
         self._kept: set[int] = {unit.index for unit in units if unit.is_root}
         self._key: tuple[Any, ...] = ()
+        # The part of the model whose forward alone is the pass under way.
+        self._part: nn.Module | None = None
         # Units that stay whole whatever passes do; of `hold`, how many ask for it, and of which it
         # is theirs to free them.
         self._held: set[int] = set()
@@ -102,6 +105,8 @@ class GatherRuntime:
             )
         )
         add(model.register_forward_hook(torch._disable_dynamo(leave), with_kwargs=True))
+        for name, part in self._parts(model):
+            self._install_on_part(name, part, here)
         of_module: dict[nn.Module, list[Unit]] = {}
         for unit in self._units.values():
             for module in unit.modules:
@@ -109,6 +114,36 @@ class GatherRuntime:
                     of_module.setdefault(module, []).append(unit)
         for module, units in of_module.items():
             self._install_on(module, units, here)
+
+    def _parts(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """Modules of several with parameters that are whole throughout a pass, without the root."""
+        roots = {id(p) for unit in self._units.values() if unit.is_root for p in unit.params}
+        for name, module in model.named_modules():
+            is_part = module is not model and next(module.children(), None) is not None
+            if is_part and any(id(param) in roots for param in module.parameters()):
+                yield name, module
+
+    def _install_on_part(
+        self, name: str, part: nn.Module, here: Callable[[], GatherRuntime | None]
+    ) -> None:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            runtime = here()
+            if runtime is not None:
+                runtime._enter_part(name, module, args, kwargs)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            runtime = here()
+            if runtime is not None:
+                runtime._leave_part(module, output)
+
+        add = self._handles.append
+        add(
+            part.register_forward_pre_hook(
+                torch._disable_dynamo(enter), with_kwargs=True, prepend=True
+            )
+        )
+        # Also after an error: what comes next may be another part, which would seem to be inside.
+        add(part.register_forward_hook(torch._disable_dynamo(leave), always_call=True))
 
     def _install_on(
         self, module: nn.Module, units: list[Unit], here: Callable[[], GatherRuntime | None]
@@ -145,14 +180,36 @@ class GatherRuntime:
             return  # activation checkpointing runs the whole model again
         if self.in_backward or self._order.active:
             self._recover()
+        self._begin_forward("", module, args, kwargs)
+
+    def _begin_forward(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if len(self._held) == len(self._units):
             return  # everything is here: nothing to gather, nothing to agree on
-        signature = (len(args), tuple(sorted(kwargs)), module.training, torch.is_grad_enabled())
-        self._key = signature
-        self._order.begin(("forward", *signature))
+        grad = torch.is_grad_enabled()
+        self._key = (name, len(args), tuple(sorted(kwargs)), module.training, grad)
+        self._order.begin(("forward", *self._key))
         for unit in self._units.values():
             if unit.is_root:
                 self.need(unit)
+
+    def _enter_part(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if self._order.active or self.in_backward:
+            return  # inside the root, or computed again for backward
+        self._begin_forward(name, module, args, kwargs)
+        self._part = module if self._order.active else None
+
+    def _leave_part(self, module: nn.Module, output: Any) -> None:
+        if self._part is not module:
+            return
+        self._part = None
+        if output is None:
+            self._recover()  # an error, of perhaps one rank: nothing to agree on
+        else:
+            self._leave_root(output)
 
     def _leave_root(self, output: Any) -> None:
         if self.in_backward or not self._order.active:
@@ -187,6 +244,7 @@ class GatherRuntime:
         """An exception ended the previous pass on the way: start from a clean state."""
         self._order.abandon()
         self.in_backward = False
+        self._part = None
         self._release_all(keep=set())
 
     def _release_all(self, keep: set[int]) -> None:

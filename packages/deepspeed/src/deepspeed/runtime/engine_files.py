@@ -14,6 +14,7 @@ import torch
 from deepspeed.runtime.base_optimizer import offload_states
 from deepspeed.runtime.client_state import packed, unpacked
 from deepspeed.runtime.engine_settings import EngineSettings
+from deepspeed.runtime.recovery_scripts import write_recovery_scripts
 from deepspeed.runtime.weight_placing import check_names, placing
 from ds_core import comm
 from ds_core.buffers import persistent_buffers
@@ -56,7 +57,8 @@ class EngineFiles(EngineSettings):
         """Save everything needed to go on, in `save_dir/tag`; returns True. Collective.
 
         The folder is ds_core's: it loads at any stage and number of ranks, and a crash at any
-        moment leaves the checkpoint before it as the latest.
+        moment leaves the checkpoint before it as the latest. Under ZeRO, `save_dir` also gets
+        `zero_to_fp32.py`, a script that writes whole weights.
 
         Args:
             save_dir: shared by all ranks; created.
@@ -75,6 +77,9 @@ class EngineFiles(EngineSettings):
             save_latest=save_latest,
             exclude_frozen_parameters=exclude_frozen_parameters,
         )
+        if self.zero_optimization():
+            group, what = self._engine.mesh.group("dp"), f"save_checkpoint to {save_dir}"
+            _rank0(group, lambda: write_recovery_scripts(save_dir), what)
         return True
 
     def load_checkpoint(

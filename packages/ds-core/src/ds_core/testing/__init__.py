@@ -17,7 +17,7 @@ from ds_core.testing.faults import (
     truncate,
 )
 from ds_core.testing.outcome import Died, Hung, Raised, RankFailure, Returned
-from ds_core.testing.pool import RankPool, run_ranks, shared_pool
+from ds_core.testing.pool import RankPool, free_port, run_ranks, shared_pool
 from ds_core.testing.task import TaskError
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ __all__ = [
     "fake_world",
     "file_size_limit",
     "flip_byte",
+    "free_port",
     "poisoned_empty",
     "run_ranks",
     "shared_pool",

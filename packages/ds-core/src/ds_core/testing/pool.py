@@ -127,7 +127,7 @@ class RankPool:
             )
         function, arguments = reference(fn), dumps((args, kwargs))
         server, workers = self._ready(world_size)
-        store_file, master_port = server.new_store_file(), _free_port()
+        store_file, master_port = server.new_store_file(), free_port()
         for rank, worker in enumerate(workers):
             worker.start(
                 Task(
@@ -261,8 +261,8 @@ class _Patience:
             self._deadline = min(self._deadline, time.monotonic() + GRACE_S)
 
 
-def _free_port() -> int:
-    """A TCP port of this machine that nobody listens on now.
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now, for a program that takes a number.
 
     Below those that systems give to outgoing connections, of which many come and go in tests: one
     of them could get the port before the ranks do.
