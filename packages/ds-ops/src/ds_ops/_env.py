@@ -9,6 +9,8 @@ DS_OPS_BUILD_TIMEOUT   seconds to wait for another process that builds the same 
 DS_OPS_ISA         baseline, avx2 or avx512: the best instruction set to use; the library reads it
     when it is loaded. Default: the best that the processor has.
 
+TRITON_INTERPRET   1, Triton's own: kernels in Triton run in its interpreter, on CPU tensors, for tests.
+
 Which implementation computes an op is said to ds-core: DS_OPS_IMPL and DS_OPS_FALLBACK.
 """
 
@@ -72,3 +74,8 @@ def build_timeout_s() -> float:
         raise BuildError(
             f"DS_OPS_BUILD_TIMEOUT={text!r} in the environment: expected seconds"
         ) from None
+
+
+def triton_interprets() -> bool:
+    """Whether Triton runs kernels in its interpreter, as TRITON_INTERPRET says."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ class OpContract:
     Attributes:
         op: its name.
         devices: kinds of device to test on.
+        implementations: names of those that are tested; empty: all that can run.
         compiled: whether it is also run through `torch.library.opcheck` and `torch.compile`,
             which take seconds: do so for one op of a family.
 
@@ -29,6 +30,7 @@ class OpContract:
 
     op: str
     devices: tuple[str, ...] = ("cpu",)
+    implementations: tuple[str, ...] = ()
     compiled: bool = True
 
     def test_the_op_states_its_contract(self) -> None:
@@ -102,6 +104,10 @@ class OpContract:
             told = torch.library.opcheck(operator, _leaves(self._op(), args))
             assert set(told.values()) == {"SUCCESS"}, told
 
+    def cases(self, device: torch.device, dtype: torch.dtype) -> Sequence[tuple[Any, ...]]:
+        """The arguments that it is tested on: those of the op, unless a test adds some."""
+        return self._op().cases(device, dtype)
+
     def _op(self) -> Op:
         return ops.get(self.op)
 
@@ -109,11 +115,13 @@ class OpContract:
         found: list[tuple[str, Callable[..., Any]]] = []
         reasons = []
         for name, reason in ops.available(self.op, device).items():
+            if self.implementations and name not in self.implementations:
+                continue
             if reason is None:
                 found.append((name, functools.partial(ops.run, self.op, impl=name)))
             else:
                 reasons.append(f"{name} on {device}: {reason}")
-        if len(found) == 1 and reasons:  # the reference only
+        if len(found) <= (not self.implementations) and reasons:  # the reference only, or nothing
             pytest.skip("; ".join(reasons))
         return found
 
@@ -123,7 +131,7 @@ class OpContract:
         for device in self.devices:
             for name, compute in self._runnable(device):
                 for dtype in op.dtypes:
-                    for index, args in enumerate(op.cases(torch.device(device), dtype)):
+                    for index, args in enumerate(self.cases(torch.device(device), dtype)):
                         shapes = [tuple(a.shape) for a in args if torch.is_tensor(a)]
                         where = f"{op.name} by {name} on {device}, {dtype}, case {index} {shapes}"
                         yield where, compute, args
