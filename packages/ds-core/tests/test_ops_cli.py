@@ -58,6 +58,9 @@ class FakeTools:
     def facts(self):
         return {"compiler": "fake++ 1.0"}
 
+    def kernels(self):
+        return [KernelSource("rms_norm", "triton", "a1b2c3", "never run on a GPU")]
+
     def build(self, architectures, *, everything, into_package):
         self.built.append((list(architectures), everything, into_package))
         return ["made a library"]

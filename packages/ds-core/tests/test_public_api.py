@@ -45,7 +45,8 @@ NAMES = {
         "shutdown",
     ],
     "ds_core.seams": [
-        "Dense", "Event", "EventKind", "FullValues", "Implementation", "InputAdjuster", "Observer",
+        "Dense", "Event", "EventKind", "FullValues", "Implementation", "InputAdjuster",
+        "KernelSource", "Observer",
         "Op", "OpTools", "ParkableSharding", "PassingState", "Runner", "Sequential", "Sharding",
         "ShardingFactory", "TensorFile", "TensorFiles", "TensorFilesFactory", "Transfer",
         "Transport", "change_freely", "tearing",

@@ -11,15 +11,7 @@ from ds_core.ops import library as torch_library
 from ds_core.seams import Implementation
 from ds_ops import _env
 from ds_ops.native import library, sources
-from ds_ops.triton_kernels import targets
-
-#: Kernels in Triton: op, and "module:function" below `ds_ops.triton_kernels`.
-TRITON: dict[str, str] = {
-    "rms_norm": "norms:rms_norm",
-    "rms_norm_backward": "norms:rms_norm_backward",
-    "layer_norm": "norms:layer_norm",
-    "layer_norm_backward": "norms:layer_norm_backward",
-}
+from ds_ops.triton_kernels import catalog, targets
 
 #: Ops that torch computes as well as we could: kernel by name, as "module:function" below
 #: `ds_ops.torch_kernels`, and the kinds of device that it runs on (empty: all).
@@ -86,16 +78,11 @@ class Triton:
 
     name = "triton"
 
-    def __init__(self, op: str, kernel: str) -> None:
-        self.op, self._kernel = op, kernel
+    def __init__(self, op: str) -> None:
+        self.op = op
         interprets = _env.triton_interprets()
         self.priority = 1 if interprets else 100
         self.devices: tuple[str, ...] = ("cpu",) if interprets else ("cuda",)
-
-    @property
-    def module(self) -> str:
-        """The file that holds it, below `ds_ops.triton_kernels`."""
-        return self._kernel.partition(":")[0]
 
     def unavailable(self, device_type: str) -> str | None:
         """Why it cannot run there; imports and compiles nothing."""
@@ -109,7 +96,7 @@ class Triton:
 
     def bind(self, namespace: str, device_type: str) -> None:
         """Register the kernel."""
-        module, _, function = self._kernel.partition(":")
+        module, _, function = catalog.OPS[self.op].partition(":")
         found = getattr(importlib.import_module(f"ds_ops.triton_kernels.{module}"), function)
         kernel: Callable[..., Any] = found
         torch_library.bind_python(self.op, namespace, device_type, kernel)
@@ -119,5 +106,5 @@ def implementations() -> list[Implementation]:
     """Every implementation of ds-ops. Builds and imports nothing."""
     found: list[Implementation] = [Cpp(op) for op in sources.ops()]
     found += [Torch(op, kernel, devices) for op, (kernel, devices) in TORCH.items()]
-    found += [Triton(op, kernel) for op, kernel in TRITON.items()]
+    found += [Triton(op) for op in catalog.OPS]
     return found

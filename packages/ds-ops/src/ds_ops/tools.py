@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 
 from ds_core.errors import BuildError, OpError
+from ds_core.seams import KernelSource
 from ds_ops.native import build, cache, limits, processor, sources, toolchain
+from ds_ops.triton_kernels import catalog, gpu_runs
 
 #: What measures, and is no family itself.
 _NO_FAMILY = ("timing", "floors")
@@ -42,6 +44,16 @@ class Tools:
             "cache": _cache(),
             "sources": self.version(),
         }
+
+    def kernels(self) -> Sequence[KernelSource]:
+        """Those in Triton, with the GPUs that result files say their present source ran on."""
+        known = gpu_runs.runs()
+        return [
+            KernelSource(
+                op, "triton", catalog.digest(catalog.module(op)), gpu_runs.ran_on(op, known)
+            )
+            for op in sorted(catalog.OPS)
+        ]
 
     def build(
         self, architectures: Sequence[str], *, everything: bool, into_package: bool

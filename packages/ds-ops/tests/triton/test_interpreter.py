@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_ops.implementations import TRITON
+from ds_ops.triton_kernels import catalog
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 MAX_SECONDS = 1.0
 
 
-@pytest.mark.parametrize("op", sorted(TRITON))
+@pytest.mark.parametrize("op", sorted(catalog.OPS))
 def test_it_computes_what_the_reference_does(op, interpreter):
     found = interpreter.check(op)
     assert not found["problems"], "\n".join(f"{k}:\n{v}" for k, v in found["problems"].items())

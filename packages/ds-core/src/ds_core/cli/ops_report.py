@@ -13,6 +13,7 @@ from ds_core.cli.ops_checks import Check, device_types, recorded
 from ds_core.cli.tables import table
 from ds_core.errors import DsError
 from ds_core.ops.reference import REFERENCE
+from ds_core.seams import KernelSource
 
 #: So many ops are named in a summary.
 _FEW = 4
@@ -25,7 +26,7 @@ class OpRow:
     Attributes:
         op, device: "*" for both if nothing can be said of any op.
         implementation: that would be chosen; empty if none can be.
-        state: "python", "prebuilt", "cached" or "will build".
+        state: "python", "prebuilt", "cached", "will build" or "jit".
         unavailable: those that cannot run there, each with why.
         missed: the names of those among them that are meant for such devices, and would be better.
         others: those that could, were they asked for by name.
@@ -52,11 +53,13 @@ class OpFindings:
         advice: what to do, in a line or two.
         rows: one per op and kind of device.
         facts: what building depends on here.
+        kernels: those for GPUs, each with its source's digest and where that ran.
     """
 
     advice: list[str]
     rows: list[OpRow]
     facts: dict[str, str]
+    kernels: list[KernelSource] = field(default_factory=list)
 
     def as_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -65,7 +68,14 @@ class OpFindings:
 def collect() -> OpFindings:
     """Look at every op on every kind of device here. Builds nothing and computes nothing."""
     rows = op_rows()
-    return OpFindings(advice(rows), rows, tool_facts())
+    return OpFindings(advice(rows), rows, tool_facts(), _kernels())
+
+
+def _kernels() -> list[KernelSource]:
+    try:
+        return [kernel for tool in ops_tools.installed() for kernel in tool.kernels()]
+    except DsError:
+        return []  # `tool_facts` tells of it
 
 
 def tool_facts() -> dict[str, str]:
@@ -174,6 +184,10 @@ def render(findings: OpFindings) -> str:
     parts = ["".join(f"{line}\n" for line in findings.advice), table("", body, header=header)]
     if reasons:
         parts.append(table("Why not", [(f"[{n}]", reason) for reason, n in reasons.items()]))
+    if findings.kernels:
+        told = [(kernel.op, kernel.implementation, kernel.source, kernel.ran)
+                for kernel in findings.kernels]  # fmt: skip
+        parts.append(table("Kernels for GPUs", told, header=("op", "by", "source", "")))
     if findings.facts:
         parts.append(table("Here", findings.facts.items()))
     return "\n".join(parts)

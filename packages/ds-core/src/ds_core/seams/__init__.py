@@ -16,7 +16,7 @@ Each is a Protocol; a package registers its own under the entry-point group `ds_
 """
 
 from ds_core.seams.observer import Event, EventKind, InputAdjuster, Observer
-from ds_core.seams.op import Implementation, Op, OpTools
+from ds_core.seams.op import Implementation, KernelSource, Op, OpTools
 from ds_core.seams.runner import Runner, Sequential
 from ds_core.seams.sharding import (
     FullValues,
@@ -39,6 +39,7 @@ __all__ = [
     "Implementation",
     "InputAdjuster",
     "Observer",
+    "KernelSource",
     "Op",
     "OpTools",
     "ParkableSharding",

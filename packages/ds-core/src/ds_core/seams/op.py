@@ -104,13 +104,29 @@ class Implementation(Protocol):
         """
 
     def state(self, device_type: str) -> str:
-        """What using it would take: "python", "prebuilt", "cached" or "will build"."""
+        """What using it would take: "python", "prebuilt", "cached", "will build" or "jit"."""
 
     def bind(self, namespace: str, device_type: str) -> None:
         """Make it the kernel of `torch.ops.<namespace>.<op>` on such devices, building it first.
 
         Raises BuildError if it should build and does not.
         """
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """What computes an op on devices that need not be here, and where it was seen to.
+
+    Attributes:
+        op, implementation: what it is.
+        source: a digest of what it is made from.
+        ran: on which device this very source ran, or that it never did.
+    """
+
+    op: str
+    implementation: str
+    source: str
+    ran: str
 
 
 @runtime_checkable
@@ -128,6 +144,9 @@ class OpTools(Protocol):
 
     def facts(self) -> Mapping[str, str]:
         """What its implementations depend on here, by name: compilers, limits. Builds nothing."""
+
+    def kernels(self) -> Sequence[KernelSource]:
+        """The kernels for devices that builds and tests do without; imports none of them."""
 
     def build(
         self, architectures: Sequence[str], *, everything: bool, into_package: bool

@@ -207,10 +207,10 @@ def _whole(rows: int, block: int, warps: int) -> Config:
 
 _LOOP = Config({"ROWS": 1, "BLOCK": 4096, "WHOLE": 0}, warps=16)
 _FORWARD = (
-    *(_whole(16, 128, 4), _whole(2, 1024, 4), _whole(1, 4096, 8), _whole(1, 16384, 16)),
+    *(_whole(16, 128, 4), _whole(2, 1024, 4), _whole(1, 4096, 8), _whole(1, 8192, 16)),
     _LOOP,
 )
-_BACKWARD = (*(_whole(16, 128, 4), _whole(2, 1024, 4), _whole(1, 8192, 16)), _LOOP)
+_BACKWARD = (*(_whole(16, 128, 4), _whole(2, 1024, 4), _whole(1, 4096, 16)), _LOOP)
 
 _IN = {"x": "*bf16", "weight": "*bf16"}
 _FORWARD_TYPES = {

@@ -1,0 +1,76 @@
+"""Which ops have a kernel in Triton, and what each is made from; imports none of them."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+
+#: By op: the file of this folder and the function in it, "module:function", that computes it.
+OPS: Mapping[str, str] = MappingProxyType(
+    {
+        "rms_norm": "norms:rms_norm",
+        "rms_norm_backward": "norms:rms_norm_backward",
+        "layer_norm": "norms:layer_norm",
+        "layer_norm_backward": "norms:layer_norm_backward",
+        "cross_entropy": "cross_entropy:cross_entropy",
+        "cross_entropy_": "cross_entropy:cross_entropy_",
+        "rope": "rope:rope",
+        "rope_": "rope:rope_",
+        "gated_activation": "gated_activation:gated_activation",
+        "gated_activation_backward": "gated_activation:gated_activation_backward",
+        "gated_activation_packed": "gated_activation:gated_activation_packed",
+        "gated_activation_packed_backward": "gated_activation:gated_activation_packed_backward",
+    }
+)
+
+FOLDER = Path(__file__).resolve().parent
+_PACKAGE = "ds_ops.triton_kernels"
+
+
+def module(op: str) -> str:
+    """The file that computes an op, without ending."""
+    return OPS[op].partition(":")[0]
+
+
+def modules() -> tuple[str, ...]:
+    """The files that hold kernels."""
+    return tuple(sorted({module(op) for op in OPS}))
+
+
+@cache
+def digest(name: str) -> str:
+    """Changes with a file of kernels and with those beside it that it imports, at any distance."""
+    found = hashlib.sha256()
+    for each in sorted(_closure(name)):
+        found.update(each.encode() + b"\0" + _file(each).read_bytes())
+    return found.hexdigest()[:12]
+
+
+def _closure(name: str) -> set[str]:
+    seen: set[str] = set()
+    waiting = [name]
+    while waiting:
+        each = waiting.pop()
+        if each not in seen:
+            seen.add(each)
+            waiting += _imported(each)
+    return seen
+
+
+def _imported(name: str) -> list[str]:
+    found: list[str] = []
+    for node in ast.walk(ast.parse(_file(name).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            if node.module == _PACKAGE:
+                found += [each.name for each in node.names]
+            elif node.module.startswith(f"{_PACKAGE}."):
+                found.append(node.module.removeprefix(f"{_PACKAGE}."))
+    return [each for each in found if _file(each).is_file()]
+
+
+def _file(name: str) -> Path:
+    return FOLDER / f"{name}.py"
