@@ -13,6 +13,7 @@ from ds_core import ops, plugins
 from ds_core.cli import main, ops_checks
 from ds_core.errors import BuildError, OpError
 from ds_core.ops import library, registry
+from ds_core.seams import KernelSource
 
 
 class Fake:
@@ -30,6 +31,9 @@ class Fake:
         if isinstance(self._state, Exception):
             raise self._state
         return self._state
+
+    def traced(self):
+        return None
 
     def bind(self, namespace, device_type):
         def kernel(*args):
@@ -132,6 +136,18 @@ def test_the_report_as_json_has_the_same_facts(package, ds):
     assert found["facts"] == {"compiler": "fake++ 1.0"}
     told = "1 ops on cpu have a fast implementation that is built when one is first used"
     assert told in found["advice"][0]
+
+
+def test_kernels_for_gpus_are_told_with_where_their_source_ran(package, ds):
+    package(Fake("best"))
+    shown = ds("report")[1]
+    assert "Kernels for GPUs" in shown
+    assert "rms_norm  triton  a1b2c3  never run on a GPU" in shown
+    (found,) = json.loads(ds("report", "--json")[1])["kernels"]
+    assert found == {
+        "op": "rms_norm", "implementation": "triton", "source": "a1b2c3",
+        "ran": "never run on a GPU",
+    }  # fmt: skip
 
 
 def test_a_device_without_kernels_is_told(package, ds, monkeypatch):

@@ -10,6 +10,9 @@ DS_OPS_ISA         baseline, avx2 or avx512: the best instruction set to use; th
     when it is loaded. Default: the best that the processor has.
 
 TRITON_INTERPRET   1, Triton's own: kernels in Triton run in its interpreter, on CPU tensors, for tests.
+TRITON_DEFAULT_FP_FUSION   Triton's own: whether a * b + c is one operation. Where torch.compile
+    launches our kernels, in processes of its own, nothing else says so: it becomes 1 if it is not
+    set, as for kernels that are launched by ds-ops.
 
 Which implementation computes an op is said to ds-core: DS_OPS_IMPL and DS_OPS_FALLBACK.
 """
@@ -79,3 +82,11 @@ def build_timeout_s() -> float:
 def triton_interprets() -> bool:
     """Whether Triton runs kernels in its interpreter, as TRITON_INTERPRET says."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def keep_fp_fusion() -> None:
+    """Have Triton compute a * b + c in one operation, here and in processes that start from here.
+
+    Otherwise this depends on Triton's version: 3.10 changes what it does by itself.
+    """
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")

@@ -11,7 +11,7 @@ from ds_core.ops import library as torch_library
 from ds_core.seams import Implementation
 from ds_ops import _env
 from ds_ops.native import library, sources
-from ds_ops.triton_kernels import catalog, targets
+from ds_ops.triton_kernels import catalog, launching, targets
 
 #: Ops that torch computes as well as we could: kernel by name, as "module:function" below
 #: `ds_ops.torch_kernels`, and the kinds of device that it runs on (empty: all).
@@ -40,6 +40,10 @@ class Cpp:
         """Either "prebuilt", "cached" or "will build"."""
         return library.state()
 
+    def traced(self) -> Callable[..., Any] | None:
+        """Always None."""
+        return None
+
     def bind(self, namespace: str, device_type: str) -> None:
         """Register the kernel, building the library first."""
         library.bind(self.op, namespace, "CPU")
@@ -61,6 +65,10 @@ class Torch:
     def state(self, device_type: str) -> str:
         """Always "python": nothing is built."""
         return "python"
+
+    def traced(self) -> Callable[..., Any] | None:
+        """Always None."""
+        return None
 
     def bind(self, namespace: str, device_type: str) -> None:
         """Register the kernel."""
@@ -94,12 +102,19 @@ class Triton:
         """Always "jit": Triton keeps what it compiled in a cache of its own."""
         return "jit"
 
+    def traced(self) -> Callable[..., Any] | None:
+        """The kernel, which launches are part of a graph in."""
+        return None if _env.triton_interprets() else launching.traced(self._function())
+
     def bind(self, namespace: str, device_type: str) -> None:
         """Register the kernel."""
+        torch_library.bind_python(self.op, namespace, device_type, self._function())
+
+    def _function(self) -> Callable[..., Any]:
         module, _, function = catalog.OPS[self.op].partition(":")
         found = getattr(importlib.import_module(f"ds_ops.triton_kernels.{module}"), function)
         kernel: Callable[..., Any] = found
-        torch_library.bind_python(self.op, namespace, device_type, kernel)
+        return kernel
 
 
 def implementations() -> list[Implementation]:

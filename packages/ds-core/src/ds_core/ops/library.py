@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from ds_core.seams.op import Op
 
@@ -23,6 +24,9 @@ NAMESPACE = "ds_ops"
 
 #: Makes an implementation the kernel of an op: (op name, namespace, device type).
 Binder = Callable[[str, str, str], None]
+
+#: What of an op a compiler may look into: (op name, device type) to a function, or None.
+Tracer = Callable[[str, str], Callable[..., Any] | None]
 
 #: Held while an op is defined or bound.
 lock = threading.RLock()
@@ -45,11 +49,14 @@ def overload(name: str, namespace: str) -> Any:
     return getattr(getattr(torch.ops, namespace), name).default
 
 
-def define(op: Op, namespace: str, bind: Binder, call: Callable[..., Any]) -> None:
+def define(
+    op: Op, namespace: str, bind: Binder, trace: Tracer, call: Callable[..., Any]
+) -> None:
     """Define `op` in a namespace; its first call on a kind of device calls `bind`, once.
 
     Args:
         bind: registers the kernel.
+        trace: says what `torch.compile` sees in place of one opaque operator.
         call: `call(name, *args)` computes another op in the same namespace, for the gradient.
     """
     library = fragment(namespace)
@@ -58,6 +65,9 @@ def define(op: Op, namespace: str, bind: Binder, call: Callable[..., Any]) -> No
     torch.library.register_fake(qualified, op.fake, lib=library)
     # An alias key: whatever is registered later for one kind of device comes before it.
     library.impl(op.name, _first_call(op.name, namespace, bind), "CompositeExplicitAutograd")
+    torch.library.register_torch_dispatch(
+        qualified, FunctionalTensorMode, _rule(op.name, trace), lib=library
+    )
     autograd = op.autograd
     if autograd is not None:
 
@@ -67,6 +77,21 @@ def define(op: Op, namespace: str, bind: Binder, call: Callable[..., Any]) -> No
         torch.library.register_autograd(
             qualified, backward, setup_context=autograd.setup, lib=library
         )
+
+
+def _rule(name: str, trace: Tracer) -> Callable[..., Any]:
+    """What an op is to torch's compiler, below autograd: operators that it knows, or itself."""
+
+    def rule(
+        mode: Any, operator: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        seen = trace(name, device_type_of((*args, *kwargs.values())))
+        if seen is None:
+            return mode.__torch_dispatch__(operator, types, args, kwargs)
+        with mode:
+            return seen(*args, **kwargs)
+
+    return rule
 
 
 def _first_call(name: str, namespace: str, bind: Binder) -> Callable[..., Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from ds_core.ops import library
 from ds_core.seams.op import Op
 
@@ -24,6 +27,9 @@ class Reference:
 
     def state(self, device_type: str) -> str:
         return "python"
+
+    def traced(self) -> Callable[..., Any] | None:
+        return None
 
     def bind(self, namespace: str, device_type: str) -> None:
         library.bind_python(self.op, namespace, device_type, self._kernel)

@@ -20,7 +20,7 @@ import importlib.util
 import logging
 import pkgutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -229,6 +229,9 @@ def define(name: str, namespace: str = library.NAMESPACE) -> bool:
     def bind(op: str, namespace: str, device_type: str) -> None:
         select(op, device_type, impl).bind(namespace, device_type)
 
+    def trace(op: str, device_type: str) -> Callable[..., Any] | None:
+        return select(op, device_type, impl).traced()
+
     def call(op: str, *args: Any) -> Any:
         # A gradient that the named implementation does not have is computed by the chosen one.
         has = impl is None or any(other.name == impl for other in implementations(op))
@@ -236,7 +239,7 @@ def define(name: str, namespace: str = library.NAMESPACE) -> bool:
 
     with library.lock:
         if (name, namespace) not in _defined:
-            library.define(get(name), namespace, bind, call)
+            library.define(get(name), namespace, bind, trace, call)
             _defined.add((name, namespace))
     return True
 

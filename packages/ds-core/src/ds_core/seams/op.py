@@ -106,6 +106,12 @@ class Implementation(Protocol):
     def state(self, device_type: str) -> str:
         """What using it would take: "python", "prebuilt", "cached", "will build" or "jit"."""
 
+    def traced(self) -> Callable[..., Any] | None:
+        """The kernel as `torch.compile` may look into it, made of operators and kernels in Triton.
+
+        None: to the compiler it is one operator that it knows nothing of.
+        """
+
     def bind(self, namespace: str, device_type: str) -> None:
         """Make it the kernel of `torch.ops.<namespace>.<op>` on such devices, building it first.
 

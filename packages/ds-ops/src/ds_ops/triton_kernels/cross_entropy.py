@@ -1,7 +1,7 @@
 """Cross-entropy, with its gradient in the same program: a row is read twice and written once.
 
-A target that is no class is an error, for which the host waits for the device. While a CUDA graph
-is captured nothing can be waited for: the loss of such a row is then NaN.
+A target that is no class is an error, for which the host waits for the device. In a CUDA graph and
+in what torch.compile makes nothing can be waited for: the loss of such a row is then NaN.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import triton.language as tl
 
 from ds_core.ops import cross_entropy as op
 from ds_core.ops.loss_arguments import check_targets, weighted_sum
-from ds_ops.triton_kernels.kernel import Config, Kernel, expect_plain, launch
+from ds_ops.triton_kernels.kernel import Config, Kernel, expect_plain
+from ds_ops.triton_kernels.launching import launch, tracing
 
 
 @triton.jit
@@ -146,7 +147,7 @@ def _rows(
     """The sum of losses times scale, after every row's kernel has run."""
     expect_plain(name, logits=logits, targets=targets, scale=scale)
     rows, classes = logits.shape
-    if not (logits.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not (tracing() or (logits.is_cuda and torch.cuda.is_current_stream_capturing())):
         check_targets(op.NAME, targets, classes, ignore_index)
     kernel = _CAPPED if softcap > 0 else _PLAIN
     config = kernel.config(name, logits.device, classes=classes)

@@ -8,7 +8,8 @@ import triton.language as tl
 
 from ds_core.ops import gated_activation as op
 from ds_core.ops.arguments import expect, expect_shape
-from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain, launch
+from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain
+from ds_ops.triton_kernels.launching import launch
 
 #: Positions in `op.ACTIVATIONS`; silu is 0.
 _GELU, _GELU_TANH = tl.constexpr(1), tl.constexpr(2)

@@ -1,4 +1,4 @@
-"""What every kernel in Triton shares: configs by shape and target, and how it is launched."""
+"""What every kernel in Triton shares: its configs by shape and target, and checks of arguments."""
 
 from __future__ import annotations
 
@@ -86,28 +86,6 @@ class Kernel:
             f"{op}: {got}: no config of the Triton kernel {self.name} for {target} covers this; "
             f"there are configs for {there or 'other targets only'}; another implementation takes "
             f"it: DS_OPS_IMPL={op}=reference"
-        )
-
-
-def launch(
-    kernel: Kernel, config: Config, grid: tuple[int, ...], *args: Any, **constants: int | bool
-) -> None:
-    """Run a kernel on the device of its first argument; an empty grid does nothing.
-
-    Args:
-        args: the function's, in order, up to its constants.
-        constants: those that are not the config's.
-    """
-    if 0 in grid:
-        return
-    with torch.cuda.device_of(args[0]):
-        kernel.function[grid](
-            *args,
-            **constants,
-            **config.constants,
-            num_warps=config.warps,
-            num_stages=config.stages,
-            enable_fp_fusion=True,
         )
 
 

@@ -14,7 +14,8 @@ import triton.language as tl
 from ds_core.ops import layer_norm as layer
 from ds_core.ops import rms_norm as rms
 from ds_core.ops.arguments import expect_like
-from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain, launch
+from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain
+from ds_ops.triton_kernels.launching import launch
 from ds_ops.triton_kernels.targets import processors
 
 
@@ -338,9 +339,9 @@ def _backward(
     launch(
         *(kernel, config, (programs,)),
         *(grad, x, weight, scale if mean is None else mean, scale),
-        *(x if grad_sum is None else grad_sum, dx, sums[0], sums[-1], rows, width),
+        *(x if grad_sum is None else grad_sum, dx, *(sums.select(0, i) for i in (0, -1)), rows, width),
         CENTERED=mean is not None,
         ADDED=grad_sum is not None,
     )
     gradients = sums.sum(1).to(weight.dtype)
-    return dx, gradients[0], gradients[-1]
+    return dx, gradients.select(0, 0), gradients.select(0, -1)

@@ -8,7 +8,8 @@ import triton.language as tl
 
 from ds_core.ops import rope as op
 from ds_core.ops.arguments import expect
-from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain, launch
+from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain
+from ds_ops.triton_kernels.launching import launch
 
 
 @triton.jit
