@@ -498,11 +498,17 @@ def oldest(session: nox.Session) -> None:
 
 
 def _lower_bounds() -> list[str]:
-    """`torch==2.11.*` for `torch>=2.11`, for each direct dependency outside this repository."""
+    """`torch==2.11.*` for `torch>=2.11`, for each direct dependency outside this repository.
+
+    And for triton, which compiles the kernels for GPUs.
+    """
     bounds = {
-        _name(requirement): requirement.split(">=")[1].split(",")[0].strip()
+        _name(requirement): requirement.split(">=")[1].split(",")[0].split(";")[0].strip()
         for package in PACKAGES
-        for requirement in _project(package)["dependencies"]
+        for requirement in (
+            *_project(package)["dependencies"],
+            *_project(package).get("optional-dependencies", {}).get("triton", ()),
+        )
         if ">=" in requirement and _name(requirement) not in PACKAGES
     }
     return [f"{name}=={version}.*" for name, version in bounds.items()]
@@ -546,7 +552,9 @@ def gpu(session: nox.Session) -> None:
     # Installs what is missing, never another torch.
     install = ("-m", "pip", "install", "-q", *_all_editable(), f"torch=={version}")
     session.run(python, *install, external=True)
-    _run(session, Path(python), "-m", "pytest", "-m", "gpu", *session.posargs)
+    # What ran there is written down, for `ds ops report`.
+    results = {"DS_GPU_RESULTS": str(ROOT / "benchmarks" / "results")}
+    _run(session, Path(python), "-m", "pytest", "-m", "gpu", *session.posargs, **results)
 
 
 def _see_parent_environment(python: str) -> None:

@@ -1,8 +1,8 @@
 """What the documentation shows is run: Python blocks, JSON configurations, `ds` commands, links.
 
 A Python block runs in one process, or in N with the info string ```python ranks=N. A block that
-is not meant to run carries `no-run` and a reason, as in ```python no-run: needs a GPU. Tests that a
-block defines are called.
+is not meant to run carries `no-run` and a reason, as in ```python no-run: needs a GPU; one that is an
+`excerpt of` a file is looked for in it. Tests that a block defines are called.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ def ds_commands(block: Block) -> list[list[str]]:
 
 
 ALL = [block for page in PAGES for block in blocks(page)]
+EXCERPTS = [b for b in ALL if b.options.startswith("no-run: excerpt of ")]
 PYTHON = [b for b in ALL if b.language == "python" and not b.options.startswith("no-run:")]
 SHELL = [b for b in ALL if b.language in {"bash", "sh", "shell"} and ds_commands(b)]
 TESTS = [b for b in PYTHON if re.search(r"^def test_", b.text, re.MULTILINE)]
@@ -102,6 +103,13 @@ def execute(text: str, where: str, folder: str) -> None:
 def test_python_block_runs(block: Block, tmp_path: Path) -> None:
     # Without a process group of the test kit: a block starts its own, as its reader's script does.
     run_ranks(num_ranks(block), execute, block.text, block.where, str(tmp_path), initialized=False)
+
+
+@pytest.mark.parametrize("block", EXCERPTS, ids=str)
+def test_an_excerpt_is_in_the_file_that_it_names(block: Block) -> None:
+    path = ROOT / block.options.removeprefix("no-run: excerpt of ")
+
+    assert block.text in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("block", TESTS, ids=str)

@@ -9,7 +9,8 @@ DS_OPS_BUILD_TIMEOUT   seconds to wait for another process that builds the same 
 DS_OPS_ISA         baseline, avx2 or avx512: the best instruction set to use; the library reads it
     when it is loaded. Default: the best that the processor has.
 
-TRITON_INTERPRET   1, Triton's own: kernels in Triton run in its interpreter, on CPU tensors, for tests.
+TRITON_INTERPRET   1, Triton's own: kernels in Triton run in its interpreter, on CPU tensors, for
+    tests.
 TRITON_DEFAULT_FP_FUSION   Triton's own: whether a * b + c is one operation. Where torch.compile
     launches our kernels, in processes of its own, nothing else says so: it becomes 1 if it is not
     set, as for kernels that are launched by ds-ops.

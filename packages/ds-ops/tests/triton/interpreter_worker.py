@@ -1,7 +1,7 @@
 """Runs the tests of ops on their Triton kernels in Triton's interpreter: a line in, a line out.
 
 A process of its own, for Triton reads TRITON_INTERPRET when it is imported. In: {"op": name}. Out:
-{"cases": how many calls, "slowest": seconds of the processor for one, "problems": {test: what is wrong}}.
+{"cases": how many calls, "slowest": seconds of the processor for one, "problems": by test}.
 """
 
 from __future__ import annotations

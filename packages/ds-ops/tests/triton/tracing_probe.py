@@ -51,9 +51,7 @@ def main():
     ops.define(backward[1])
     found = {
         "chosen": {name: ops.choose(name, "cuda").implementation.name for name in ops.names()},
-        "block": graph_of(
-            lambda x, w: ds_ops.swiglu(ds_ops.rms_norm(x, w), x), (4, 64), (64,)
-        ),
+        "block": graph_of(lambda x, w: ds_ops.swiglu(ds_ops.rms_norm(x, w), x), (4, 64), (64,)),
         "backward": graph_of(
             lambda g, x, w, s: getattr(*backward).default(g, x, w, s.float(), None)[0],
             *((4, 64), (4, 64), (64,), (4,)),

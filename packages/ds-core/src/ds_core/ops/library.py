@@ -49,9 +49,7 @@ def overload(name: str, namespace: str) -> Any:
     return getattr(getattr(torch.ops, namespace), name).default
 
 
-def define(
-    op: Op, namespace: str, bind: Binder, trace: Tracer, call: Callable[..., Any]
-) -> None:
+def define(op: Op, namespace: str, bind: Binder, trace: Tracer, call: Callable[..., Any]) -> None:
     """Define `op` in a namespace; its first call on a kind of device calls `bind`, once.
 
     Args:

@@ -119,8 +119,8 @@ def _compile(kernel: Kernel, config: Config, target: Target, needed: str) -> Com
             f"kernel {kernel.name}: its types and constants do not fit its arguments: "
             f"{', '.join(sorted(missing))}"
         )
-    signature = {n: types[n] if isinstance(types[n], str) else "constexpr" for n in names}
-    constants = {n: types[n] for n in names if not isinstance(types[n], str)}
+    constants = {n: value for n, value in types.items() if not isinstance(value, str)}
+    signature = {n: "constexpr" if n in constants else str(types[n]) for n in names}
     # As at a launch with tensors that begin at aligned addresses.
     aligned = [["tt.divisibility", 16]]
     attributes = {(i,): aligned for i, n in enumerate(names) if signature[n].startswith("*")}

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ds_core.ops import cross_entropy as op
 from ds_core.ops.loss_arguments import check_targets, weighted_sum
-from ds_ops.triton_kernels.kernel import Config, Kernel, expect_plain
+from ds_ops.triton_kernels.kernel import Config, Kernel, expect_plain, types
 from ds_ops.triton_kernels.launching import launch, tracing
 
 
@@ -90,13 +90,22 @@ _CONFIGS = (
     Config({"BLOCK": 4096}, warps=8),
 )
 _TYPES = {
-    **{"logits": "*bf16", "targets": "*i64", "scale": "*fp32", "losses": "*fp32"},
-    **{"gradient": "*bf16", "classes": "i32", "ignore_index": "i32", "label_smoothing": "fp32"},
-    **{"z_loss": "fp32", "softcap": "fp32", "SCALES": False, "GRADIENT": True},
+    "*bf16": "logits gradient",
+    "*i64": "targets",
+    "*fp32": "scale losses",
+    "i32": "classes ignore_index",
+    "fp32": "label_smoothing z_loss softcap",
 }
-_PLAIN = Kernel(cross_entropy_row, _CONFIGS, {**_TYPES, "CAPPED": False})
-_CAPPED = Kernel(cross_entropy_row, _CONFIGS, {**_TYPES, "CAPPED": True}, variant="capped")
-KERNELS = (_PLAIN, _CAPPED)
+_PLAIN, _SOFTCAP = (
+    Kernel(
+        cross_entropy_row,
+        _CONFIGS,
+        types(_TYPES, SCALES=False, GRADIENT=True, CAPPED=capped),
+        variant=name,
+    )
+    for name, capped in (("plain", False), ("capped", True))
+)
+KERNELS = (_PLAIN, _SOFTCAP)
 
 
 def cross_entropy(
@@ -149,7 +158,7 @@ def _rows(
     rows, classes = logits.shape
     if not (tracing() or (logits.is_cuda and torch.cuda.is_current_stream_capturing())):
         check_targets(op.NAME, targets, classes, ignore_index)
-    kernel = _CAPPED if softcap > 0 else _PLAIN
+    kernel = _SOFTCAP if softcap > 0 else _PLAIN
     config = kernel.config(name, logits.device, classes=classes)
     launch(
         *(kernel, config, (rows,), logits, targets, scale, losses),

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ds_core.ops import gated_activation as op
 from ds_core.ops.arguments import expect, expect_shape
-from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain
+from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain, types
 from ds_ops.triton_kernels.launching import launch
 
 #: Positions in `op.ACTIVATIONS`; silu is 0.
@@ -46,12 +46,11 @@ def _slope(v, s, ACTIVATION: tl.constexpr):
     return slope
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def gated_forward(
     gate,
     up,
     y,
-    rows,
     width,
     stride,
     up_offset,
@@ -73,14 +72,13 @@ def gated_forward(
     tl.store(y + row * width + column, out.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def gated_backward(
     grad,
     gate,
     up,
     dgate,
     dup,
-    rows,
     width,
     stride,
     up_offset,
@@ -106,28 +104,25 @@ _CONFIGS = (
     Config({"BLOCK": 256}, {"width": 256}, warps=2),
     Config({"BLOCK": 1024}, warps=4),
 )
-_SIZES = {"rows": "i32", "width": "i32", "stride": "i32", "up_offset": "i32"}
-_FORWARD = tuple(
+_SIZES = {"i32": "width stride up_offset"}
+_FORWARD = [
     Kernel(
         gated_forward,
         _CONFIGS,
-        {"gate": "*bf16", "up": "*bf16", "y": "*bf16", **_SIZES, "ACTIVATION": index},
+        types({"*bf16": "gate up y", **_SIZES}, ACTIVATION=index),
         variant=name,
     )
     for index, name in enumerate(op.ACTIVATIONS)
-)
-_BACKWARD = tuple(
+]
+_BACKWARD = [
     Kernel(
         gated_backward,
         _CONFIGS,
-        {
-            **{"grad": "*bf16", "gate": "*bf16", "up": "*bf16", "dgate": "*bf16", "dup": "*bf16"},
-            **{**_SIZES, "ACTIVATION": index},
-        },
+        types({"*bf16": "grad gate up dgate dup", **_SIZES}, ACTIVATION=index),
         variant=name,
     )
     for index, name in enumerate(op.ACTIVATIONS)
-)
+]
 KERNELS = (*_FORWARD, *_BACKWARD)
 
 
@@ -187,7 +182,7 @@ def _forward(
     index = op.ACTIVATIONS.index(activation)
     config = _FORWARD[index].config(name, gate.device, width=sizes[1])
     grid = (sizes[0] * blocks(sizes[1], config.constants["BLOCK"]),)
-    launch(_FORWARD[index], config, grid, gate, up, y, *sizes, ACTIVATION=index)
+    launch(_FORWARD[index], config, grid, gate, up, y, *sizes[1:], ACTIVATION=index)
 
 
 def _backward(
@@ -203,4 +198,4 @@ def _backward(
     index = op.ACTIVATIONS.index(activation)
     config = _BACKWARD[index].config(name, grad.device, width=sizes[1])
     grid = (sizes[0] * blocks(sizes[1], config.constants["BLOCK"]),)
-    launch(_BACKWARD[index], config, grid, grad, gate, up, dgate, dup, *sizes, ACTIVATION=index)
+    launch(_BACKWARD[index], config, grid, grad, gate, up, dgate, dup, *sizes[1:], ACTIVATION=index)

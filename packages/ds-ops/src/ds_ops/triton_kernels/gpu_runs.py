@@ -10,8 +10,9 @@ with the digest (`catalog.digest`) of the source of each op whose tests passed t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,22 @@ def ran_on(op: str, known: Sequence[GpuRun]) -> str:
     if before is not None:
         return f"never run on a GPU at this version; another one ran on {before}"
     return "never run on a GPU"
+
+
+def record(ops: Iterable[str], device: str, folder: Path = FOLDER) -> Path:
+    """Write down that the present sources of these ops' kernels ran today; the file's path.
+
+    What the file of this device and day holds of others stays there.
+    """
+    date = datetime.now(UTC).date().isoformat()
+    path = folder / f"{device.replace(' ', '_')}-{date}.json"
+    found: dict[str, Any] = {}
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+    kernels = {op: catalog.digest(catalog.module(op)) for op in ops}
+    found |= {"device": device, "date": date, "kernels": found.get("kernels", {}) | kernels}
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return path
 
 
 def _read(path: Path) -> GpuRun | None:

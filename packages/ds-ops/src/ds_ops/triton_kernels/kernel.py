@@ -89,6 +89,14 @@ class Kernel:
         )
 
 
+def types(by_type: Mapping[str, str], **constants: int | bool) -> dict[str, str | int | bool]:
+    """`Kernel.types` from the names of arguments, with spaces between them, by their type."""
+    found: dict[str, str | int | bool] = dict(constants)
+    for kind, names in by_type.items():
+        found.update(dict.fromkeys(names.split(), kind))
+    return found
+
+
 def expect_plain(op: str, **tensors: torch.Tensor | None) -> None:
     """Raise OpError unless tensors are contiguous, and those of floats fp32, bf16 or fp16."""
     for argument, t in tensors.items():

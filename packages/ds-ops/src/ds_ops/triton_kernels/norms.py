@@ -14,7 +14,7 @@ import triton.language as tl
 from ds_core.ops import layer_norm as layer
 from ds_core.ops import rms_norm as rms
 from ds_core.ops.arguments import expect_like
-from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain
+from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain, types
 from ds_ops.triton_kernels.launching import launch
 from ds_ops.triton_kernels.targets import processors
 
@@ -213,28 +213,34 @@ _FORWARD = (
 )
 _BACKWARD = (*(_whole(16, 128, 4), _whole(2, 1024, 4), _whole(1, 4096, 16)), _LOOP)
 
-_IN = {"x": "*bf16", "weight": "*bf16"}
 _FORWARD_TYPES = {
-    **{**_IN, "bias": "*bf16", "residual": "*bf16", "y": "*bf16", "mean": "*fp32"},
-    **{"scale": "*fp32", "total": "*bf16", "rows": "i32", "width": "i32", "eps": "fp32"},
-    "ADDED": True,
+    "*bf16": "x weight bias residual y total",
+    "*fp32": "mean scale",
+    "i32": "rows width",
+    "fp32": "eps",
 }
 _BACKWARD_TYPES = {
-    **{"grad": "*bf16", **_IN, "mean": "*fp32", "scale": "*fp32", "grad_sum": "*bf16"},
-    **{"dx": "*bf16", "weight_sums": "*fp32", "bias_sums": "*fp32", "rows": "i32", "width": "i32"},
-    "ADDED": True,
+    "*bf16": "grad x weight grad_sum dx",
+    "*fp32": "mean scale weight_sums bias_sums",
+    "i32": "rows width",
 }
-_RMS = Kernel(
-    norm_forward, _FORWARD, {**_FORWARD_TYPES, "CENTERED": False, "BIASED": False}, variant="rms"
+_RMS, _LAYER = (
+    Kernel(
+        norm_forward,
+        _FORWARD,
+        types(_FORWARD_TYPES, ADDED=True, CENTERED=centered, BIASED=centered),
+        variant=name,
+    )
+    for name, centered in (("rms", False), ("layer", True))
 )
-_LAYER = Kernel(
-    norm_forward, _FORWARD, {**_FORWARD_TYPES, "CENTERED": True, "BIASED": True}, variant="layer"
-)
-_RMS_BACKWARD = Kernel(
-    norm_backward, _BACKWARD, {**_BACKWARD_TYPES, "CENTERED": False}, variant="rms"
-)
-_LAYER_BACKWARD = Kernel(
-    norm_backward, _BACKWARD, {**_BACKWARD_TYPES, "CENTERED": True}, variant="layer"
+_RMS_BACKWARD, _LAYER_BACKWARD = (
+    Kernel(
+        norm_backward,
+        _BACKWARD,
+        types(_BACKWARD_TYPES, ADDED=True, CENTERED=centered),
+        variant=name,
+    )
+    for name, centered in (("rms", False), ("layer", True))
 )
 KERNELS = (_RMS, _LAYER, _RMS_BACKWARD, _LAYER_BACKWARD)
 
@@ -311,9 +317,7 @@ def layer_norm_backward(
     grad_sum: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `ds_core.ops.layer_norm.backward_reference`."""
-    return _backward(
-        _LAYER_BACKWARD, "layer_norm_backward", grad, x, weight, mean, scale, grad_sum
-    )
+    return _backward(_LAYER_BACKWARD, "layer_norm_backward", grad, x, weight, mean, scale, grad_sum)
 
 
 def _backward(
@@ -339,7 +343,13 @@ def _backward(
     launch(
         *(kernel, config, (programs,)),
         *(grad, x, weight, scale if mean is None else mean, scale),
-        *(x if grad_sum is None else grad_sum, dx, *(sums.select(0, i) for i in (0, -1)), rows, width),
+        *(
+            x if grad_sum is None else grad_sum,
+            dx,
+            *(sums.select(0, i) for i in (0, -1)),
+            rows,
+            width,
+        ),
         CENTERED=mean is not None,
         ADDED=grad_sum is not None,
     )

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ds_core.ops import rope as op
 from ds_core.ops.arguments import expect
-from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain
+from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain, types
 from ds_ops.triton_kernels.launching import launch
 
 
@@ -78,14 +78,20 @@ _CONFIGS = (
     Config({"HEADS": 4, "PAIRS": 256}, {"pairs": 256}, warps=4),
 )
 _TYPES = {
-    **{"x": "*bf16", "cos": "*fp32", "sin": "*fp32", "y": "*bf16"},
-    **dict.fromkeys(("positions", "heads", "width", "pairs"), "i32"),
-    **dict.fromkeys(("x_batch", "x_position", "x_head"), "i32"),
-    **dict.fromkeys(("y_batch", "y_position", "y_head", "table_batch"), "i32"),
-    **{"INVERSE": False, "COPIED": True},
+    "*bf16": "x y",
+    "*fp32": "cos sin",
+    "i32": "positions heads width pairs x_batch x_position x_head y_batch y_position y_head "
+    "table_batch",
 }
-_HALVES = Kernel(rotate, _CONFIGS, {**_TYPES, "INTERLEAVED": False}, variant="halves")
-_NEIGHBOURS = Kernel(rotate, _CONFIGS, {**_TYPES, "INTERLEAVED": True}, variant="interleaved")
+_HALVES, _NEIGHBOURS = (
+    Kernel(
+        rotate,
+        _CONFIGS,
+        types(_TYPES, INVERSE=False, COPIED=True, INTERLEAVED=interleaved),
+        variant=name,
+    )
+    for name, interleaved in (("halves", False), ("interleaved", True))
+)
 KERNELS = (_HALVES, _NEIGHBOURS)
 
 

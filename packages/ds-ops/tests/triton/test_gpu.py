@@ -1,0 +1,118 @@
+"""Every kernel in Triton on a GPU: the reference, races, CUDA graphs, torch.compile.
+
+`nox -s gpu` writes down which sources passed: `ds ops report` tells of them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_core import ops
+from ds_core.testing.contracts import OpContract
+from ds_ops.triton_kernels import catalog, gpu_runs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU"),
+]
+
+#: A race shows as a result that is not the same in every run.
+REPEATS = 20
+
+
+class OnGpu(OpContract):
+    """An op by its Triton kernel, on a GPU."""
+
+    devices = ("cuda",)
+    implementations = ("triton",)
+
+    def __init__(self, op):
+        self.op = op
+
+    def first(self):
+        """A case of the widest option, and what computes it."""
+        return list(self._cells())[-1][1:]
+
+
+@pytest.fixture(scope="module")
+def passed():
+    """Ops that passed everything; written down in the end, if there is a place for it."""
+    found = dict.fromkeys(catalog.OPS, 0)
+    yield found
+    folder = os.environ.get("DS_GPU_RESULTS")
+    whole = [op for op, tests in found.items() if tests == 4]
+    if folder and whole:
+        gpu_runs.record(whole, torch.cuda.get_device_name(), Path(folder))
+
+
+@pytest.fixture(params=sorted(catalog.OPS))
+def contract(request):
+    return OnGpu(request.param)
+
+
+def tensors(value):
+    flat = value if isinstance(value, list | tuple) else [value]
+    return [t for t in flat if torch.is_tensor(t)]
+
+
+def copies(args):
+    return [a.clone() if torch.is_tensor(a) else a for a in args]
+
+
+def test_it_computes_what_the_reference_does(contract, passed):
+    contract.test_results_equal_the_reference()
+    if ops.get(contract.op).autograd is not None:
+        contract.test_gradients_equal_the_reference()
+    contract.test_bad_arguments_are_refused_by_name()
+    passed[contract.op] += 1
+
+
+def test_it_computes_the_same_every_time(contract, passed):
+    compute, args = contract.first()
+    before = None
+    for _ in range(REPEATS):
+        own = copies(args)
+        found = [*tensors(compute(*own)), *tensors(own)]
+        if before is not None:
+            assert all(
+                torch.equal(one.nan_to_num(), other.nan_to_num())
+                for one, other in zip(found, before, strict=True)
+            )
+        before = found
+    passed[contract.op] += 1
+
+
+def test_a_graph_replays_it(contract, passed):
+    compute, args = contract.first()
+    direct = copies(args)
+    expected = [*tensors(compute(*direct)), *tensors(direct)]
+    own = copies(args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = tensors(compute(*own))
+    for mine, given in zip(tensors(own), tensors(list(args)), strict=True):
+        mine.copy_(given)
+    graph.replay()
+    torch.cuda.synchronize()
+    for one, other in zip([*found, *tensors(own)], expected, strict=True):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+    passed[contract.op] += 1
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
+def test_compiled_it_is_the_same(contract, passed):
+    _, args = contract.first()
+
+    def call(*values):
+        return ops.run(contract.op, *values)
+
+    direct, own = copies(args), copies(args)
+    expected = [*tensors(call(*direct)), *tensors(direct)]
+    found = [*tensors(torch.compile(call, fullgraph=True)(*own)), *tensors(own)]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
+    passed[contract.op] += 1
