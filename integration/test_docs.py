@@ -1,8 +1,8 @@
 """What the documentation shows is run: Python blocks, JSON configurations, `ds` commands, links.
 
-A Python block runs in one process, or in N with the info string ```python ranks=N. A block that
-is not meant to run carries `no-run` and a reason, as in ```python no-run: needs a GPU; one that is an
-`excerpt of` a file is looked for in it. Tests that a block defines are called.
+A Python block runs in one process, or in N with the info string ```python ranks=N. A block that is
+not meant to run carries `no-run` and a reason, as in ```python no-run: needs a GPU; what is an
+`excerpt of` a file is looked for there. Tests that a block defines are called.
 """
 
 from __future__ import annotations

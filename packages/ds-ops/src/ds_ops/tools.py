@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 import re
 import shutil
@@ -14,11 +15,11 @@ import torch
 from ds_core.errors import BuildError, OpError
 from ds_core.seams import KernelSource
 from ds_ops.native import build, cache, limits, processor, sources, toolchain
-from ds_ops.triton_kernels import catalog, gpu_runs
+from ds_ops.triton_kernels import catalog, gpu_runs, targets
+from ds_ops.triton_kernels.targets import Target
 
 #: What measures, and is no family itself.
 _NO_FAMILY = ("timing", "floors")
-_CUDA_NAMES = re.compile(r"(sm_?|compute_)?\d{2,3}a?|gfx\w+")
 
 
 class Tools:
@@ -60,10 +61,16 @@ class Tools:
     ) -> Sequence[str]:
         """Build the C++ library; it holds every instruction set of this kind of processor.
 
-        Raises BuildError for other architectures, or if it does not build.
+        For GPUs that are named, compile every kernel in Triton, and say whether it fits them.
+        Raises BuildError for other architectures, or for what does not build.
         """
-        for name in architectures:
-            _check_architecture(name)
+        gpus = [_gpu(name) for name in architectures if name != sources.machine()]
+        made = [_compiled(target) for target in gpus]
+        if len(gpus) < len(architectures) or not architectures:
+            made.insert(0, self._library(into_package))
+        return made
+
+    def _library(self, into_package: bool) -> str:
         reason = sources.unsupported()
         if reason is not None:
             raise BuildError(f"ds ops build: {reason}")
@@ -75,10 +82,10 @@ class Tools:
             library = _into_package(library)
         meta = cache.read_meta(library.parent)
         sets = ", ".join(sources.instruction_sets())
-        return [
+        return (
             f"{library} ({library.stat().st_size / 1e6:.1f} MB for {sources.machine()}: {sets}; "
             f"built in {meta['seconds']} s by {meta['compiler']})"
-        ]
+        )
 
     def benchmarks(self) -> Sequence[str]:
         """The modules of `ds_ops.bench`."""
@@ -115,17 +122,39 @@ def _into_package(library: Path) -> Path:
     return copied / library.name
 
 
-def _check_architecture(name: str) -> None:
-    if name == sources.machine():
-        return
-    if _CUDA_NAMES.fullmatch(name):
+def _gpu(name: str) -> Target:
+    """The target that an architecture's name means: "sm_90", "90a" or "gfx942"."""
+    number = re.fullmatch(r"(?:sm_?|compute_)?(\d{2,3})[af]?", name)
+    target = targets.of_architecture(f"sm_{number[1]}" if number else name)
+    if target is not None:
+        return target
+    if number or name.startswith("gfx"):
         raise BuildError(
-            f"ds ops build --arch {name}: there are no CUDA or ROCm kernels in this version of "
-            f"ds-ops; expected {sources.machine()}"
+            f"ds ops build --arch {name}: no kernels are made for it; expected "
+            f"{', '.join(targets.TARGETS)}, or {sources.machine()}"
         )
     raise BuildError(
         f"ds ops build --arch {name}: this machine is {sources.machine()}, and the library is "
         f"built where it is used; build for {name} on such a machine"
+    )
+
+
+def _compiled(target: Target) -> str:
+    """Compile every kernel for a GPU, and say so."""
+    if importlib.util.find_spec("triton") is None:
+        raise BuildError(
+            f"ds ops build --arch {target.name}: triton is not installed: pip install "
+            f"'ds-ops[triton]'"
+        )
+    module = importlib.import_module("ds_ops.triton_kernels.compiling")
+    found = module.compiled_for(target, cache.root())
+    wrong = [f"\n  {each}" for each in found if each.problem]
+    if wrong:
+        raise BuildError(f"ds ops build --arch {target.name}:{''.join(wrong)}")
+    names = {each.kernel for each in found}
+    return (
+        f"{len(names)} kernels in {len(found)} configs compile for {target.name}: none takes more "
+        f"shared memory than it has, none spills registers"
     )
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from ds_core.errors import BuildError
 from ds_ops.native import cache
+from ds_ops.tools import Tools
 from ds_ops.triton_kernels import compiling
 from ds_ops.triton_kernels.targets import TARGETS
 
@@ -22,3 +26,39 @@ def test_it_compiles_and_fits(kernel, target):
     assert found, f"{kernel} has no config for {target}"
     wrong = [str(each) for each in found if each.problem]
     assert not wrong, "\n".join(wrong)
+
+
+def test_what_does_not_fit_is_said(tmp_path):
+    kernel, config, target = next(compiling.cells("gfx942"))
+    found = compiling.compiled(kernel, config, target, tmp_path)
+    assert not found.problem
+    assert f"{found.registers} registers, {found.shared} bytes shared" in str(found)
+    for change, told in (
+        ({"shared": 65537}, "takes 65537 bytes of shared memory, there are 65536"),
+        ({"spilled": 4}, "spills 4"),
+        ({"needed": "v_mfma", "matrix": 0}, "has no v_mfma"),
+    ):
+        assert told in dataclasses.replace(found, **change).problem
+
+
+def test_what_was_compiled_is_kept(tmp_path, monkeypatch):
+    cell = next(compiling.cells("gfx942"))
+    first = compiling.compiled(*cell, tmp_path)
+    monkeypatch.setattr(compiling.triton, "compile", None)
+    assert compiling.compiled(*cell, tmp_path) == first
+    with pytest.raises(BuildError, match="does not compile for sm_90"):
+        compiling.compiled(cell[0], cell[1], TARGETS["sm_90"], tmp_path)
+
+
+def test_types_that_do_not_fit_the_function_are_told(tmp_path):
+    kernel, config, target = next(compiling.cells())
+    wrong = dataclasses.replace(kernel, types={**kernel.types, "other": "i32"})
+    with pytest.raises(BuildError, match="do not fit its arguments: other"):
+        compiling.compiled(wrong, config, target, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gfx942", "gfx90a"])
+def test_the_command_compiles_for_a_gpu(name):
+    (line,) = Tools().build([name], everything=False, into_package=False)
+    assert f"{len(compiling.kernels())} kernels in " in line
+    assert "compile for gfx942" in line

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ds_core import ops
-from ds_core.errors import OpError
+from ds_core.errors import BuildError, OpError
 from ds_ops.implementations import Triton
 from ds_ops.tools import Tools
 from ds_ops.triton_kernels import catalog, gpu_runs, targets
@@ -92,6 +92,13 @@ def test_kernels_are_for_gpus_where_triton_is(monkeypatch, gpu):
     assert "pip install 'ds-ops[triton]'" in Triton(name).unavailable("cuda")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert Triton(name).unavailable("cuda") is None
+
+
+def test_a_build_for_gpus_needs_triton(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("90", "sm_90a", "compute_90"):
+        with pytest.raises(BuildError, match=r"--arch sm_90: triton is not installed: pip install"):
+            Tools().build([name], everything=False, into_package=False)
 
 
 def test_in_the_interpreter_they_are_for_cpus_on_request(monkeypatch):

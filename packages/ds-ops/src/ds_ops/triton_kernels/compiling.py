@@ -89,6 +89,11 @@ def cells(*names: str) -> Iterator[tuple[Kernel, Config, Target]]:
                     yield kernel, config, TARGETS[name]
 
 
+def compiled_for(target: Target, folder: Path) -> list[Compiled]:
+    """Every kernel with every config, compiled for a target. Raises BuildError as `compiled`."""
+    return [compiled(*cell, folder) for cell in cells(target.name)]
+
+
 def compiled(kernel: Kernel, config: Config, target: Target, folder: Path) -> Compiled:
     """What comes of compiling a kernel, from the cache in `folder` if it was compiled before.
 
