@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import pkgutil
 import re
@@ -34,12 +35,13 @@ class Tools:
         return cache.root()
 
     def facts(self) -> Mapping[str, str]:
-        """Compiler, processor, torch, ninja, io_uring, limits and the cache."""
+        """Compiler, processor, torch, ninja, triton, io_uring, limits and the cache."""
         return {
             "compiler": _compiler(),
             "instruction set": processor.told(),
             "torch": f"{torch.__version__} (kernels need 2.11 or newer)",
             "ninja": _ninja(),
+            "triton": _triton(),
             "io_uring": limits.io_uring() or "permitted",
             "lockable memory": limits.lockable_memory(),
             "cache": _cache(),
@@ -171,6 +173,13 @@ def _ninja() -> str:
         return str(importlib.import_module("ninja").__version__)
     except ImportError:
         return "not installed: pip install ninja"
+
+
+def _triton() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed: pip install 'ds-ops[triton]'"
 
 
 def _cache() -> str:

@@ -22,7 +22,9 @@ def test_facts_name_what_building_depends_on(compiler, cache_folder):
     assert facts["compiler"] == f"fake++ 1.0 ({compiler.path})"
     assert facts["cache"] == str(cache_folder)
     assert facts["sources"] == Tools().version()
-    assert {"instruction set", "torch", "ninja", "io_uring", "lockable memory"} <= set(facts)
+    assert {"instruction set", "torch", "ninja", "triton", "io_uring", "lockable memory"} <= set(
+        facts
+    )
 
 
 def test_facts_are_told_where_nothing_works(compiler, monkeypatch):

@@ -7,7 +7,7 @@ from ds_core.ops.layer_norm import reference as layer_norm
 from ds_core.ops.rms_norm import reference as rms_norm
 
 #: Wider than a program's registers: rows are read in parts.
-_WIDE = (2, 8200)
+_WIDE = (5, 8200)
 
 
 def _rms_norm(device, dtype):

@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import matrix_kernel
+
 from ds_core.errors import BuildError
 from ds_ops.native import cache
 from ds_ops.tools import Tools
@@ -62,3 +64,16 @@ def test_the_command_compiles_for_a_gpu(name):
     (line,) = Tools().build([name], everything=False, into_package=False)
     assert f"{len(compiling.kernels())} kernels in " in line
     assert "compile for gfx942" in line
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_product_of_matrices_becomes_the_targets_instruction(target, tmp_path):
+    found = compiling.compiled(matrix_kernel.KERNEL, matrix_kernel.FITS, TARGETS[target], tmp_path)
+    assert not found.problem
+    assert found.matrix > 0
+
+
+def test_a_tile_that_the_compiler_lets_pass_is_refused(tmp_path):
+    target = TARGETS["gfx942"]
+    found = compiling.compiled(matrix_kernel.KERNEL, matrix_kernel.LARGE, target, tmp_path)
+    assert "bytes of shared memory, there are 65536" in found.problem

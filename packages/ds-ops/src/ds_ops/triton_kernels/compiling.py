@@ -125,10 +125,11 @@ def _compile(kernel: Kernel, config: Config, target: Target, needed: str) -> Com
             f"{', '.join(sorted(missing))}"
         )
     constants = {n: value for n, value in types.items() if not isinstance(value, str)}
-    signature = {n: "constexpr" if n in constants else str(types[n]) for n in names}
+    given = {n: "constexpr" if n in constants else str(types[n]) for n in names}
+    signature = {n: kind.removesuffix(":16") for n, kind in given.items()}
     # As at a launch with tensors that begin at aligned addresses.
-    aligned = [["tt.divisibility", 16]]
-    attributes = {(i,): aligned for i, n in enumerate(names) if signature[n].startswith("*")}
+    divisible = [i for i, n in enumerate(names) if given[n].startswith("*") or ":16" in given[n]]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
     source = ASTSource(kernel.function, signature, constants, attributes)
     options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
     try:

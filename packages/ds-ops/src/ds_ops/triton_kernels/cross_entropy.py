@@ -93,7 +93,8 @@ _TYPES = {
     "*bf16": "logits gradient",
     "*i64": "targets",
     "*fp32": "scale losses",
-    "i32": "classes ignore_index",
+    "i32": "ignore_index",
+    "i32:16": "classes",
     "fp32": "label_smoothing z_loss softcap",
 }
 _PLAIN, _SOFTCAP = (

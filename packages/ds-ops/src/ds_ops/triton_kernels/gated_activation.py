@@ -104,7 +104,7 @@ _CONFIGS = (
     Config({"BLOCK": 256}, {"width": 256}, warps=2),
     Config({"BLOCK": 1024}, warps=4),
 )
-_SIZES = {"i32": "width stride up_offset"}
+_SIZES = {"i32:16": "width stride up_offset"}
 _FORWARD = [
     Kernel(
         gated_forward,

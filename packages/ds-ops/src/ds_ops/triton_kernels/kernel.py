@@ -49,8 +49,9 @@ class Kernel:
         function: a `triton.jit` function, without autotuning: which config a call takes depends
             on its shape and target alone, so that it is the same everywhere and known beforehand.
         configs: the first that covers a call's sizes is taken.
-        types: of its arguments by name, for a compilation ahead of time: "*bf16", "i32", "fp32",
-            or the value of a constant that is no part of the configs.
+        types: of its arguments by name, for a compilation ahead of time: "*bf16", "fp32", "i32", or
+            "i32:16" for what 16 divides in most calls, which Triton then relies on; or the value of
+            a constant that is no part of the configs.
         instructions: what the assembly must contain, by target: `MATRIX` if it multiplies matrices.
         variant: distinguishes kernels of one function.
     """

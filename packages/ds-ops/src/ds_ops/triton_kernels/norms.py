@@ -216,13 +216,15 @@ _BACKWARD = (*(_whole(16, 128, 4), _whole(2, 1024, 4), _whole(1, 4096, 16)), _LO
 _FORWARD_TYPES = {
     "*bf16": "x weight bias residual y total",
     "*fp32": "mean scale",
-    "i32": "rows width",
+    "i32": "rows",
+    "i32:16": "width",
     "fp32": "eps",
 }
 _BACKWARD_TYPES = {
     "*bf16": "grad x weight grad_sum dx",
     "*fp32": "mean scale weight_sums bias_sums",
-    "i32": "rows width",
+    "i32": "rows",
+    "i32:16": "width",
 }
 _RMS, _LAYER = (
     Kernel(

@@ -80,8 +80,8 @@ _CONFIGS = (
 _TYPES = {
     "*bf16": "x y",
     "*fp32": "cos sin",
-    "i32": "positions heads width pairs x_batch x_position x_head y_batch y_position y_head "
-    "table_batch",
+    "i32": "positions heads",
+    "i32:16": "width pairs x_batch x_position x_head y_batch y_position y_head table_batch",
 }
 _HALVES, _NEIGHBOURS = (
     Kernel(
