@@ -26,7 +26,7 @@ from ds_core.checkpoint import (
     verify,
 )
 from ds_core.checkpoint.snapshot import HostBuffers
-from ds_core.comm.group import timeout_of
+from ds_core.comm.process_groups import timeout_of
 from ds_core.errors import CheckpointError
 from ds_core.testing import Raised, run_ranks
 

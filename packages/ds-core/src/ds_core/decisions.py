@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ds_core.observers.units import told_bytes
+from ds_core.quantities import told_bytes
 
 if TYPE_CHECKING:
     from ds_core import comm

@@ -13,9 +13,8 @@ from ds_core.checks import check_model, check_optimizer
 from ds_core.whole_matrices import WholeMatrices
 from ds_zero.errors import ShardError
 from ds_zero.plan import ParamSpec
-
-#: Attribute by which a parameter finds the optimizer that shards it.
-OWNER = "_ds_zero_owner"
+from ds_zero.released import released
+from ds_zero.sharded_param import OWNER
 
 # These compute an update from a whole matrix or from all parameters at once, not element by
 # element, so they would be wrong on a flat shard.
@@ -72,8 +71,6 @@ def _check_parameter(spec: ParamSpec) -> None:
             f"model: parameter {spec.name!r} is a DTensor; ds-zero 0.1 shards plain parameters "
             f"(fully_shard and tensor-parallel styles cannot be combined with it yet)"
         )
-    from ds_zero.released import released
-
     if hasattr(spec.param, OWNER) and released(spec.param) is None:
         raise ShardError(
             f"model: parameter {spec.name!r} is sharded already; call close() on the optimizer "
@@ -92,7 +89,6 @@ def full_value(param: nn.Parameter) -> torch.Tensor:
     So is one that was left sharded when an earlier training ended.
     """
     from ds_zero.init import gathered_value
-    from ds_zero.released import released
 
     left = released(param)
     if left is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from ds_core.observers.units import told_bytes
+from ds_core.quantities import told_bytes
 from ds_zero.holdings import KINDS, PLACES, Place, by_place
 from ds_zero.init import held_bytes
 from ds_zero.offload.buffers import whole_pages

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ds_zero.checks import OWNER
+from ds_zero.sharded_param import OWNER
 from ds_zero.unit import Unit
 
 if TYPE_CHECKING:

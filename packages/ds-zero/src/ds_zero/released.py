@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from ds_core.seams import change_freely
-from ds_zero.checks import OWNER
-from ds_zero.sharded_param import show_class
+from ds_zero.sharded_param import OWNER, show_class
 
 if TYPE_CHECKING:
     from ds_zero.gather import GatherRuntime

@@ -15,6 +15,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+#: Attribute by which a parameter finds the optimizer that shards it.
+OWNER = "_ds_zero_owner"
+
 #: Attribute by which a sharded parameter finds who can gather it.
 _KEEPER = "_ds_keeper"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from deepspeed._names import names_of
-from ds_core.observers.units import told_bytes
+from ds_core.quantities import told_bytes
 
 
 def get_caller_func(frame: int = 3) -> str:

@@ -30,8 +30,8 @@ from ds_core.checkpoint.sharded import FlatShard
 from ds_core.checkpoint.snapshot import HostBuffers, Snapshot
 from ds_core.checkpoint.state import FlatState
 from ds_core.checkpoint.store import checked_state
-from ds_core.comm.group import timeout_of
 from ds_core.comm.new_group import new_process_group
+from ds_core.comm.process_groups import timeout_of
 from ds_core.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

@@ -147,7 +147,7 @@ def _measure_here(
 
 def _table(title: str, rows: list[Any], *, bits: bool) -> str:
     from ds_core.cli.tables import table
-    from ds_core.observers.units import told_bytes, told_seconds
+    from ds_core.quantities import told_bytes, told_seconds
 
     unit, factor = ("Gbit/s", 8e-9) if bits else ("GB/s", 1e-9)
     lines = [

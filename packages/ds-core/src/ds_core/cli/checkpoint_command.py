@@ -75,7 +75,7 @@ def checkpoint_verify(path: Source, tag: Tag = None) -> None:
     """
     from ds_core.checkpoint import find, verify
     from ds_core.errors import CheckpointError
-    from ds_core.observers.units import told_bytes
+    from ds_core.quantities import told_bytes
 
     folder = find(path, tag)
     try:
@@ -133,7 +133,7 @@ def checkpoint_export(
     """
     from ds_core.checkpoint import export_dcp, export_safetensors
     from ds_core.cli.checkpoint_tables import bytes_of, torch_dtype
-    from ds_core.observers.units import told_bytes
+    from ds_core.quantities import told_bytes
 
     wanted = torch_dtype(dtype) if dtype else None
     if format is ExportFormat.dcp:

@@ -12,7 +12,7 @@ import torch
 
 from ds_core.cli.tables import table
 from ds_core.errors import CheckpointError
-from ds_core.observers.units import told_bytes
+from ds_core.quantities import told_bytes
 
 if TYPE_CHECKING:
     from ds_core.checkpoint import ImportReport, Inspection

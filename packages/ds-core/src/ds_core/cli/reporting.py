@@ -28,7 +28,7 @@ from ds_core.cli.ops_report import OpRow, advice, op_rows, summary, tool_facts
 from ds_core.cli.report_warnings import warnings_of
 from ds_core.cli.tables import table
 from ds_core.launcher.environment import is_secret
-from ds_core.observers.units import told_bytes
+from ds_core.quantities import told_bytes
 
 #: Distributions beside the suite's whose version explains how a job behaves.
 _OTHERS = ("triton", "numpy", "pydantic", "transformers", "flash-attn", "deepspeed")

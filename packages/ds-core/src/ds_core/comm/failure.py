@@ -6,16 +6,18 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from ds_core.comm import board
 from ds_core.comm.board import Note
-from ds_core.comm.group import Group
-from ds_core.comm.ledger import Ledger
+from ds_core.comm.process_groups import backend_of
 from ds_core.errors import CommError
+
+if TYPE_CHECKING:
+    from ds_core.comm.group import Group
 
 #: How long the ranks that saw a collective fail wait for the others to say that they live.
 ROLL_CALL_S = 3.0
@@ -74,7 +76,7 @@ def collective_failed(
     """
     cause = _plain(str(error)) or type(error).__name__
     mine = Note(group.lane_name, position, call.told(), cause)
-    who = _roll_call(group, mine, [group.ranks[peer] for peer in peers] or group.ranks)
+    who = _roll_call(group.pg, mine, [group.ranks[peer] for peer in peers] or group.ranks)
     return _error(call, group, f"{who} ({cause})")
 
 
@@ -91,9 +93,11 @@ def who_failed(
     ranks: the global ranks that took part; None: all of `pg`.
     """
     ranks = dist.get_process_group_ranks(pg) if ranks is None else ranks
-    group = Group(doing, ranks, pg or dist.group.WORLD, Ledger())
+    whole = pg or dist.group.WORLD
+    assert whole is not None
     cause = _plain(str(error)) or type(error).__name__
-    return f"{_roll_call(group, Note(group.lane_name, 0, doing, cause), ranks)} ({cause})"
+    note = Note(f"{whole.group_name}/{doing}", 0, doing, cause)
+    return f"{_roll_call(whole, note, ranks)} ({cause})"
 
 
 def sequence_differs(
@@ -107,7 +111,7 @@ def sequence_differs(
     mine = Note(group.lane_name, position, calls[dist.get_rank()], cause)
     with suppress(Exception):
         board.leave_note(dist.get_rank(), mine)
-    _hang_up(group)
+    _hang_up(group.pg)
     return _error(call, group, cause)
 
 
@@ -127,11 +131,11 @@ def _error(call: Call, group: Group, what: str) -> CommError:
     )
 
 
-def _roll_call(group: Group, mine: Note, ranks: Sequence[int]) -> str:
+def _roll_call(pg: dist.ProcessGroup | None, mine: Note, ranks: Sequence[int]) -> str:
     others = [rank for rank in ranks if rank != dist.get_rank()]
     try:
         board.leave_note(dist.get_rank(), mine)
-        _hang_up(group)
+        _hang_up(pg)
         notes = board.await_notes(others, ROLL_CALL_S)
         silent = [rank for rank in others if rank not in notes]
         known = board.whereabouts(silent)
@@ -181,13 +185,13 @@ def _compared(mine: Note, notes: Mapping[int, Note]) -> str:
     return f"every rank is alive and in the same call; {saw}"
 
 
-def _hang_up(group: Group) -> None:
+def _hang_up(pg: dist.ProcessGroup | None) -> None:
     """Close this rank's connections of a gloo group, so that its peers fail now and not later."""
-    if group.backend != "gloo" or group.pg is None or group.size == 1:
+    if pg is None or backend_of(pg) != "gloo" or pg.size() == 1:
         return
     # gloo closes all connections of a group when one message is not there in time.
     with suppress(RuntimeError):
-        work: Any = group.pg.recv([torch.empty(1)], (group.rank + 1) % group.size, _NO_TAG)
+        work: Any = pg.recv([torch.empty(1)], (pg.rank() + 1) % pg.size(), _NO_TAG)
         work.wait(timedelta(milliseconds=1))
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from ds_core.comm.ledger import Ledger
 from ds_core.comm.new_group import new_process_group
+from ds_core.comm.process_groups import backend_of, timeout_of
 
 if TYPE_CHECKING:
     from ds_core.comm.sequence import SequenceCheck
@@ -65,7 +66,7 @@ class Group:
         self.ledger = ledger
         self.size = len(self.ranks)
         self.rank = 0 if pg is None else dist.get_rank(pg)
-        self.backend = "none" if pg is None else _backend_of(pg)
+        self.backend = "none" if pg is None else backend_of(pg)
         self.timeout = None if pg is None else timeout_of(pg)
         self.num_started = 0
         self.check: SequenceCheck | None = None
@@ -132,16 +133,3 @@ def sized_tag(tag: int, num_bytes: int) -> int:
     """
     folded = num_bytes ^ num_bytes >> _SIZE_BITS ^ num_bytes >> 2 * _SIZE_BITS
     return tag | folded & ((1 << _SIZE_BITS) - 1)
-
-
-def _backend_of(pg: dist.ProcessGroup) -> str:
-    name = str(dist.get_backend(pg)).lower()
-    return name if ":" not in name else name.split(":")[-1]
-
-
-def timeout_of(pg: dist.ProcessGroup) -> timedelta | None:
-    """The timeout of a group's backend; None where it does not tell."""
-    device = pg._device_types[0] if pg._device_types else torch.device("cpu")
-    options = getattr(pg._get_backend(device), "options", None)
-    timeout = getattr(options, "_timeout", None)
-    return timeout if isinstance(timeout, timedelta) else None

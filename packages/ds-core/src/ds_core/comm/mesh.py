@@ -12,10 +12,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ds_core.comm.board import ask
 from ds_core.comm.environment import init, wants_check
-from ds_core.comm.group import Group, timeout_of
+from ds_core.comm.group import Group
 from ds_core.comm.ledger import Ledger
 from ds_core.comm.new_group import new_process_group
 from ds_core.comm.objects import broadcast_object
+from ds_core.comm.process_groups import timeout_of
 from ds_core.comm.sequence import SequenceCheck
 from ds_core.errors import CommError
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ds_core.comm.failure import who_failed
 from ds_core.errors import CommError
 
 
@@ -25,7 +26,5 @@ def new_process_group(
     try:
         return dist.new_group(None if ranks is None else list(ranks), **options)
     except RuntimeError as error:
-        from ds_core.comm.failure import who_failed  # which knows groups, which need this
-
         who = who_failed(None, doing, error, ranks=ranks)
         raise CommError(f"{doing} failed on rank {dist.get_rank()}: {who}") from error

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 from ds_core.observers.memory import MemoryByPhase
 from ds_core.observers.rank_mean import RankMean
 from ds_core.observers.throughput import PHASES, Throughput
-from ds_core.observers.units import told_bytes, told_count, told_seconds
+from ds_core.quantities import told_bytes, told_count, told_seconds
 from ds_core.seams import Event, EventKind
 
 if TYPE_CHECKING:

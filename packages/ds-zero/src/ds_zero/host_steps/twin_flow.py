@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from statistics import median
 
 import torch
 
@@ -178,8 +177,8 @@ class TwinFlow(HostStep):
         if len(self._rates) < MEASURED:
             return
         self._measures = False
-        mine = torch.tensor([median(rates) for rates in zip(*self._rates, strict=True)])
-        mine = mine.double().to(self._units[0].full.device)
+        mine = torch.tensor(self._rates, dtype=torch.float64).quantile(0.5, dim=0)
+        mine = mine.to(self._units[0].full.device)
         everybody = torch.empty(2 * self._group.size, dtype=mine.dtype, device=mine.device)
         comm.all_gather(everybody, mine, self._group, caller="rates of host and device")
         # A step ends with its slowest rank.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ds_core.observers.units import told_bytes
+from ds_core.quantities import told_bytes
 from ds_core.seams import TensorFile, TensorFiles, Transfer
 from ds_zero.errors import ShardError
 from ds_zero.room import Room, least

@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from ds_core.errors import DsError
-from ds_core.observers.units import told_bytes
 from ds_core.profiling import FlopsProfiler as Counter
 from ds_core.profiling import Profile
 from ds_core.profiling.model_profile import write_report
 from ds_core.profiling.report import number, seconds
+from ds_core.quantities import told_bytes
 
 
 class FlopsProfiler:

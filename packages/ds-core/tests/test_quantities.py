@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ds_core.observers.units import told_bytes, told_count, told_seconds
+from ds_core.quantities import told_bytes, told_count, told_seconds
 
 
 @pytest.mark.parametrize(
