@@ -47,8 +47,8 @@ NAMES = {
     "ds_core.seams": [
         "Dense", "Event", "EventKind", "FullValues", "Implementation", "InputAdjuster",
         "KernelSource", "Observer", "Op", "OpTools", "ParkableSharding", "PassingState",
-        "ReleasableSharding", "Runner", "Sequential", "Sharding", "ShardingFactory", "TensorFile", "TensorFiles",
-        "TensorFilesFactory", "Transfer", "Transport", "change_freely", "tearing",
+        "ReleasableSharding", "Runner", "Sequential", "Sharding", "ShardingFactory", "TensorFile",
+        "TensorFiles", "TensorFilesFactory", "Transfer", "Transport", "change_freely", "tearing",
     ],
     "ds_core.observers": [
         "Comet", "CsvFiles", "JsonLines", "MemoryByPhase", "Metrics", "NvtxRanges", "Progress",

@@ -211,7 +211,7 @@ _FORWARD = (
     *(_whole(16, 128, 4), _whole(2, 1024, 4), _whole(1, 4096, 8), _whole(1, 8192, 16)),
     _LOOP,
 )
-_BACKWARD = (*(_whole(16, 128, 4), _whole(2, 1024, 4), _whole(1, 4096, 16)), _LOOP)
+_BACKWARD = (*(_whole(16, 128, 4), _whole(2, 1024, 8), _whole(1, 4096, 16)), _LOOP)
 
 _FORWARD_TYPES = {
     "*bf16": "x weight bias residual y total",
