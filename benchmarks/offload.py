@@ -95,12 +95,7 @@ def _trial(trial: Trial) -> dict[str, Any]:
 
     Raises OutOfMemoryError if it ended for want of memory, RuntimeError with its output otherwise.
     """
-    script = Path(__file__).with_name("offload_trial.py")
-    command = [sys.executable, str(script), json.dumps(asdict(trial))]
-    environment = _environment(trial.cap)
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=LIMIT_S, env=environment, check=False
-    )
+    done = _process(trial)
     for left in Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"):
         left.unlink(missing_ok=True)  # DeepSpeed leaves 66 MiB of memory behind at each start
     if done.returncode == 0:
@@ -110,6 +105,16 @@ def _trial(trial: Trial) -> dict[str, Any]:
     if any(sign in done.stderr for sign in signs):
         raise OutOfMemoryError(done.stderr[-500:])
     raise RuntimeError(f"{trial}: exit status {done.returncode}\n{done.stderr[-3000:]}")
+
+
+def _process(trial: Trial, *flags: str) -> subprocess.CompletedProcess[str]:
+    """A trial in a process of its own, which has ended."""
+    script = Path(__file__).with_name("offload_trial.py")
+    command = [sys.executable, str(script), json.dumps(asdict(trial)), *flags]
+    environment = _environment(trial.cap)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=LIMIT_S, env=environment, check=False
+    )
 
 
 def _environment(cap: int) -> dict[str, str]:
@@ -171,12 +176,8 @@ def _rate(report: Report, folder: str, quick: bool) -> None:
 
 def _update_rate(trial: Trial) -> float:
     """Bytes per second that the updates of a run read and write: the best step's."""
-    script = Path(__file__).with_name("offload_trial.py")
-    command = [sys.executable, str(script), json.dumps(asdict(trial)), "--update-only"]
-    environment = _environment(trial.cap)
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=LIMIT_S, env=environment, check=True
-    )
+    done = _process(trial, "--update-only")
+    done.check_returncode()
     return float(json.loads(done.stdout.splitlines()[-1])["rate"])
 
 

@@ -82,11 +82,12 @@ class HostStep:
 
         One for each, since a backward reads parameters from the same disk.
         """
-        if self._homes.swap is not None:
-            everything = InnerStep(self._optimizer, 1.0)
-            pieces = (p for u in self._units for p in everything.due(u, [True] * len(u.params)))
-            with suppress(OSError):  # of a write before: the step tells it, on all ranks
-                self._homes.expect((piece.weights for piece in pieces), most=1)
+        if self._homes.swap is None:
+            return
+        everything = InnerStep(self._optimizer, 1.0)
+        pieces = (p for u in self._units for p in everything.due(u, [True] * len(u.params)))
+        with suppress(OSError):  # of a write before: the step tells it, on all ranks
+            self._homes.read_one_more(piece.weights for piece in pieces)
 
     def end_backward(self) -> None:
         """It has ended; not called if an error ended it."""

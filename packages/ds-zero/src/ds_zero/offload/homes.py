@@ -159,13 +159,16 @@ class Homes:
             finally:
                 probe.close()
 
-    def expect(self, weights: Iterable[torch.Tensor], *, most: int | None = None) -> None:
-        """A step updates these optimizer pieces, in this order: those on disk are read ahead.
-
-        most: so many more than are under way or read; None: all for which there is room.
-        """
+    def expect(self, weights: Iterable[torch.Tensor]) -> None:
+        """A step updates these optimizer pieces, in this order: those on disk are read ahead."""
         if self.swap is not None:
-            self.swap.expect([each for each in weights if each in self.swap], most=most)
+            self.swap.expect([each for each in weights if each in self.swap])
+
+    def read_one_more(self, weights: Iterable[torch.Tensor]) -> None:
+        """A step will update these, in this order: one more of those on disk is read ahead."""
+        swap = self.swap
+        if swap is not None:
+            swap.read_one_more(each for each in weights if each in swap)
 
     def swap_bytes(self) -> tuple[int, int]:
         """Bytes read from and written to disk so far: states and parameters."""

@@ -130,14 +130,21 @@ class Swap:
             record.staging.buffer.zero_()
             self._show(record)
 
-    def expect(self, order: Iterable[torch.Tensor], *, most: int | None = None) -> None:
-        """These pieces will be brought, in this order: begin to read the first.
-
-        most: so many more than are under way; None: as many as there are buffers for.
-        """
+    def expect(self, order: Iterable[torch.Tensor]) -> None:
+        """These pieces will be brought, in this order: begin to read the first."""
         with self._lock:
             self._upcoming = deque(order)
-            self._read_ahead(most)
+            self._read_ahead()
+
+    def read_one_more(self, order: Iterable[torch.Tensor]) -> None:
+        """Begin to read the next piece that will be brought.
+
+        order: that of all pieces, looked at only if none is expected yet.
+        """
+        with self._lock:
+            if not self._upcoming:
+                self._upcoming = deque(order)
+            self._read_ahead(most=1)
 
     def bring(self, weights: torch.Tensor) -> None:
         """Make the states of a piece present, and begin to read those that come next."""
