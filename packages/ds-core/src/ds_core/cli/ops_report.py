@@ -183,16 +183,8 @@ def render(findings: OpFindings) -> str:
         if row.others:
             why.append(f"{', '.join(row.others)} on request")
         state = row.state or "none"
-        body.append(
-            (
-                row.op,
-                row.device,
-                ", else ".join((row.implementation, *row.rest)),
-                state,
-                row.checked or "-",
-                "; ".join(why),
-            )  # fmt: skip
-        )
+        by = ", else ".join((row.implementation, *row.rest))
+        body.append((row.op, row.device, by, state, row.checked or "-", "; ".join(why)))
     header = ("op", "on", "by", "state", "last check", "not")
     parts = ["".join(f"{line}\n" for line in findings.advice), table("", body, header=header)]
     if reasons:
