@@ -24,6 +24,14 @@ OPS: Mapping[str, str] = MappingProxyType(
         "gated_activation_backward": "gated_activation:gated_activation_backward",
         "gated_activation_packed": "gated_activation:gated_activation_packed",
         "gated_activation_packed_backward": "gated_activation:gated_activation_packed_backward",
+        "adam_step_": "optimizer_steps:adam_step_",
+        "lion_step_": "optimizer_steps:lion_step_",
+        "adagrad_step_": "optimizer_steps:adagrad_step_",
+        "sgd_step_": "optimizer_steps:sgd_step_",
+        "step_undo_": "optimizer_steps:step_undo_",
+        "lamb_update_": "lamb:lamb_update_",
+        "lamb_apply_": "lamb:lamb_apply_",
+        "adam8bit_step_": "adam8bit:adam8bit_step_",
     }
 )
 
