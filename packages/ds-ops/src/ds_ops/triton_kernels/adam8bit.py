@@ -16,7 +16,15 @@ import triton.language as tl
 from ds_core.ops import adam8bit_step as of
 from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain, types
 from ds_ops.triton_kernels.launching import launch
-from ds_ops.triton_kernels.stepping import changed, gradient, keys, parts, put_param, random_bits
+from ds_ops.triton_kernels.stepping import (
+    NVIDIA,
+    changed,
+    gradient,
+    keys,
+    parts,
+    put_param,
+    random_bits,
+)
 
 #: Elements that share a scale.
 _BLOCK = of.BLOCK
@@ -125,7 +133,10 @@ def adam8bit_elements(
     tl.store(square_scales + row, scale, mask=whole)
 
 
-_CONFIGS = (Config({"ROWS": 4, "BLOCK": _BLOCK}, warps=4),)
+_CONFIGS = (
+    Config({"ROWS": 4, "BLOCK": _BLOCK}, warps=8, targets=NVIDIA),
+    Config({"ROWS": 4, "BLOCK": _BLOCK}, warps=4, targets=("gfx942",)),
+)
 _KERNEL = Kernel(
     adam8bit_elements,
     _CONFIGS,
