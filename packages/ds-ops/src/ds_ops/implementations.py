@@ -41,6 +41,12 @@ TORCH: Mapping[str, TorchKernel] = MappingProxyType(
         "linear_cross_entropy": TorchKernel("linear_cross_entropy:linear_cross_entropy"),
         "grouped_mm": TorchKernel("grouped_mm:grouped_mm", ("cpu",)),
         "grouped_mm_backward": TorchKernel("grouped_mm:grouped_mm_backward", ("cpu",)),
+        **{
+            f"{name}_step_": TorchKernel(
+                f"optimizer_steps:{name}_step_", ("cuda",), 50, f"optimizer_steps:{name}_refusal"
+            )
+            for name in ("adam", "adagrad", "sgd")
+        },
     }
 )
 

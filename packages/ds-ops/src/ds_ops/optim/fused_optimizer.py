@@ -38,7 +38,8 @@ class Update:
     Attributes:
         param, grad, states: what the kernel reads and writes; states in the order of `state_keys`.
         step: counts this one, from 1.
-        options: arguments that all kernels take by these names: copy, undo, grad_scale, seed.
+        options: arguments that kernels take by these names: copy, grad_scale, found_inf; undo and
+            seed, where the optimizer has them.
     """
 
     param: torch.Tensor
@@ -56,16 +57,23 @@ class Request:
     copies: Mapping[torch.Tensor, torch.Tensor]
     grad_scale: torch.Tensor | float | None
     undo: bool
-    _scales: dict[torch.device, torch.Tensor] = field(default_factory=dict)
+    found_inf: torch.Tensor | None = None
+    _known: dict[tuple[str, torch.device], torch.Tensor] = field(default_factory=dict)
 
-    def scale_on(self, device: torch.device) -> torch.Tensor | None:
-        """The factor on gradients, as kernels take it."""
-        if self.grad_scale is None:
+    def scalars_on(self, device: torch.device) -> dict[str, torch.Tensor | None]:
+        """The factor on gradients, and what leaves the step out, as kernels take them."""
+        given = {"grad_scale": self.grad_scale, "found_inf": self.found_inf}
+        return {name: self._scalar(name, value, device) for name, value in given.items()}
+
+    def _scalar(
+        self, name: str, value: torch.Tensor | float | None, device: torch.device
+    ) -> torch.Tensor | None:
+        if value is None:
             return None
-        found = self._scales.get(device)
+        found = self._known.get((name, device))
         if found is None:
-            found = torch.as_tensor(self.grad_scale, dtype=torch.float32, device=device)
-            found = self._scales[device] = found.detach().reshape(())
+            found = torch.as_tensor(value, dtype=torch.float32, device=device).detach().reshape(())
+            self._known[name, device] = found
         return found
 
 
@@ -79,7 +87,9 @@ class FusedOptimizer(Optimizer, ABC):
 
     ops: ClassVar[tuple[str, ...]]
     state_keys: ClassVar[tuple[str, ...]] = ()
-    step_options: ClassVar[frozenset[str]] = frozenset({"gradients", "copies", "grad_scale"})
+    step_options: ClassVar[frozenset[str]] = frozenset(
+        {"gradients", "copies", "grad_scale", "found_inf"}
+    )
     #: `torch.amp.GradScaler` then leaves unscaling, and leaving out a step, to `step`.
     _step_supports_amp_scaling = True
 
@@ -174,6 +184,7 @@ class FusedOptimizer(Optimizer, ABC):
         copies: Mapping[torch.Tensor, torch.Tensor] | None = None,
         grad_scale: torch.Tensor | float | None = None,
         undo: bool = False,
+        found_inf: torch.Tensor | None = None,
     ) -> Any:
         """Update the parameters that have a gradient; returns what `closure` returned.
 
@@ -185,6 +196,8 @@ class FusedOptimizer(Optimizer, ABC):
             grad_scale: one number that gradients are multiplied by.
             undo: keep what `rollback` needs, as many bytes as parameters and states have. Steps
                 over different parameters are taken back together.
+            found_inf: one number on the device of the parameters: if it is not 0, parameters,
+                states and copies stay as they are, and no host waits to know. Steps are counted on.
 
         Raises OptimizerError for a gradient that is sparse, or does not fit its parameter.
         """
@@ -194,20 +207,28 @@ class FusedOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        skipped, scale = self._amp(grad_scale)
+        skipped, scale, flag = self._amp(grad_scale)
         if not skipped:
-            request = Request(gradients or {}, copies or {}, scale, undo)
+            found_inf = flag if found_inf is None else found_inf
+            request = Request(gradients or {}, copies or {}, scale, undo, found_inf)
             for group in self.param_groups:
                 self._step_group(group, request)
         return loss
 
-    def _amp(self, scale: torch.Tensor | float | None) -> tuple[bool, torch.Tensor | float | None]:
-        """(whether to leave the step out, factor) after `torch.amp.GradScaler`'s two attributes."""
+    def _amp(
+        self, scale: torch.Tensor | float | None
+    ) -> tuple[bool, torch.Tensor | float | None, torch.Tensor | None]:
+        """(whether to leave the step out, factor, flag) as `torch.amp.GradScaler`'s attributes say.
+
+        A flag is left to the kernels if no group counts its steps: else the host has to know.
+        """
         found_inf = getattr(self, "found_inf", None)
         divisor = getattr(self, "grad_scale", None)
         if divisor is not None:
             scale = divisor.reciprocal() if scale is None else scale / divisor
-        return found_inf is not None and float(found_inf) > 0, scale
+        if found_inf is None or any(self._counts_steps(group) for group in self.param_groups):
+            return found_inf is not None and float(found_inf) > 0, scale, None
+        return False, scale, found_inf
 
     def _step_group(self, group: dict[str, Any], request: Request) -> None:
         for param in group["params"]:
@@ -228,10 +249,10 @@ class FusedOptimizer(Optimizer, ABC):
         self._undos.pop(param, None)
         if request.undo:
             size = sum(t.nbytes for t in (param, *states))
-            buffer = torch.empty(size, dtype=torch.uint8, device=param.device)
+            buffer = param.new_empty(size, dtype=torch.uint8)
         options: dict[str, Any] = {
             "copy": None if own is None else flat(own),
-            "grad_scale": request.scale_on(param.device),
+            **request.scalars_on(param.device),
         }
         if "undo" in self.step_options:
             options["undo"] = buffer

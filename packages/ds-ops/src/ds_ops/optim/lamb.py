@@ -94,11 +94,17 @@ class FusedLamb(FusedOptimizer):
             weight_decay=group["weight_decay"],
             bias_correction=group["bias_correction"],
             grad_scale=update.options["grad_scale"],
+            found_inf=update.options["found_inf"],
         )
         # On the device: a host that waited for each tensor's norms would let a GPU run dry.
         weight, length = squares.sqrt().unbind()
         ratio = (weight / length).clamp(group["min_coeff"], group["max_coeff"])
         ratio = torch.where((weight > 0) & (length > 0), ratio, 1.0)
         lamb_apply_(
-            update.param, direction, float(group["lr"]), update.options["copy"], ratio=ratio
+            update.param,
+            direction,
+            float(group["lr"]),
+            update.options["copy"],
+            ratio=ratio,
+            found_inf=update.options["found_inf"],
         )
