@@ -22,6 +22,7 @@ _HOMES = {
     "CPUAdagrad": "ds_ops.optim",
     "CPUAdam": "ds_ops.optim",
     "CPULion": "ds_ops.optim",
+    "FusedAdagrad": "ds_ops.optim",
     "FusedAdam": "ds_ops.optim",
     "FusedLamb": "ds_ops.optim",
     "FusedLion": "ds_ops.optim",

@@ -164,6 +164,8 @@ class CPUAdam(FusedAdam):
     Args: as `FusedAdam` has them; adamw_mode is its adam_w_mode.
     """
 
+    devices = ("cpu",)
+
     def __init__(
         self,
         model_params: ParamsT,

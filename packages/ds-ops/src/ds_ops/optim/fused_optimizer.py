@@ -60,20 +60,24 @@ class Request:
     found_inf: torch.Tensor | None = None
     _known: dict[tuple[str, torch.device], torch.Tensor] = field(default_factory=dict)
 
-    def scalars_on(self, device: torch.device) -> dict[str, torch.Tensor | None]:
-        """The factor on gradients, and what leaves the step out, as kernels take them."""
+    def scalars_for(self, param: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        """The factor on gradients and the flag that leaves a step out, as kernels take them."""
         given = {"grad_scale": self.grad_scale, "found_inf": self.found_inf}
-        return {name: self._scalar(name, value, device) for name, value in given.items()}
+        return {name: self._scalar(name, value, param) for name, value in given.items()}
 
     def _scalar(
-        self, name: str, value: torch.Tensor | float | None, device: torch.device
+        self, name: str, value: torch.Tensor | float | None, param: torch.Tensor
     ) -> torch.Tensor | None:
         if value is None:
             return None
-        found = self._known.get((name, device))
+        found = self._known.get((name, param.device))
         if found is None:
-            found = torch.as_tensor(value, dtype=torch.float32, device=device).detach().reshape(())
-            self._known[name, device] = found
+            if not isinstance(value, torch.Tensor):
+                value = param.new_full((), value, dtype=torch.float32)
+            elif value.device != param.device:
+                value = value.to(param.device)
+            found = value.detach().to(torch.float32).reshape(())
+            self._known[name, param.device] = found
         return found
 
 
@@ -81,11 +85,13 @@ class FusedOptimizer(Optimizer, ABC):
     """Base: parameters go one by one through a kernel, which `_update` calls.
 
     Subclasses set `state_keys` (tensors with a number for each of the parameter's), `ops` (the
-    kernels' names) and `_update`. `step_options` says which arguments `step` takes, for callers
+    kernels' names), `devices` (kinds that parameters may be on; empty: all) and `_update`.
+    `step_options` says which arguments `step` takes, for callers
     that fuse more into it than `torch.optim` has words for.
     """
 
     ops: ClassVar[tuple[str, ...]]
+    devices: ClassVar[tuple[str, ...]] = ()
     state_keys: ClassVar[tuple[str, ...]] = ()
     step_options: ClassVar[frozenset[str]] = frozenset(
         {"gradients", "copies", "grad_scale", "found_inf"}
@@ -252,7 +258,7 @@ class FusedOptimizer(Optimizer, ABC):
             buffer = param.new_empty(size, dtype=torch.uint8)
         options: dict[str, Any] = {
             "copy": None if own is None else flat(own),
-            **request.scalars_on(param.device),
+            **request.scalars_for(param),
         }
         if "undo" in self.step_options:
             options["undo"] = buffer

@@ -99,7 +99,7 @@ class FusedLamb(FusedOptimizer):
         # On the device: a host that waited for each tensor's norms would let a GPU run dry.
         weight, length = squares.sqrt().unbind()
         ratio = (weight / length).clamp(group["min_coeff"], group["max_coeff"])
-        ratio = torch.where((weight > 0) & (length > 0), ratio, 1.0)
+        ratio = torch.where((weight > 0) & (length > 0), ratio, torch.ones_like(ratio))
         lamb_apply_(
             update.param,
             direction,
