@@ -538,8 +538,8 @@ print(torch.__version__, device.type if device else "none")
 def gpu(session: nox.Session) -> None:
     """The tests that need an accelerator, on the torch of the Python that runs nox.
 
-    Then the benchmark of kernels, unless options for pytest follow `--`; ten minutes in all. What ran
-    and what was measured goes into benchmarks/results.
+    Then the benchmark of kernels, unless options for pytest follow `--`; ten minutes in all. What
+    ran and what was measured goes into benchmarks/results.
     """
     probe = subprocess.run(
         [sys.executable, "-c", ACCELERATOR_PROBE], check=False, capture_output=True, text=True
