@@ -8,7 +8,8 @@ An optimizer may do more in its pass than `torch.optim` has words for. It says w
 | `gradients`  | by parameter, used in place of `.grad`; in any float format             |
 | `grad_scale` | one number that gradients are multiplied by                             |
 | `copies`     | by parameter, tensors that receive its new value, rounded               |
-| `found_inf`  | one number on the device: if it is not 0, nothing changes               |
+| `found_inf`  | one number on the device: if it is not 0, nothing changes, but for a    |
+|              | count of steps, which the attribute `counts_steps` tells of             |
 | `undo`       | whether to keep what its `rollback()` needs; `can_roll_back` says if it has any |
 """
 
@@ -90,10 +91,14 @@ def can_undo(optimizer: Optimizer) -> bool:
 
 
 def can_leave_out(optimizer: Optimizer) -> bool:
-    """Whether a flag on the device can keep a step from changing anything."""
-    if is_one_pass(optimizer):
-        return "found_inf" in getattr(optimizer, "step_options", frozenset())
-    return fuses_scale(optimizer)
+    """Whether a flag on the device can keep a step from changing anything.
+
+    Not if the host counts the steps: it would count one that the device leaves out.
+    """
+    if not is_one_pass(optimizer):
+        return fuses_scale(optimizer)
+    target: Any = optimizer
+    return "found_inf" in target.step_options and not target.counts_steps
 
 
 def fuses_scale(optimizer: Optimizer) -> bool:

@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 
 import ds_ops
 from ds_core import ops
+from ds_core.ops import adam_step, lamb_update, step_undo
 from ds_ops.triton_kernels import norms, targets
 
 
@@ -43,6 +44,23 @@ def graph_of(function, *shapes):
     raise AssertionError("no graph")
 
 
+def step(param, grad, mean, square, copy):
+    """A step of Adam with all that it can do, taken back."""
+    undo = torch.empty(param.numel() * 6, dtype=torch.uint8, device=param.device)
+    flag = torch.zeros((), device=param.device)
+    options = {"copy": copy, "undo": undo, "grad_scale": flag, "found_inf": flag, "seed": 7}
+    adam_step.adam_step_(param, grad, mean, square, step=3, lr=0.1, **options)
+    step_undo.step_undo_(param, [mean, square], undo, copy)
+    return param
+
+
+def lamb(param, grad, mean, square):
+    update = torch.empty_like(param, dtype=torch.float32)
+    squares = lamb_update.lamb_update_(param, grad, mean, square, update, step=3)
+    lamb_update.lamb_apply_(param, update, 0.1, ratio=squares.sum())
+    return param
+
+
 def main():
     targets.architecture = lambda *_: "sm_90"
     norms.processors = lambda _: 132
@@ -59,6 +77,8 @@ def main():
         "in place": graph_of(
             lambda x, c: ds_ops.rope(x, c, c, in_place=True), (1, 4, 2, 32), (4, 8)
         ),
+        "step": graph_of(step, *[(64,)] * 5),
+        "lamb": graph_of(lamb, *[(64,)] * 4),
     }
     print(json.dumps(found))
 

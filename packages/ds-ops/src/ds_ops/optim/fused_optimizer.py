@@ -232,7 +232,7 @@ class FusedOptimizer(Optimizer, ABC):
         divisor = getattr(self, "grad_scale", None)
         if divisor is not None:
             scale = divisor.reciprocal() if scale is None else scale / divisor
-        if found_inf is None or any(self._counts_steps(group) for group in self.param_groups):
+        if found_inf is None or self.counts_steps:
             return found_inf is not None and float(found_inf) > 0, scale, None
         return False, scale, found_inf
 
@@ -359,6 +359,11 @@ class FusedOptimizer(Optimizer, ABC):
         if not self._counts_steps(group):
             return zeros
         return {"step": torch.zeros((), dtype=torch.float32), **zeros}
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether the host counts steps of some parameter."""
+        return any(self._counts_steps(group) for group in self.param_groups)
 
     def _counts_steps(self, group: dict[str, Any]) -> bool:
         """Whether a state holds a count of steps."""

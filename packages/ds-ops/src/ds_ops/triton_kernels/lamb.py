@@ -18,7 +18,7 @@ from ds_ops.triton_kernels.launching import launch
 from ds_ops.triton_kernels.stepping import CONFIGS, cut, elements, gradient, parts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride"])
 def lamb_update_elements(
     param,
     grad,
@@ -152,7 +152,7 @@ def lamb_update_(
         own = every if end - begin == numel else [cut(t, numel, begin, end) for t in every]
         launch(
             *(_UPDATE, config, (blocks(end - begin, block),)),
-            *(*own, sums.view(-1)[begin // block :]),
+            *(*own, sums.view(-1).narrow(0, begin // block, sums.numel() - begin // block)),
             *(param if t is None else t for t in (grad_scale, found_inf)),
             *(end - begin, sums.shape[1], beta1, 1 - beta1, beta2, 1 - beta2, eps),
             *(1 / first, 1 / math.sqrt(second), weight_decay),

@@ -164,7 +164,7 @@ def parts(numel: int) -> list[tuple[int, int]]:
 def cut(t: torch.Tensor, numel: int, begin: int, end: int) -> torch.Tensor:
     """What belongs to elements [begin, end) of a contiguous tensor of one or more for each."""
     each = t.numel() // numel
-    return t.view(-1)[begin * each : end * each]
+    return t.view(-1).narrow(0, begin * each, (end - begin) * each)
 
 
 def keys(seed: int | None, begin: int) -> tuple[int, int]:
@@ -189,7 +189,7 @@ def kept_parts(
     found: list[torch.Tensor | None] = []
     begin = 0
     for t in kept:
-        part = undo[begin : begin + t.nbytes]
+        part = undo.narrow(0, begin, t.nbytes)
         size = t.element_size()
         aligned = part.storage_offset() % size == 0
         if aligned and not tracing():
