@@ -125,7 +125,10 @@ def unless(
     found_inf: torch.Tensor | None, changed: Sequence[torch.Tensor | None]
 ) -> Iterator[None]:
     """Where `found_inf` is not 0, the tensors are after the block as they were; no host waits."""
-    present = [t for t in changed if t is not None and found_inf is not None]
+    if found_inf is None:
+        yield
+        return
+    present = [t for t in changed if t is not None]
     before = [t.clone() for t in present]
     yield
     for t, old in zip(present, before, strict=True):

@@ -92,8 +92,9 @@ def adam_step_(
 ) -> None:
     """As `ds_core.ops.adam_step.reference`."""
     tensors = (param, grad, exp_avg, exp_avg_sq, copy, undo, grad_scale)
-    rates = (lr, beta1, beta2, eps, weight_decay, step, decoupled, bias_correction, maximize)
-    of_adam.fake(*tensors, *rates, seed, found_inf)
+    rates: tuple[Any, ...] = (lr, beta1, beta2, eps, weight_decay, step)
+    rest: tuple[Any, ...] = (decoupled, bias_correction, maximize, seed, found_inf)
+    of_adam.fake(*tensors, *rates, *rest)
     kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
     kernel(
         *([param], [grad], [exp_avg], [exp_avg_sq], [], [_count(param, step)]),
@@ -157,8 +158,9 @@ def sgd_step_(
 ) -> None:
     """As `ds_core.ops.sgd_step.reference`."""
     tensors = (param, grad, momentum_buffer, copy, undo, grad_scale)
-    rates = (lr, momentum, dampening, weight_decay, nesterov, maximize, first_step)
-    of_sgd.fake(*tensors, *rates, seed, found_inf)
+    rates: tuple[Any, ...] = (lr, momentum, dampening, weight_decay)
+    rest: tuple[Any, ...] = (nesterov, maximize, first_step, seed, found_inf)
+    of_sgd.fake(*tensors, *rates, *rest)
     torch._fused_sgd_(
         *([param], [grad], [] if momentum_buffer is None else [momentum_buffer]),
         weight_decay=weight_decay,

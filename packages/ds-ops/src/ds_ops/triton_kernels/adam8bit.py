@@ -8,6 +8,7 @@ decoding and encoding take some 60 integer operations, which still hide behind t
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -180,8 +181,9 @@ def adam8bit_step_(
 ) -> None:
     """As `ds_core.ops.adam8bit_step.reference`."""
     states = (exp_avg_codes, exp_avg_scales, exp_avg_sq_codes, exp_avg_sq_scales)
-    rates = (lr, beta1, beta2, eps, weight_decay, step, decoupled)
-    of.fake(param, grad, *states, copy, grad_scale, *rates, seed, found_inf)
+    rates: tuple[Any, ...] = (lr, beta1, beta2, eps, weight_decay, step)
+    rest: tuple[Any, ...] = (decoupled, seed, found_inf)
+    of.fake(param, grad, *states, copy, grad_scale, *rates, *rest)
     expect_plain(of.NAME, param=param, grad=grad, copy=copy)
     numel, config = param.numel(), _KERNEL.config(of.NAME, param.device)
     every = [param, grad, *states, param if copy is None else copy]

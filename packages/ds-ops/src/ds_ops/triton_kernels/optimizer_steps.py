@@ -7,6 +7,7 @@ The arithmetic, a root and a division among it, hides behind them.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -374,13 +375,16 @@ def adam_step_(
 ) -> None:
     """As `ds_core.ops.adam_step.reference`."""
     tensors = (param, grad, exp_avg, exp_avg_sq, copy, undo, grad_scale)
-    rates = (lr, beta1, beta2, eps, weight_decay, step, decoupled, bias_correction, maximize)
-    of_adam.fake(*tensors, *rates, seed, found_inf)
+    rates: tuple[Any, ...] = (lr, beta1, beta2, eps, weight_decay, step)
+    rest: tuple[Any, ...] = (decoupled, bias_correction, maximize, seed, found_inf)
+    of_adam.fake(*tensors, *rates, *rest)
     expect_plain(of_adam.NAME, param=param, grad=grad, copy=copy)
     first = 1 - beta1**step if bias_correction else 1.0
     second = 1 - beta2**step if bias_correction else 1.0
     run(
-        *(_ADAM, of_adam.NAME, param),
+        _ADAM,
+        of_adam.NAME,
+        param,
         [grad, exp_avg, exp_avg_sq, copy, *kept_parts(undo, (param, exp_avg, exp_avg_sq))],
         [grad_scale, found_inf],
         [
@@ -414,7 +418,9 @@ def lion_step_(
     of_lion.fake(*tensors, lr, beta1, beta2, weight_decay, maximize, seed, found_inf)
     expect_plain(of_lion.NAME, param=param, grad=grad, copy=copy)
     run(
-        *(_LION, of_lion.NAME, param),
+        _LION,
+        of_lion.NAME,
+        param,
         [grad, exp_avg, copy, *kept_parts(undo, (param, exp_avg))],
         [grad_scale, found_inf],
         [_sign(maximize), beta1, 1 - beta1, beta2, 1 - beta2, lr, 1 - lr * weight_decay],
@@ -444,7 +450,9 @@ def adagrad_step_(
     of_adagrad.fake(*tensors, lr, lr_decay, eps, weight_decay, step, maximize, seed, found_inf)
     expect_plain(of_adagrad.NAME, param=param, grad=grad, copy=copy)
     run(
-        *(_ADAGRAD, of_adagrad.NAME, param),
+        _ADAGRAD,
+        of_adagrad.NAME,
+        param,
         [grad, sum, copy, *kept_parts(undo, (param, sum))],
         [grad_scale, found_inf],
         [_sign(maximize), lr / (1 + (step - 1) * lr_decay), eps, weight_decay],
@@ -473,13 +481,16 @@ def sgd_step_(
 ) -> None:
     """As `ds_core.ops.sgd_step.reference`."""
     tensors = (param, grad, momentum_buffer, copy, undo, grad_scale)
-    rates = (lr, momentum, dampening, weight_decay, nesterov, maximize, first_step)
-    of_sgd.fake(*tensors, *rates, seed, found_inf)
+    rates: tuple[Any, ...] = (lr, momentum, dampening, weight_decay)
+    rest: tuple[Any, ...] = (nesterov, maximize, first_step, seed, found_inf)
+    of_sgd.fake(*tensors, *rates, *rest)
     expect_plain(of_sgd.NAME, param=param, grad=grad, copy=copy)
     kept = (param,) if momentum_buffer is None else (param, momentum_buffer)
     places = kept_parts(undo, kept)
     run(
-        *(_SGD, of_sgd.NAME, param),
+        _SGD,
+        of_sgd.NAME,
+        param,
         [grad, momentum_buffer, copy, places[0], places[-1]],
         [grad_scale, found_inf],
         [_sign(maximize), lr, weight_decay, momentum, 1 - dampening, float(first_step)],

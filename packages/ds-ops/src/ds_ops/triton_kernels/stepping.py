@@ -133,6 +133,7 @@ def run(
     scalars: Sequence[torch.Tensor | None],
     numbers: Sequence[float],
     seed: int | None,
+    /,
     **flags: int | bool,
 ) -> None:
     """Launch a step over all elements.
@@ -149,11 +150,9 @@ def run(
     single = [param if t is None else t for t in scalars]
     for begin, end in parts(numel):
         own = every if end - begin == numel else [cut(t, numel, begin, end) for t in every]
-        launch(
-            *(kernel, config, (blocks(end - begin, config.constants["BLOCK"]),)),
-            *(*own, *single, end - begin, *keys(seed, begin), *numbers),
-            **flags,
-        )
+        grid = (blocks(end - begin, config.constants["BLOCK"]),)
+        rest = (end - begin, *keys(seed, begin), *numbers)
+        launch(kernel, config, grid, *own, *single, *rest, **flags)
 
 
 def parts(numel: int) -> list[tuple[int, int]]:
