@@ -87,9 +87,7 @@ def permute_reference(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `moe_permute`: a stable sort of the slots by their expert."""
     _check_permute(x, indices, num_experts, capacity)
-    wrong = indices[(indices < -1) | (indices >= num_experts)]
-    wanted = f"0 to {num_experts - 1}, or -1 for no expert"
-    expect(wrong.numel() == 0, PERMUTE, "indices", wrong[:1].tolist(), wanted)
+    check_indices(indices, num_experts)
     tokens, k = indices.shape
     kept = indices >= 0
     if capacity is not None:
@@ -107,6 +105,13 @@ def permute_reference(
     copied = x[order // k] if filled else x[:0]
     rest = x.new_zeros(indices.numel() - filled, x.shape[1])
     return torch.cat([copied, rest]), offsets, row_map
+
+
+def check_indices(indices: torch.Tensor, num_experts: int) -> None:
+    """Raise OpError for an index that is no expert's. Waits for the device."""
+    wrong = indices[(indices < -1) | (indices >= num_experts)]
+    wanted = f"0 to {num_experts - 1}, or -1 for no expert"
+    expect(wrong.numel() == 0, PERMUTE, "indices", wrong[:1].tolist(), wanted)
 
 
 def _check_permute(
@@ -150,7 +155,7 @@ def unpermute_reference(
 ) -> torch.Tensor:
     """As `moe_unpermute`, in fp32 (float64 for float64)."""
     _check_unpermute(y, row_map, weights)
-    _check_rows(row_map, y.shape[0])
+    check_rows(row_map, y.shape[0])
     found = torch.cat([wide(y), wide(y).new_zeros(1, y.shape[1])])[row_map.long()]
     if weights is not None:
         found = found * weights.masked_fill(row_map < 0, 0.0)[..., None]
@@ -168,7 +173,7 @@ def unpermute_backward_reference(
 
     y may be None without weights, whose gradient is then empty. No row is named twice.
     """
-    _check_rows(row_map, rows)
+    check_rows(row_map, rows)
     there = row_map >= 0
     slots = row_map.long().masked_fill(~there, rows)
     each = wide(grad)[:, None].expand(-1, row_map.shape[1], -1)
@@ -194,7 +199,8 @@ def _check_unpermute(y: torch.Tensor, row_map: torch.Tensor, weights: torch.Tens
     expect_together(UNPERMUTE, y, row_map=row_map, weights=weights)
 
 
-def _check_rows(row_map: torch.Tensor, rows: int) -> None:
+def check_rows(row_map: torch.Tensor, rows: int) -> None:
+    """Raise OpError for a row that is not there. Waits for the device."""
     wrong = row_map[(row_map < -1) | (row_map >= rows)]
     expect(wrong.numel() == 0, UNPERMUTE, "row_map", wrong[:1].tolist(), f"-1 to {rows - 1}")
 
