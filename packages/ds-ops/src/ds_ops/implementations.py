@@ -24,7 +24,8 @@ class TorchKernel:
     Attributes:
         function: "module:function" below `ds_ops.torch_kernels`.
         devices: kinds of device that it is for; empty: all.
-        priority: 50 loses against our kernels (100), 150 wins against them.
+        priority: 50 loses against our kernels, 150 wins against them; 95 loses against those in C++
+            (100) and wins against those in Triton (90).
         partly: "module:function" that says of a call why it is not taken, or None; empty: all are.
     """
 
@@ -34,12 +35,18 @@ class TorchKernel:
     partly: str = ""
 
 
+_BOTH = ("cpu", "cuda")
+
 #: Ops that torch computes as well as we could, or that only it computes somewhere.
 TORCH: Mapping[str, TorchKernel] = MappingProxyType(
     {
         "linear_cross_entropy": TorchKernel("linear_cross_entropy:linear_cross_entropy"),
-        "grouped_mm": TorchKernel("grouped_mm:grouped_mm", ("cpu",)),
-        "grouped_mm_backward": TorchKernel("grouped_mm:grouped_mm_backward", ("cpu",)),
+        "grouped_mm": TorchKernel("grouped_mm:grouped_mm", _BOTH, 95, "grouped_mm:partly"),
+        "grouped_mm_backward": TorchKernel(
+            "grouped_mm:grouped_mm_backward", _BOTH, 95, "grouped_mm:partly"
+        ),
+        "grouped_mm_fp8": TorchKernel("fp8:grouped_mm_fp8", _BOTH, 95, "fp8:grouped_partly"),
+        "scaled_mm": TorchKernel("fp8:scaled_mm", _BOTH, 95, "fp8:scaled_partly"),
     }
 )
 
@@ -121,7 +128,7 @@ class Triton:
     def __init__(self, op: str) -> None:
         self.op = op
         interprets = _env.triton_interprets()
-        self.priority = 1 if interprets else 100
+        self.priority = 1 if interprets else 90
         self.devices: tuple[str, ...] = ("cpu",) if interprets else ("cuda",)
 
     def unavailable(self, device_type: str) -> str | None:

@@ -27,6 +27,8 @@ OPS: Mapping[str, str] = MappingProxyType(
         "moe_unpermute_backward": "moe_permute:moe_unpermute_backward",
         "grouped_mm": "grouped_mm:grouped_mm",
         "grouped_mm_backward": "grouped_mm:grouped_mm_backward",
+        "grouped_mm_fp8": "fp8:grouped_mm_fp8",
+        "scaled_mm": "fp8:scaled_mm",
         "gated_activation": "gated_activation:gated_activation",
         "gated_activation_backward": "gated_activation:gated_activation_backward",
         "gated_activation_packed": "gated_activation:gated_activation_packed",

@@ -2,7 +2,7 @@
 
 The host does not know how many rows an expert has. The grid is the most tiles that there can be,
 and each program finds its own from the offsets: the rows of each expert, and those behind the last,
-are cut into tiles, and a prefix sum over experts tells whose a tile is. Tiles of the same expert are
+are cut into tiles, and a prefix sum over experts tells whose a tile is. Tiles of one expert are
 neighbours, and 8 of them read the same columns of b one after the other, while these are in L2.
 
 With many rows per expert the products are what takes the time (2 m k n operations), with few the
@@ -149,6 +149,29 @@ def grouped_gradient(
     tl.store(out + at, total.to(out.dtype.element_ty), mask=above & inside)
 
 
+@triton.jit(do_not_specialize=["experts", "rows"])
+def clear_unnamed(
+    offsets, out, experts, rows, width, EMPTY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Zeros in those of ROWS rows that are behind the last expert's; mostly none.
+
+    EMPTY: in those of experts without rows; a row is then an expert's matrix.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    if EMPTY:
+        begin = tl.load(offsets + row - 1, mask=inside & (row > 0), other=0)
+        bare = inside & (tl.load(offsets + row, mask=inside, other=0) <= begin)
+    else:
+        bare = inside & (row >= tl.load(offsets + experts - 1))
+    if tl.sum(bare.to(tl.int32), axis=0) > 0:
+        for start in range(0, width, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            at = row.to(tl.int64)[:, None] * width + column[None, :]
+            nothing = tl.zeros((ROWS, BLOCK), out.dtype.element_ty)
+            tl.store(out + at, nothing, mask=bare[:, None] & (column < width)[None, :])
+
+
 def tile(m: int, n: int, k: int, warps: int, stages: int, *names: str, rows: int = 0) -> Config:
     """A config for some targets, and up to so many rows per expert."""
     limits = {"rows": rows} if rows else {}
@@ -200,7 +223,19 @@ _GRADIENT = {
         *(MATRIX, "half"),
     ),
 }
-KERNELS = (*_HALVES, _WHOLE, *_GRADIENT.values())
+_BEHIND, _EMPTY = (
+    Kernel(
+        clear_unnamed,
+        (Config({"ROWS": rows, "BLOCK": block}),),
+        types(
+            {"*i32": "offsets", "*bf16": "out", "i32": "experts rows", "i32:16": "width"},
+            EMPTY=empty,
+        ),
+        variant=name,
+    )
+    for rows, block, empty, name in ((16, 256, False, "behind"), (1, 2048, True, "empty"))
+)
+KERNELS = (*_HALVES, _WHOLE, *_GRADIENT.values(), _BEHIND, _EMPTY)
 
 
 def grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -243,4 +278,22 @@ def grouped_mm_backward(a: torch.Tensor, grad: torch.Tensor, offsets: torch.Tens
     height, width = config.constants["M"], config.constants["N"]
     grid = (experts * blocks(depth, height) * blocks(columns, width),)
     launch(kernel, config, grid, a, grad, offsets, out, experts, len(a), depth, columns)
+    return out
+
+
+def clear_behind(out: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """A contiguous `[rows, width]` with zeros behind the last expert's rows, in place."""
+    config = _BEHIND.config(op.NAME, out.device)
+    grid = (blocks(len(out), config.constants["ROWS"]),)
+    sizes = (len(offsets), len(out), out.shape[1])
+    launch(_BEHIND, config, grid, offsets, out, *sizes, EMPTY=False)
+    return out
+
+
+def clear_empty(out: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """A contiguous `[experts, k, n]` with zeros for experts without rows, in place."""
+    config = _EMPTY.config(op.NAME, out.device)
+    experts = len(offsets)
+    sizes = (experts, experts, out[0].numel())
+    launch(_EMPTY, config, (experts,), offsets, out, *sizes, EMPTY=True)
     return out

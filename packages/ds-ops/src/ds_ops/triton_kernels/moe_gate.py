@@ -1,8 +1,8 @@
 """Routing of tokens to experts: probabilities, the k best of them, counts; forward and backward.
 
-A program has whole rows of a few tokens in registers: logits are read once and probabilities written
-once, nearly all that there is to move; the k best are found by k reductions over registers. Counts
-are added with integer atomics, whose order cannot show.
+A program has whole rows of a few tokens in registers: logits are read once and probabilities
+written once, nearly all that there is to move; the k best are found by k reductions over registers.
+Counts are added with integer atomics, whose order cannot show.
 """
 
 from __future__ import annotations

@@ -292,13 +292,10 @@ _COPY = Kernel(
         COUNTED=_COUNTED,
     ),
 )
-_BY_SLOTS = (
-    Config({"TOKENS": 4, "SLOTS": 4, "BLOCK": 128}, {"width": 128}),
-    Config({"TOKENS": 1, "SLOTS": 4, "BLOCK": 512}),
-)
+_NARROW = Config({"TOKENS": 4, "SLOTS": 4, "BLOCK": 128}, {"width": 128})
 _SUM_SLOTS = Kernel(
     sum_slots,
-    _BY_SLOTS,
+    (_NARROW, Config({"TOKENS": 1, "SLOTS": 4, "BLOCK": 1024})),  # slots of a column in one thread
     types(
         {
             "*bf16": "y out",
@@ -312,7 +309,7 @@ _SUM_SLOTS = Kernel(
 )
 _SPREAD = Kernel(
     spread_gradient,
-    _BY_SLOTS,
+    (_NARROW, Config({"TOKENS": 1, "SLOTS": 4, "BLOCK": 512})),
     types(
         {
             "*bf16": "grad y dy",

@@ -1,0 +1,191 @@
+"""Products of fp8 matrices with scales of rows and columns: one per expert, or one.
+
+Where the multiplier takes float8_e4m3fn (sm_90, sm_100), numbers go to it as they are; elsewhere
+they are widened in registers by moving bits, to fp16, which has all of them: half the bytes of bf16
+are read either way, which is what takes the time with few rows. gfx942 multiplies another fp8, and
+its kin other ones, so that they widen too.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ds_core.ops import grouped_mm_fp8 as grouped
+from ds_core.ops import scaled_mm as scaled
+from ds_core.ops.grouped_mm import ends
+from ds_ops.triton_kernels.grouped_mm import most_tiles, place, tile_of_rows
+from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain, types
+from ds_ops.triton_kernels.launching import launch
+from ds_ops.triton_kernels.targets import MATRIX
+
+
+@triton.jit
+def _half(bits):
+    """The numbers of float8_e4m3fn as fp16: the exponent's bias is 8 more, NaN has all bits."""
+    magnitude = bits.to(tl.int16) & 0x7F
+    sign = (bits.to(tl.int16) & 0x80) << 8
+    found = ((magnitude << 7) | sign).to(tl.float16, bitcast=True) * 256.0
+    return tl.where(magnitude == 0x7F, float("nan"), found).to(tl.float16)
+
+
+@triton.jit(do_not_specialize=["experts", "rows", "tiles"])
+def fp8_product(
+    a,
+    b,
+    scale_a,
+    scale_b,
+    bias,
+    offsets,
+    out,
+    experts,
+    rows,
+    depth,
+    columns,
+    tiles,
+    b_expert,
+    b_row,
+    b_column,
+    BIASED: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    NATIVE: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    """As `grouped_product`, of the bits of fp8 numbers, times the scales of rows and columns.
+
+    NATIVE: whether the multiplier takes them as they are.
+    """
+    tile, across = place(tl.program_id(0), tiles, columns, N)
+    expert, first, end = tile_of_rows(offsets, experts, rows, tile, EXPERTS, M)
+    if first < end:
+        row = first + tl.arange(0, M)
+        column = across * N + tl.arange(0, N)
+        inner = tl.arange(0, K)
+        own = tl.minimum(expert, experts - 1).to(tl.int64)
+        left = a + tl.minimum(row, end - 1).to(tl.int64)[:, None] * depth + inner[None, :]
+        right = b + own * b_expert + inner.to(tl.int64)[:, None] * b_row
+        right += column.to(tl.int64)[None, :] * b_column
+        inside = column < columns
+        total = tl.zeros((M, N), tl.float32)
+        # No step for the rows behind the last.
+        for start in range(0, tl.where(expert < experts, depth, 0), K):
+            there = start + inner < depth
+            x = tl.load(left, mask=there[None, :], other=0)
+            y = tl.load(right, mask=there[:, None] & inside[None, :], other=0)
+            if NATIVE:
+                x = x.to(tl.float8e4nv, bitcast=True)
+                y = y.to(tl.float8e4nv, bitcast=True)
+                # The multiplier's own sums have fewer bits than fp32: not more than K of them.
+                total = tl.dot(x, y, total, max_num_imprecise_acc=K)
+            else:
+                total = tl.dot(_half(x), _half(y), total)
+            left += K
+            right += K * b_row
+        mask = (row < end)[:, None] & inside[None, :]
+        total *= tl.load(scale_a + row, mask=row < end, other=0.0)[:, None]
+        scale = tl.load(scale_b + own * columns + column, mask=inside, other=0.0)
+        total *= scale[None, :]
+        if BIASED:
+            total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        # Behind the last nothing was added up, whatever the scales.
+        total = tl.where(expert < experts, total, 0.0)
+        at = row.to(tl.int64)[:, None] * columns + column[None, :]
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+
+
+def _tile(m: int, k: int, warps: int, stages: int, *names: str, rows: int = 0) -> Config:
+    native = int(names[0] in ("sm_90", "sm_100"))
+    limits = {"rows": rows} if rows else {}
+    return Config({"M": m, "N": 128, "K": k, "NATIVE": native}, limits, warps, stages, names)
+
+
+_CONFIGS = (
+    *(_tile(16, 64, 4, 3, "sm_80", "gfx942", rows=16),),
+    *(_tile(64, 128, 4, 3, "sm_90", "sm_100", rows=64),),
+    *(_tile(64, 64, 8, 3, "sm_80"), _tile(128, 64, 8, 2, "gfx942")),
+    *(_tile(128, 128, 8, 3, "sm_90"), _tile(128, 128, 4, 3, "sm_100")),
+)
+_TYPES = types(
+    {
+        "*u8": "a b",
+        "*fp32": "scale_a scale_b",
+        "*bf16": "bias out",
+        "*i32": "offsets",
+        "i32": "experts rows tiles",
+        "i32:16": "depth columns b_expert",
+    },
+    EXPERTS=128,
+    BIASED=False,
+)
+#: By the stride of b that is 1.
+_TURNED: dict[str, str | int | bool] = {"b_row": 1, "b_column": "i32:16"}
+_AS_ROWS: dict[str, str | int | bool] = {"b_row": "i32:16", "b_column": 1}
+_PRODUCT, _OF_ROWS = (
+    Kernel(fp8_product, _CONFIGS, _TYPES | strides, MATRIX, name)
+    for name, strides in (("turned", _TURNED), ("by rows", _AS_ROWS))
+)
+KERNELS = (_PRODUCT, _OF_ROWS)
+
+
+def grouped_mm_fp8(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale_a: torch.Tensor,
+    scale_b: torch.Tensor,
+    offsets: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """As `ds_core.ops.grouped_mm_fp8.reference`.
+
+    On a GPU, where a look at offsets would wait for the device, those that fall or lie outside make
+    results that mean nothing, from memory of the arguments alone.
+    """
+    out = grouped.fake(a, b, scale_a, scale_b, offsets, out_dtype)
+    if a.device.type == "cpu":
+        ends(grouped.NAME, offsets, len(a))
+    _launch(grouped.NAME, a, b, scale_a, scale_b, None, offsets, out)
+    return out
+
+
+def scaled_mm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale_a: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """As `ds_core.ops.scaled_mm.reference`: by one expert."""
+    out = scaled.fake(a, b, scale_a, scale_b, bias, out_dtype)
+    scale_a = scale_a.expand(len(a)).contiguous()
+    scale_b = scale_b.expand(b.shape[1]).contiguous()
+    offsets = torch.full((1,), len(a), dtype=torch.int32, device=a.device)
+    _launch(scaled.NAME, a, b.unsqueeze(0), scale_a, scale_b, bias, offsets, out)
+    return out
+
+
+def _launch(
+    name: str,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale_a: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    offsets: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    bits = a.view(torch.uint8)
+    expect_plain(name, a=bits, scale_a=scale_a, scale_b=scale_b, bias=bias, offsets=offsets)
+    (rows, depth), (experts, _, columns) = a.shape, b.shape
+    config = _PRODUCT.config(name, a.device, rows=blocks(rows, experts))
+    tiles = most_tiles(rows, experts, config.constants["M"])
+    launch(
+        *(_PRODUCT, config, (tiles * blocks(columns, config.constants["N"]),)),
+        *(bits, b.view(torch.uint8), scale_a, scale_b, out if bias is None else bias, offsets),
+        *(out, experts, rows, depth, columns, tiles, *b.stride()),
+        BIASED=bias is not None,
+        EXPERTS=triton.next_power_of_2(experts + 1),
+    )

@@ -1,0 +1,141 @@
+"""Who computes an MoE layer on GPUs that need not be there, with tensors that have no data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ds_ops
+from ds_core import ops
+from ds_ops.torch_kernels import grouped_mm as torchs
+from ds_ops.triton_kernels import targets
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+
+
+class Seen(TorchDispatchMode):
+    """Notes the ops of ours that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "ds_ops":
+            self.found.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=["sm_80", "sm_90", "sm_100", "gfx942"])
+def gpu(request, monkeypatch):
+    """A GPU of some architecture, whose tensors have no data."""
+    monkeypatch.setattr(targets, "architecture", lambda device_type, index=None: request.param)
+    with FakeTensorMode():
+        yield request.param
+
+
+def empty(*shape, dtype=BF16, **options):
+    return torch.empty(shape, device="cuda", dtype=dtype, **options)
+
+
+def chosen(op, *args):
+    return ops.choose(op, "cuda").for_call(args).name
+
+
+class Context:
+    """What an op keeps for its gradient. Torch's own engine needs a GPU for tensors of one."""
+
+    saved_tensors: tuple[torch.Tensor | None, ...] = ()
+    needs_input_grad = (True,) * 8
+
+    def save_for_backward(self, *tensors):
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors):
+        pass
+
+    def set_materialize_grads(self, value):
+        pass
+
+
+def gradient(op, args, output, *grads):
+    """The gradients of an op's arguments, by the ops that it says."""
+    ctx, autograd = Context(), ops.get(op).autograd
+    autograd.setup(ctx, args, output)
+    return autograd.backward(ops.run, ctx, *grads)
+
+
+def test_a_layer_is_made_of_our_ops(gpu):
+    x, logits, experts = empty(64, 128), empty(64, 8), empty(8, 128, 256)
+    with Seen() as seen:
+        routing = ds_ops.moe_gate(logits, 2)
+        permuted = ds_ops.moe_permute(x, routing.indices, 8)
+        ends = permuted.offsets.narrow(0, 1, 8)
+        out = ds_ops.grouped_mm(permuted.rows, experts, ends)
+        y = ds_ops.moe_unpermute(out, permuted.row_map, routing.weights)
+    assert seen.found == ["moe_gate", "moe_permute", "grouped_mm", "moe_unpermute"]
+    with Seen() as seen:
+        args = (out, permuted.row_map, routing.weights)
+        dout, _, dweights = gradient("moe_unpermute", args, y, torch.empty_like(y))
+        args = (permuted.rows, experts, ends)
+        drows, dexperts, _ = gradient("grouped_mm", args, out, dout)
+        dx, *_ = gradient("moe_permute", (x, routing.indices, 8, None), permuted, drows, None, None)
+        args = (logits, 2, True, "softmax", None, 1, 1, 1.0)
+        dlogits, *_ = gradient("moe_gate", args, routing, dweights, None, None, None)
+    assert seen.found == [
+        *("moe_unpermute_backward", "grouped_mm", "grouped_mm_backward"),
+        *("moe_unpermute", "moe_gate_backward"),
+    ]
+    for found, like in ((dx, x), (dlogits, logits), (dexperts, experts)):
+        assert (found.shape, found.dtype, found.device) == (like.shape, like.dtype, like.device)
+
+
+def test_routing_is_ours_everywhere(gpu):
+    for op in ("moe_gate", "moe_permute", "moe_unpermute"):
+        for name in (op, f"{op}_backward"):
+            if name in ops.names():
+                assert chosen(name) == "triton"
+
+
+def test_torch_computes_products_per_expert_where_it_has_a_kernel(gpu):
+    a, grad, offsets = empty(64, 128), empty(64, 256), empty(8, dtype=torch.int32)
+    has = "torch" if gpu in ("sm_90", "sm_100") else "triton"
+    b = empty(8, 128, 256)
+    assert chosen("grouped_mm", a, b, offsets) == has
+    assert chosen("grouped_mm", grad, b.transpose(1, 2), offsets) == has
+    assert chosen("grouped_mm_backward", a, grad, offsets) == has
+    for wrong in (
+        (a.half(), b.half()),
+        (a.float(), b.float()),
+        (empty(64, 100), empty(8, 100, 256)),
+        (a, empty(8, 128, 252)),
+        (a, torch.empty_strided((8, 128, 256), (65536, 512, 2), device="cuda", dtype=BF16)),
+        (empty(0, 128), b),
+        (empty(64 * 128 + 1).narrow(0, 1, 64 * 128).view(64, 128), b),
+    ):
+        assert chosen("grouped_mm", *wrong, offsets) == "triton"
+
+
+def test_torch_computes_products_of_fp8_where_it_has_a_kernel(gpu):
+    a, b = empty(64, 128, dtype=FP8), empty(8, 256, 128, dtype=FP8).transpose(1, 2)
+    scales, offsets = (empty(64).float(), empty(8, 256).float()), empty(8, dtype=torch.int32)
+    args = (a, b, *scales, offsets)
+    assert chosen("grouped_mm_fp8", *args, BF16) == ("torch" if gpu == "sm_90" else "triton")
+    assert chosen("grouped_mm_fp8", *args, torch.float16) == "triton"
+    assert chosen("grouped_mm_fp8", a, empty(8, 128, 256, dtype=FP8), *args[2:], BF16) == "triton"
+    has = "torch" if gpu in ("sm_90", "sm_100") else "triton"
+    by_row, one = (scales[0], scales[1].select(0, 0)), empty(1).float()
+    assert chosen("scaled_mm", a, b.select(0, 0), *by_row, None, BF16) == has
+    assert chosen("scaled_mm", a, b.select(0, 0), *by_row, None, torch.float32) == "triton"
+    assert chosen("scaled_mm", a, b.select(0, 0), one, one, None, torch.float32) == has
+    assert chosen("scaled_mm", a, empty(128, 256, dtype=FP8), one, one, None, BF16) == "triton"
+
+
+def test_without_triton_torch_does_not_compute_them(monkeypatch, gpu):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    told = torchs.partly(empty(64, 128), empty(8, 128, 256), empty(8, dtype=torch.int32))
+    assert ("triton is not installed" in told) == (gpu in ("sm_90", "sm_100"))
