@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -139,3 +145,17 @@ def test_without_triton_torch_does_not_compute_them(monkeypatch, gpu):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     told = torchs.partly(empty(64, 128), empty(8, 128, 256), empty(8, dtype=torch.int32))
     assert ("triton is not installed" in told) == (gpu in ("sm_90", "sm_100"))
+
+
+def test_values_that_no_case_has():
+    probe = str(Path(__file__).with_name("moe_probe.py"))
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "ignore", probe]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "without_order": True,
+        "out_of_range": True,
+        "cleared": [[18, 19, 20], [False, True, False, True]],
+        "unsafe_offsets": [[16, 8], [4, 8, 8]],
+    }
