@@ -1,4 +1,4 @@
-"""Prints what kernels of an MoE make of values that no case has, in Triton's interpreter, as JSON."""
+"""Prints what kernels of an MoE make of values that no case has, interpreted, as JSON."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def out_of_range():
     indices = torch.tensor([[0, 7], [-9, 1], [2, 3], [1, 4], [3, 0]], dtype=torch.int32)
     none = indices.masked_fill((indices < 0) | (indices > 3), -1)
     moved = moe_permute.moe_permute(x, indices, 4, None)
-    same = [torch.equal(a, b) for a, b in zip(moved, permute.permute_reference(x, none, 4, None))]
+    expected = permute.permute_reference(x, none, 4, None)
+    same = [torch.equal(a, b) for a, b in zip(moved, expected, strict=True)]
     row_map = torch.tensor([[0, 5], [-2, 4], [7, -1]], dtype=torch.int32)
     none = row_map.masked_fill((row_map < 0) | (row_map > 4), -1)
     same.append(
