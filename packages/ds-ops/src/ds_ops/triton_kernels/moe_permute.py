@@ -309,7 +309,7 @@ _SUM_SLOTS = Kernel(
 )
 _SPREAD = Kernel(
     spread_gradient,
-    (_NARROW, Config({"TOKENS": 1, "SLOTS": 4, "BLOCK": 512})),
+    (_NARROW, Config({"TOKENS": 1, "SLOTS": 4, "BLOCK": 256}, warps=2)),  # a row for each warp
     types(
         {
             "*bf16": "grad y dy",
