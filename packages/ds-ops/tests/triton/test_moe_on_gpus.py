@@ -15,10 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds_ops
 from ds_core import ops
+from ds_core.testing.contracts import OpContract
 from ds_ops.torch_kernels import grouped_mm as torchs
 from ds_ops.triton_kernels import targets
 
 pytest.importorskip("triton", reason="triton is not installed")
+
+from ds_ops.triton_kernels import fp8
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 
@@ -155,7 +158,39 @@ def test_values_that_no_case_has():
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
         "without_order": True,
+        "other_fp8": True,
         "out_of_range": True,
         "cleared": [[18, 19, 20], [False, True, False, True]],
         "unsafe_offsets": [[16, 8], [4, 8, 8]],
     }
+
+
+def test_gpus_that_run_configs_of_another_widen_fp8(monkeypatch):
+    device, sizes = torch.device("cuda", 0), {"rows": 500}
+    for name, numbers in (("gfx942", 2), ("gfx90a", 0), ("gfx950", 0), ("sm_89", 0), ("sm_90", 1)):
+        monkeypatch.setattr(targets, "architecture", lambda *_, name=name: name)
+        kin = fp8.is_kin(device)
+        assert (
+            fp8.PRODUCT.config("scaled_mm", device, **sizes, kin=kin).constants["NUMBERS"]
+            == numbers
+        )
+
+
+class ByTorch(OpContract):
+    """An op by torch's own kernel, on a GPU."""
+
+    devices = ("cuda",)
+    implementations = ("torch",)
+
+    def __init__(self, op):
+        self.op = op
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+@pytest.mark.parametrize("op", ["grouped_mm", "grouped_mm_backward", "grouped_mm_fp8", "scaled_mm"])
+def test_torchs_kernels_compute_what_the_reference_does(op):
+    contract = ByTorch(op)
+    if not list(contract._cells()):
+        pytest.skip("torch has no kernel of its own for this GPU")
+    contract.test_results_equal_the_reference()
