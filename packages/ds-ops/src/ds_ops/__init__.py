@@ -51,10 +51,12 @@ _HOMES = {
     "sign_unpack": "ds_core.ops.sign_pack",
     "quantize_weight": "ds_core.ops.quantized_weight",
     "QuantizedWeight": "ds_core.ops.quantized_weight",
+    "scaled_mm": "ds_core.ops.scaled_mm",
     "weight_only_linear": "ds_core.ops.weight_only_linear",
     "WeightOnlyLinear": "ds_ops.weight_only",
     # attention and experts
     "grouped_mm": "ds_core.ops.grouped_mm",
+    "grouped_mm_fp8": "ds_core.ops.grouped_mm_fp8",
     "moe_gate": "ds_core.ops.moe_gate",
     "moe_permute": "ds_core.ops.moe_permute",
     "moe_unpermute": "ds_core.ops.moe_permute",

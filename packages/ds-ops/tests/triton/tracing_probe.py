@@ -61,6 +61,20 @@ def lamb(param, grad, mean, square):
     return param
 
 
+def routed(x, logits, experts):
+    """A layer of experts, of fp16: torch's own products are of bf16."""
+    routing = ds_ops.moe_gate(logits, 2)
+    rows, offsets, row_map = ds_ops.moe_permute(x.half(), routing.indices, 8)
+    out = ds_ops.grouped_mm(rows, experts.half(), offsets.narrow(0, 1, 8))
+    return ds_ops.moe_unpermute(out, row_map, routing.weights)
+
+
+def computed_by(name):
+    """Who computes an op on it; of several, each the calls that those before do not take."""
+    choice = ops.choose(name, "cuda")
+    return [each.name for each in (choice.implementation, *choice.rest)]
+
+
 def main():
     targets.architecture = lambda *_: "sm_90"
     norms.processors = lambda _: 132
@@ -68,12 +82,13 @@ def main():
     backward = (torch.ops.ds_ops, "rms_norm_backward")
     ops.define(backward[1])
     found = {
-        "chosen": {name: ops.choose(name, "cuda").implementation.name for name in ops.names()},
+        "chosen": {name: computed_by(name) for name in ops.names()},
         "block": graph_of(lambda x, w: ds_ops.swiglu(ds_ops.rms_norm(x, w), x), (4, 64), (64,)),
         "backward": graph_of(
             lambda g, x, w, s: getattr(*backward).default(g, x, w, s.float(), None)[0],
             *((4, 64), (4, 64), (64,), (4,)),
         ),
+        "experts": graph_of(routed, (4, 64), (4, 8), (8, 64, 32)),
         "in place": graph_of(
             lambda x, c: ds_ops.rope(x, c, c, in_place=True), (1, 4, 2, 32), (4, 8)
         ),
