@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from ds_core.ops.arguments import randn
 from ds_core.ops.layer_norm import reference as layer_norm
+from ds_core.ops.quantize import reference as quantize
 from ds_core.ops.rms_norm import reference as rms_norm
 
 #: Wider than a program's registers: rows are read in parts.
@@ -32,10 +35,51 @@ def _layer_norm_backward(device, dtype):
     return [(randn(device, dtype, *_WIDE, seed=3), x, weight, mean, scale, residual)]
 
 
+def _quantize_blocks(device, dtype):
+    """Blocks of a length between those of the op's cases."""
+    x = randn(device, dtype, 3, 768)
+    return [(x, 1, 256, False, 3, 1, 1), (x, 4, 384, True, None, 3, 2)]
+
+
+def _quantize_feedback(device, dtype):
+    cases = _quantize_blocks(device, dtype)
+    return [(x, randn(device, dtype, *x.shape, seed=9), 0.5, *rest) for x, *rest in cases]
+
+
+def _quantized(device, dtype):
+    """(codes, scales, zeros, format, block), with the formats' zeros."""
+    found = []
+    for x, number, block, symmetric, *_ in _quantize_blocks(device, dtype):
+        codes, scales, zeros = quantize(x, number, block, symmetric, None, 1, 1)
+        found.append((codes, scales, None if symmetric else zeros, number, block))
+    return found
+
+
+def _dequantize_blocks(device, dtype):
+    return [(*args, dtype, False) for args in _quantized(device, dtype)]
+
+
+def _quantized_reduce(device, dtype):
+    return [(*args, True, 7, True, 5) for args in _quantized(device, dtype)]
+
+
+def _quantized_reduce_feedback(device, dtype):
+    error = randn(device, torch.float32, 768, seed=9)
+    return [
+        (*args[:3], error, 0.5, *args[3:], False, 0, False, None)
+        for args in _quantized(device, dtype)
+    ]
+
+
 #: By op: a function of device and dtype that makes them.
 MORE = {
     "rms_norm": _rms_norm,
     "rms_norm_backward": _rms_norm_backward,
     "layer_norm": _layer_norm,
     "layer_norm_backward": _layer_norm_backward,
+    "quantize_blocks": _quantize_blocks,
+    "quantize_feedback_": _quantize_feedback,
+    "dequantize_blocks": _dequantize_blocks,
+    "quantized_reduce": _quantized_reduce,
+    "quantized_reduce_feedback_": _quantized_reduce_feedback,
 }

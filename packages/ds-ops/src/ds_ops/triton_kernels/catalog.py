@@ -24,6 +24,11 @@ OPS: Mapping[str, str] = MappingProxyType(
         "gated_activation_backward": "gated_activation:gated_activation_backward",
         "gated_activation_packed": "gated_activation:gated_activation_packed",
         "gated_activation_packed_backward": "gated_activation:gated_activation_packed_backward",
+        "quantize_blocks": "quantize:quantize_blocks",
+        "quantize_feedback_": "quantize:quantize_feedback_",
+        "dequantize_blocks": "quantize:dequantize_blocks",
+        "quantized_reduce": "quantize:quantized_reduce",
+        "quantized_reduce_feedback_": "quantize:quantized_reduce_feedback_",
     }
 )
 
