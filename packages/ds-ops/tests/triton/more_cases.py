@@ -8,6 +8,7 @@ from ds_core.ops.arguments import randn
 from ds_core.ops.layer_norm import reference as layer_norm
 from ds_core.ops.quantize import reference as quantize
 from ds_core.ops.rms_norm import reference as rms_norm
+from ds_core.ops.sign_pack import reference as sign_pack
 
 #: Wider than a program's registers: rows are read in parts.
 _WIDE = (5, 8200)
@@ -71,6 +72,22 @@ def _quantized_reduce_feedback(device, dtype):
     ]
 
 
+def _sign_pack(device, dtype):
+    """Parts of many chunks, the last of each with a few numbers."""
+    return [(randn(device, dtype, 2, 4104), 4104, True), (randn(device, dtype, 3, 264), 264, False)]
+
+
+def _sign_pack_feedback(device, dtype):
+    return [
+        (x, randn(device, torch.float32, *x.shape, seed=9), *rest)
+        for x, *rest in _sign_pack(device, dtype)
+    ]
+
+
+def _sign_unpack(device, dtype):
+    return [(*sign_pack(*args), args[0].numel(), dtype) for args in _sign_pack(device, dtype)]
+
+
 #: By op: a function of device and dtype that makes them.
 MORE = {
     "rms_norm": _rms_norm,
@@ -82,4 +99,7 @@ MORE = {
     "dequantize_blocks": _dequantize_blocks,
     "quantized_reduce": _quantized_reduce,
     "quantized_reduce_feedback_": _quantized_reduce_feedback,
+    "sign_pack": _sign_pack,
+    "sign_pack_feedback_": _sign_pack_feedback,
+    "sign_unpack": _sign_unpack,
 }
