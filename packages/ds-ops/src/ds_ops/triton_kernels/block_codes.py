@@ -34,14 +34,18 @@ def product(a, b, nothing):
 
 @triton.jit
 def load_codes(
-    codes, begin, start, block, there, BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    codes, index, start, length, there, BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Codes as int32; zeros outside of blocks. begin: of each block, in bytes, `[ROWS]`, int64."""
+    """Codes as int32; zeros outside of blocks.
+
+    index: of each block, `[ROWS]`, int64. length: of a block in bytes, an argument of the kernel,
+    of which Triton then knows whether 16 divides it: bytes are moved together.
+    """
     COUNT: tl.constexpr = 4 if BITS == 6 else (1 if BITS == 8 else 2)
     BYTES: tl.constexpr = COUNT * BITS // 8
     word = start // COUNT + tl.arange(0, BLOCK // COUNT)
-    mask = there[:, None] & (word * COUNT < block)[None, :]
-    at = codes + begin[:, None] + (word * BYTES)[None, :]
+    mask = there[:, None] & (word * BYTES < length)[None, :]
+    at = codes + (index * length)[:, None] + (word * BYTES)[None, :]
     found = tl.load(at, mask=mask, other=0).to(tl.int32)
     for byte in tl.static_range(1, BYTES):
         found |= tl.load(at + byte, mask=mask, other=0).to(tl.int32) << (8 * byte)
@@ -55,10 +59,10 @@ def load_codes(
 @triton.jit
 def store_codes(
     codes,
-    begin,
+    index,
     found,
     start,
-    block,
+    length,
     there,
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -71,8 +75,8 @@ def store_codes(
         place = tl.arange(0, COUNT)[None, None, :] * BITS
         found = tl.sum(tl.reshape(found, (ROWS, BLOCK // COUNT, COUNT)) << place, axis=2)
     word = start // COUNT + tl.arange(0, BLOCK // COUNT)
-    mask = there[:, None] & (word * COUNT < block)[None, :]
-    at = codes + begin[:, None] + (word * BYTES)[None, :]
+    mask = there[:, None] & (word * BYTES < length)[None, :]
+    at = codes + (index * length)[:, None] + (word * BYTES)[None, :]
     for byte in tl.static_range(BYTES):
         tl.store(at + byte, (found >> (8 * byte)).to(tl.uint8), mask=mask)
 

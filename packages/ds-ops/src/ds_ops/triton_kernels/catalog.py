@@ -29,6 +29,8 @@ OPS: Mapping[str, str] = MappingProxyType(
         "dequantize_blocks": "quantize:dequantize_blocks",
         "quantized_reduce": "quantize:quantized_reduce",
         "quantized_reduce_feedback_": "quantize:quantized_reduce_feedback_",
+        "fake_quantize": "fake_quantize:fake_quantize",
+        "fake_quantize_signs": "fake_quantize:fake_quantize_signs",
         "sign_pack": "sign_pack:sign_pack",
         "sign_pack_feedback_": "sign_pack:sign_pack_feedback_",
         "sign_unpack": "sign_pack:sign_unpack",

@@ -62,7 +62,7 @@ def _sum(
     there,
     start,
     blocks,
-    block,
+    x_length,
     ranks,
     nothing,
     BITS: tl.constexpr,
@@ -76,7 +76,7 @@ def _sum(
     total = tl.full((ROWS, BLOCK), nothing, tl.float32)  # -0.0, which changes no number
     index = row.to(tl.int64)
     for _ in range(ranks):
-        codes = load_codes(x, index * (block * BITS // 8), start, block, there, BITS, ROWS, BLOCK)
+        codes = load_codes(x, index, start, x_length, there, BITS, ROWS, BLOCK)
         scale = tl.load(x_scales + index, mask=there, other=0.0)
         zero = scale
         if ASYMMETRIC:
@@ -97,6 +97,7 @@ def _given(
     start,
     blocks,
     block,
+    x_length,
     ranks,
     factor,
     nothing,
@@ -123,7 +124,7 @@ def _given(
             there,
             start,
             blocks,
-            block,
+            x_length,
             ranks,
             nothing,
             X_BITS,
@@ -192,6 +193,8 @@ def quantize_tile(
     zeros,
     blocks,
     block,
+    x_length,
+    length,
     ranks,
     factor,
     beta,
@@ -217,7 +220,8 @@ def quantize_tile(
 ):
     """ROWS blocks; WHOLE: of no more than BLOCK numbers, which then stay in registers.
 
-    X_BITS 0: of numbers x; else of factor times the sum of `ranks` times as many codes x.
+    X_BITS 0: of numbers x; else of factor times the sum of `ranks` times as many codes x. The codes
+    of a block are x_length and length bytes.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < blocks
@@ -238,6 +242,7 @@ def quantize_tile(
             start,
             blocks,
             block,
+            x_length,
             ranks,
             factor,
             nothing,
@@ -277,6 +282,7 @@ def quantize_tile(
                 start,
                 blocks,
                 block,
+                x_length,
                 ranks,
                 factor,
                 nothing,
@@ -294,9 +300,7 @@ def quantize_tile(
             scaled, key, start + column, BITS, EXPONENT, SPECIALS, ASYMMETRIC, STOCHASTIC
         )
         found = tl.where(finite[:, None], found, 0)
-        store_codes(
-            codes, place * (block * BITS // 8), found, start, block, there, BITS, ROWS, BLOCK
-        )
+        store_codes(codes, place, found, start, length, there, BITS, ROWS, BLOCK)
         if FEEDBACK:
             # What is not finite leaves the error as it was.
             _left(
@@ -328,6 +332,7 @@ def dequantize_tile(
     y,
     blocks,
     block,
+    length,
     nothing,
     BITS: tl.constexpr,
     EXPONENT: tl.constexpr,
@@ -346,8 +351,7 @@ def dequantize_tile(
     zero = scale
     if ASYMMETRIC:
         zero = tl.load(zeros + index, mask=there, other=0.0)
-    begin = index * (block * BITS // 8)
-    found = load_codes(codes, begin, start, block, there, BITS, ROWS, BLOCK)
+    found = load_codes(codes, index, start, length, there, BITS, ROWS, BLOCK)
     value = _told(found, scale, zero, nothing, BITS, EXPONENT, SPECIALS, ASYMMETRIC)
     column = start + tl.arange(0, BLOCK)
     mask = there[:, None] & (column < block)[None, :]
@@ -387,7 +391,7 @@ def _format(number: int, prefix: str = "") -> dict[str, int]:
 _NUMBERS = dict.fromkeys(("X_BITS", "X_EXPONENT", "X_SPECIALS", "X_ASYMMETRIC"), 0)
 _SIZES = {
     "i32": "blocks ranks outer inner",
-    "i32:16": "block",
+    "i32:16": "block x_length length",
     "i64": "seed",
     "fp32": "factor beta inverse_max nothing",
 }
@@ -425,7 +429,7 @@ _DEQUANTIZE, _FP12 = (
                 "*fp32": "scales zeros",
                 "*bf16": "y",
                 "i32": "blocks",
-                "i32:16": "block",
+                "i32:16": "block length",
                 "fp32": "nothing",
             },
             **_format(number),
@@ -575,12 +579,13 @@ def _run(
     codes, scales, zeros = results
     count = scales.numel()
     config = _QUANTIZE.config(name, codes.device, block=block, blocks=count)
-    inverse_max = 1.0 / bf.format_numbered(name, format, symmetric).largest(symmetric)
+    fmt = bf.format_numbered(name, format, symmetric)
     launch(
         *(_QUANTIZE, config, (blocks(count, config.constants["ROWS"]),)),
         *(*given, scales if error is None else error),
-        *(codes, scales, scales if symmetric else zeros, count, block, ranks, factor, beta),
-        *(inverse_max, seed or 0, *swizzle, -0.0),
+        *(codes, scales, scales if symmetric else zeros, count, block),
+        *(constants["X_BITS"] * block // 8, fmt.packed_bytes(block), ranks, factor, beta),
+        *(1.0 / fmt.largest(symmetric), seed or 0, *swizzle, -0.0),
         **constants,
         **_format(format),
         FEEDBACK=error is not None,
@@ -605,12 +610,14 @@ def dequantize_blocks(
     waits = not (tracing() or (codes.is_cuda and torch.cuda.is_current_stream_capturing()))
     if waits and not propagate:
         op.check_finite(scales, zeros)
+    fmt = bf.format_numbered(op.DEQUANTIZE, format, zeros is None)
     count = scales.numel()
     config = _DEQUANTIZE.config(op.DEQUANTIZE, codes.device, block=block, blocks=count)
     rows, width = config.constants["ROWS"], config.constants["BLOCK"]
     launch(
         *(_DEQUANTIZE, config, (blocks(count, rows) * blocks(block, width),)),
-        *(codes, scales, scales if zeros is None else zeros, y, count, block, -0.0),
+        *(codes, scales, scales if zeros is None else zeros, y, count, block),
+        *(fmt.packed_bytes(block), -0.0),
         **_format(format),
         ASYMMETRIC=zeros is not None,
     )
