@@ -33,9 +33,7 @@ def product(a, b, nothing):
 
 
 @triton.jit
-def load_codes(
-    codes, index, start, length, there, BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def load_codes(codes, index, start, length, there, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """Codes as int32; zeros outside of blocks.
 
     index: of each block, `[ROWS]`, int64. length: of a block in bytes, an argument of the kernel,
@@ -49,11 +47,12 @@ def load_codes(
     found = tl.load(at, mask=mask, other=0).to(tl.int32)
     for byte in tl.static_range(1, BYTES):
         found |= tl.load(at + byte, mask=mask, other=0).to(tl.int32) << (8 * byte)
+    # Each half beside the other, then each half of these: a thread keeps what it has loaded.
+    if COUNT == 4:
+        found = tl.interleave(found, found >> 2 * BITS)
     if COUNT > 1:
-        place = tl.arange(0, COUNT)[None, None, :] * BITS
-        found = (found[:, :, None] >> place) & ((1 << BITS) - 1)
-        found = tl.reshape(found, (ROWS, BLOCK))
-    return found
+        found = tl.interleave(found, found >> BITS)
+    return found & ((1 << BITS) - 1)
 
 
 @triton.jit

@@ -76,7 +76,7 @@ def _sum(
     total = tl.full((ROWS, BLOCK), nothing, tl.float32)  # -0.0, which changes no number
     index = row.to(tl.int64)
     for _ in range(ranks):
-        codes = load_codes(x, index, start, x_length, there, BITS, ROWS, BLOCK)
+        codes = load_codes(x, index, start, x_length, there, BITS, BLOCK)
         scale = tl.load(x_scales + index, mask=there, other=0.0)
         zero = scale
         if ASYMMETRIC:
@@ -351,7 +351,7 @@ def dequantize_tile(
     zero = scale
     if ASYMMETRIC:
         zero = tl.load(zeros + index, mask=there, other=0.0)
-    found = load_codes(codes, index, start, length, there, BITS, ROWS, BLOCK)
+    found = load_codes(codes, index, start, length, there, BITS, BLOCK)
     value = _told(found, scale, zero, nothing, BITS, EXPONENT, SPECIALS, ASYMMETRIC)
     column = start + tl.arange(0, BLOCK)
     mask = there[:, None] & (column < block)[None, :]

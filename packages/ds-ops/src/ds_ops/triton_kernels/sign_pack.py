@@ -121,8 +121,10 @@ def sign_unpack_tile(
     byte, inside = _bytes_of(chunk, BLOCK)
     at = codes + row[:, None] * (chunk // 8) + byte[None, :]
     packed = tl.load(at, mask=there[:, None] & inside[None, :], other=0).to(tl.int32)
-    sign = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-    sign = tl.reshape(sign, (ROWS, BLOCK))
+    # Each half of a byte beside the other, then each half of these, and of those.
+    packed = tl.interleave(packed, packed >> 4)
+    packed = tl.interleave(packed, packed >> 2)
+    sign = tl.interleave(packed, packed >> 1) & 1
     scale = tl.load(scales + row, mask=there, other=0.0)[:, None]
     value = tl.where(sign == 1, scale, -scale)
     mask = there[:, None] & (column < chunk)[None, :]
