@@ -38,6 +38,9 @@ class TorchKernel:
 TORCH: Mapping[str, TorchKernel] = MappingProxyType(
     {
         "linear_cross_entropy": TorchKernel("linear_cross_entropy:linear_cross_entropy"),
+        "fake_quantize": TorchKernel(
+            "fake_quantize:fake_quantize", ("cpu",), partly="fake_quantize:why_not"
+        ),
         "grouped_mm": TorchKernel("grouped_mm:grouped_mm", ("cpu",)),
         "grouped_mm_backward": TorchKernel("grouped_mm:grouped_mm_backward", ("cpu",)),
     }

@@ -257,8 +257,7 @@ def _levels(
         thresholds = mean.float() * op.TERNARY_THRESHOLD
         total, count = _magnitudes(x, thresholds, groups, size, config)
         scale = total / count.clamp(min=1)
-    scale = torch.where(mean.isfinite() & scale.isfinite(), scale, torch.nan)
-    return thresholds, scale.float()
+    return thresholds, (scale + mean * 0.0).float()  # what is not finite becomes NaN
 
 
 def _magnitudes(

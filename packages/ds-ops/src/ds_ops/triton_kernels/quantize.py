@@ -373,7 +373,7 @@ def _config(rows: int, block: int, warps: int) -> Config:
 
 _CONFIGS = (
     *(_config(16, 128, 4), _config(4, 512, 4), _config(1, 2048, 4)),
-    Config({"ROWS": 1, "BLOCK": 2048, "WHOLE": 0}, {"blocks": _BLOCKS}, warps=8),
+    Config({"ROWS": 1, "BLOCK": 1024, "WHOLE": 0}, {"blocks": _BLOCKS}, warps=4),
 )
 _TILES = tuple(
     Config({"ROWS": rows, "BLOCK": block}, sizes | {"blocks": _BLOCKS})

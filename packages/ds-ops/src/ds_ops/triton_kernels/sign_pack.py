@@ -160,25 +160,23 @@ def sign_pack(x: torch.Tensor, chunk: int, squares: bool) -> op.Pair:
     """As `ds_core.ops.sign_pack.reference`."""
     results = op.fake(x, chunk, squares)
     expect_plain(op.PACK, x=x)
-    _pack(op.PACK, x, None, squares, results)
-    return results
+    return _pack(op.PACK, x, None, squares, results)
 
 
 def sign_pack_feedback_(x: torch.Tensor, error: torch.Tensor, chunk: int, squares: bool) -> op.Pair:
     """As `ds_core.ops.sign_pack.feedback_reference`."""
     results = op.feedback_fake(x, error, chunk, squares)
     expect_plain(op.FEEDBACK, x=x, error=error)
-    _pack(op.FEEDBACK, x, error, squares, results)
-    return results
+    return _pack(op.FEEDBACK, x, error, squares, results)
 
 
 def _pack(
     name: str, x: torch.Tensor, error: torch.Tensor | None, squares: bool, results: op.Pair
-) -> None:
+) -> op.Pair:
     codes, scales = results
     chunks = len(scales)
     if chunks == 0:
-        return
+        return results
     chunk = x.numel() // chunks
     config = _PACK.config(name, x.device, chunk=chunk)
     rows, width, whole = (config.constants[each] for each in ("ROWS", "BLOCK", "WHOLE"))
@@ -191,12 +189,12 @@ def _pack(
         SQUARES=squares,
     )
     if whole:
-        return
+        return results
     mean = sums.sum(1, dtype=torch.float64) / chunk
-    found = mean.sqrt() if squares else mean
-    scales.copy_(torch.where(found.isfinite(), found, torch.nan))
+    scales = ((mean.sqrt() if squares else mean) + mean * 0.0).float()  # infinity becomes NaN
     if error is not None:
         launch(_ERROR, config, (chunks * parts,), x, error, scales, chunks, chunk)
+    return codes, scales
 
 
 def sign_unpack(
