@@ -72,6 +72,16 @@ def _quantized_reduce_feedback(device, dtype):
     ]
 
 
+def _fake_quantize(device, dtype):
+    """Groups of a length between those of the op's cases."""
+    x = randn(device, dtype, 2, 600)
+    return [(x, None, 6, 2, True, None), (x, None, 4, 2, False, 1)]
+
+
+def _fake_quantize_signs(device, dtype):
+    return [(randn(device, dtype, 2, 600), 2, ternary) for ternary in (True, False)]
+
+
 def _sign_pack(device, dtype):
     """Parts of many chunks, the last of each with a few numbers."""
     return [(randn(device, dtype, 2, 4104), 4104, True), (randn(device, dtype, 3, 264), 264, False)]
@@ -99,6 +109,8 @@ MORE = {
     "dequantize_blocks": _dequantize_blocks,
     "quantized_reduce": _quantized_reduce,
     "quantized_reduce_feedback_": _quantized_reduce_feedback,
+    "fake_quantize": _fake_quantize,
+    "fake_quantize_signs": _fake_quantize_signs,
     "sign_pack": _sign_pack,
     "sign_pack_feedback_": _sign_pack_feedback,
     "sign_unpack": _sign_unpack,

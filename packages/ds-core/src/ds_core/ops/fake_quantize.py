@@ -330,9 +330,9 @@ def floor(x: torch.Tensor, *_: Any) -> Floor:
 def benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
     x = randn(device, torch.bfloat16, 4096, 4096)
     return [
-        ("4096x4096 bf16, 8 bits per row", (x, None, 8, 4096, True, None)),
-        ("4096x4096 bf16, 4 bits, one group", (x, None, 4, 1, True, None)),
-        ("4096x4096 bf16, 8 bits stochastic", (x, None, 8, 4096, False, 1)),
+        ("4096x4096 bf16 8 bits per row", (x, None, 8, 4096, True, None)),
+        ("4096x4096 bf16 6 bits, one group", (x, None, 6, 1, True, None)),
+        ("4096x4096 bf16 8 bits stochastic", (x, None, 8, 4096, False, 1)),
     ]
 
 
