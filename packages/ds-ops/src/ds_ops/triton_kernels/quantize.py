@@ -581,7 +581,9 @@ def _run(
     config = _QUANTIZE.config(name, codes.device, block=block, blocks=count)
     fmt = bf.format_numbered(name, format, symmetric)
     launch(
-        *(_QUANTIZE, config, (blocks(count, config.constants["ROWS"]),)),
+        _QUANTIZE,
+        config,
+        (blocks(count, config.constants["ROWS"]),),
         *(*given, scales if error is None else error),
         *(codes, scales, scales if symmetric else zeros, count, block),
         *(constants["X_BITS"] * block // 8, fmt.packed_bytes(block), ranks, factor, beta),
@@ -615,7 +617,9 @@ def dequantize_blocks(
     config = _DEQUANTIZE.config(op.DEQUANTIZE, codes.device, block=block, blocks=count)
     rows, width = config.constants["ROWS"], config.constants["BLOCK"]
     launch(
-        *(_DEQUANTIZE, config, (blocks(count, rows) * blocks(block, width),)),
+        _DEQUANTIZE,
+        config,
+        (blocks(count, rows) * blocks(block, width),),
         *(codes, scales, scales if zeros is None else zeros, y, count, block),
         *(fmt.packed_bytes(block), -0.0),
         **_format(format),
