@@ -45,6 +45,7 @@ _HOMES = {
     "swiglu": "ds_core.ops.gated_activation",
     # quantization
     "dequantize": "ds_core.ops.quantize",
+    "fake_quantize": "ds_core.ops.fake_quantize",
     "quantize": "ds_core.ops.quantize",
     "quantized_reduce": "ds_core.ops.quantized_reduce",
     "sign_pack": "ds_core.ops.sign_pack",

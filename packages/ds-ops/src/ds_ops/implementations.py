@@ -54,6 +54,9 @@ TORCH: Mapping[str, TorchKernel] = MappingProxyType(
         ),
         "grouped_mm_fp8": TorchKernel("fp8:grouped_mm_fp8", _BOTH, 95, "fp8:grouped_partly"),
         "scaled_mm": TorchKernel("fp8:scaled_mm", _BOTH, 95, "fp8:scaled_partly"),
+        "fake_quantize": TorchKernel(
+            "fake_quantize:fake_quantize", ("cpu",), partly="fake_quantize:why_not"
+        ),
     }
 )
 

@@ -75,6 +75,12 @@ def computed_by(name):
     return [each.name for each in (choice.implementation, *choice.rest)]
 
 
+def quantized_there_and_back(x):
+    q = ds_ops.quantize(x, "int4", block=32, rounding="stochastic", seed=3)
+    pieces = q._replace(codes=q.codes.unsqueeze(0), scales=q.scales.unsqueeze(0))
+    return ds_ops.dequantize(ds_ops.quantized_reduce(pieces, mean=True))
+
+
 def main():
     targets.architecture = lambda *_: "sm_90"
     norms.processors = lambda _: 132
@@ -89,6 +95,12 @@ def main():
             *((4, 64), (4, 64), (64,), (4,)),
         ),
         "experts": graph_of(routed, (4, 64), (4, 8), (8, 64, 32)),
+        "codes": graph_of(quantized_there_and_back, (4, 64)),
+        "long group": graph_of(lambda x: ds_ops.fake_quantize(x, 4), (4, 2048)),
+        "long ternary group": graph_of(
+            lambda x: ds_ops.fake_quantize(x, 2, scheme="ternary"), (4, 2048)
+        ),
+        "long chunk": graph_of(lambda x, e: ds_ops.sign_pack(x, error=e), (4, 2048), (4, 2048)),
         "in place": graph_of(
             lambda x, c: ds_ops.rope(x, c, c, in_place=True), (1, 4, 2, 32), (4, 8)
         ),

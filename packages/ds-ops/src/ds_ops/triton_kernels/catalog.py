@@ -41,6 +41,16 @@ OPS: Mapping[str, str] = MappingProxyType(
         "lamb_update_": "lamb:lamb_update_",
         "lamb_apply_": "lamb:lamb_apply_",
         "adam8bit_step_": "adam8bit:adam8bit_step_",
+        "quantize_blocks": "quantize:quantize_blocks",
+        "quantize_feedback_": "quantize:quantize_feedback_",
+        "dequantize_blocks": "quantize:dequantize_blocks",
+        "quantized_reduce": "quantize:quantized_reduce",
+        "quantized_reduce_feedback_": "quantize:quantized_reduce_feedback_",
+        "fake_quantize": "fake_quantize:fake_quantize",
+        "fake_quantize_signs": "fake_quantize:fake_quantize_signs",
+        "sign_pack": "sign_pack:sign_pack",
+        "sign_pack_feedback_": "sign_pack:sign_pack_feedback_",
+        "sign_unpack": "sign_pack:sign_unpack",
     }
 )
 
