@@ -164,7 +164,9 @@ def reference(
     check_starts(q, k, query_starts, key_starts, max_queries, max_keys)
     outs, lses = [], []
     for rows, columns in sequences(q, k, query_starts, key_starts):
-        out, lse = _whole(q[rows], k[columns], v[columns], scale, left, right)
+        own, keys = q[rows], k[columns]
+        seen = visible(own.shape[-3], keys.shape[-3], left, right, q.device)
+        out, lse = masked(own, keys, v[columns], scale, seen)
         outs.append(out)
         lses.append(lse)
     return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs), torch.cat(lses, -1))
@@ -188,13 +190,12 @@ def sequences(
         yield slice(rows[i], rows[i + 1]), slice(columns[i], columns[i + 1])
 
 
-def _whole(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, left: int, right: int
+def masked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, seen: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of tensors `[..., tokens, heads, d]`."""
+    """Both results of `[..., tokens, heads, d]`; seen: `[queries, keys]`, which each query sees."""
     queries, keys = (_by_head(t, q.shape[-2]) for t in (q, k))
     values = _by_head(v, q.shape[-2])
-    seen = visible(q.shape[-3], k.shape[-3], left, right, q.device)
     scores = (queries @ keys.transpose(-1, -2) * scale).masked_fill(~seen, -torch.inf)
     lowest = scores.new_full((*scores.shape[:-1], 1), -torch.inf)  # there may be no key
     top = torch.cat([lowest, scores.detach()], -1).amax(-1, keepdim=True)
@@ -255,16 +256,17 @@ def backward_reference(
     dq, dk, dv = backward_results(q, k, v)
     for rows, columns in sequences(q, k, query_starts, key_starts):
         own = slice(None) if query_starts is None else rows
-        found = _whole_backward(
+        seen = visible(q[rows].shape[-3], k[columns].shape[-3], left, right, q.device)
+        found = masked_backward(
             *(grad[rows], None if grad_lse is None else grad_lse[..., own]),
-            *(q[rows], k[columns], v[columns], out[rows], lse[..., own], scale, left, right),
+            *(q[rows], k[columns], v[columns], out[rows], lse[..., own], scale, seen),
         )
         for result, at, part in zip((dq, dk, dv), (rows, columns, columns), found, strict=True):
             result[at] = part.to(result.dtype)
     return dq, dk, dv
 
 
-def _whole_backward(
+def masked_backward(
     grad: torch.Tensor,
     grad_lse: torch.Tensor | None,
     q: torch.Tensor,
@@ -273,12 +275,11 @@ def _whole_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     scale: float,
-    left: int,
-    right: int,
+    seen: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients, not rounded, of what `masked` computes."""
     heads, kv_heads = q.shape[-2], k.shape[-2]
     g, queries, keys, values, results = (_by_head(t, heads) for t in (grad, q, k, v, out))
-    seen = visible(q.shape[-3], k.shape[-3], left, right, q.device)
     scores = queries @ keys.transpose(-1, -2) * scale
     p = torch.where(seen, (scores - lse.unsqueeze(-1)).exp(), 0.0)
     inner = (g * results).sum(-1, keepdim=True)
@@ -495,24 +496,32 @@ RAGGED = [(37, 37), (0, 5), (1, 90), (64, 64), (10, 0), (5, 2), (0, 0), (3, 70)]
 
 
 def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    """Batches and packed sequences; shared heads, odd sizes, windows, views, empty ones."""
+    """Batches and packed sequences; shared heads, odd sizes, windows, views, empty ones.
+
+    All in fp32; of 16 bits only those that show what rounding does.
+    """
 
     def made(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         return example(device, dtype, *args, **kwargs)
 
-    qkv = randn(device, dtype, 2, 70, 3, 2, 32)
+    qkv = randn(device, dtype, 1, 70, 3, 2, 32)
     causal = (UNBOUNDED, 0)
+    found = [
+        made((2, 37, 37), (2, 1), 40, causal),
+        made((1, 300, 300), (1, 1), 32, (200, 3)),
+        made(RAGGED, (2, 1), 32, causal),
+        made([(70, 70), (5, 5)], (1, 1), 256, causal),
+    ]
+    if dtype is not torch.float32:
+        return found
     return [
-        made((2, 37, 37), (4, 2), 40, causal),
+        *found,
         (*qkv.unbind(2), None, None, 0.2, UNBOUNDED, UNBOUNDED),
         made((1, 21, 150), (3, 1), 80, causal),
         made((1, 150, 70), (2, 1), 16, causal),
-        made((1, 400, 400), (1, 1), 32, (260, 3)),
         made((1, 90, 200), (1, 1), 24, (20, 0)),
-        made((2, 1, 300), (4, 1), 64, causal),
-        made(RAGGED, (4, 2), 32, causal),
-        made(RAGGED, (2, 2), 16, (UNBOUNDED, 4), bounded=True),
-        made([(70, 70), (5, 5)], (1, 1), 256, causal),
+        made((2, 1, 130), (4, 2), 64, causal),
+        made(RAGGED[2:6], (1, 1), 16, (UNBOUNDED, 4), bounded=True),
         made((0, 4, 4)),
         made((2, 0, 3)),
         made((1, 3, 0)),

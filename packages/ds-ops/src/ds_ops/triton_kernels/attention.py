@@ -13,14 +13,16 @@ section 3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from ds_core.errors import OpError
 from ds_core.ops import attention as op
+from ds_core.ops.arguments import expect
+from ds_ops.triton_kernels.attention_calls import not_taken
 from ds_ops.triton_kernels.attention_tiles import (
     LN2,
     LOG2E,
@@ -32,8 +34,8 @@ from ds_ops.triton_kernels.attention_tiles import (
     softmax_step,
     tiles_seen,
 )
-from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, types
-from ds_ops.triton_kernels.launching import launch, tracing
+from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain, types
+from ds_ops.triton_kernels.launching import launch
 from ds_ops.triton_kernels.targets import MATRIX
 
 #: Stands for no bound of a window.
@@ -63,8 +65,8 @@ def _place(query_starts, key_starts, sequences, queries, keys, BY_KEYS: tl.const
 @triton.jit
 def _at(base, batch, head, begin, batch_stride, row_stride, head_stride):
     """Where the rows of a head of a sequence begin."""
-    at = batch * batch_stride + head.to(tl.int64) * head_stride
-    return base + at + begin.to(tl.int64) * row_stride
+    at = batch * batch_stride + tl.cast(head, tl.int64) * head_stride
+    return base + at + tl.cast(begin, tl.int64) * row_stride
 
 
 @triton.jit
@@ -163,7 +165,7 @@ def attention_forward(
             q_tile, k, v, index * N, row, column, inner, shift, query_count, key_count, left, right,
             k_row, v_row, width, factor, top, total, result, False, PADDED,
         )  # fmt: skip
-    for index in tl.range(0, high - low - (inner_high - inner_low)):
+    for index in range(high - low - (inner_high - inner_low)):
         start = edge_tile(index, low, inner_low, inner_high) * N
         top, total, result = _forward_step(
             q_tile, k, v, start, row, column, inner, shift, query_count, key_count, left, right,
@@ -275,7 +277,7 @@ def attention_backward_queries(
             q_tile, g_tile, k, v, index * N, row, column, inner, shift, query_count, key_count, left, right,
             k_row, v_row, width, factor, level, lowered, total, False, PADDED,
         )  # fmt: skip
-    for index in tl.range(0, high - low - (inner_high - inner_low)):
+    for index in range(high - low - (inner_high - inner_low)):
         start = edge_tile(index, low, inner_low, inner_high) * N
         total = _query_step(
             q_tile, g_tile, k, v, start, row, column, inner, shift, query_count, key_count, left, right,
@@ -377,16 +379,16 @@ def attention_backward_keys(
     lse += at
     delta += at
     inner_tiles, edge_tiles = inner_high - inner_low, high - low - (inner_high - inner_low)
-    for index in range(0, group * inner_tiles):
-        head = (index // inner_tiles).to(tl.int64)
+    for index in range(group * inner_tiles):
+        head = tl.cast(index // inner_tiles, tl.int64)
         start = (inner_low + index % inner_tiles) * M
         k_sum, v_sum = _key_step(
             q + head * q_head, grad + head * g_head, lse + head * queries, delta + head * queries,
             k_tile, v_tile, start, row, column, inner, shift, query_count, key_count, left, right,
             q_row, g_row, width, factor, k_sum, v_sum, False, PADDED,
         )  # fmt: skip
-    for index in tl.range(0, group * edge_tiles):
-        head = (index // edge_tiles).to(tl.int64)
+    for index in range(group * edge_tiles):
+        head = tl.cast(index // edge_tiles, tl.int64)
         start = edge_tile(index % edge_tiles, low, inner_low, inner_high) * M
         k_sum, v_sum = _key_step(
             q + head * q_head, grad + head * g_head, lse + head * queries, delta + head * queries,
@@ -448,11 +450,8 @@ _WIDE_KEYS = (
     _config(32, 64, 256, 8, 2, "sm_100"),
     _config(32, 32, 256, 4, 1, "gfx942"),
 )
-#: Multiplied without matrix units on NVIDIA's, for these round fp32 to 11 bits.
-_FP32 = (_config(32, 32, 64, 4, 1, *_NVIDIA, "gfx942"), _config(32, 32, 256, 8, 1, *_NVIDIA, "gfx942"))
-
-_POINTERS = "q k v out grad dq dk dv"
 _TYPES = {
+    "*bf16": "q k v out grad dq dk dv",
     "*fp32": "lse grad_lse delta",
     "*i32": "query_starts key_starts",
     "fp32": "scale",
@@ -461,24 +460,148 @@ _TYPES = {
 }
 
 
-def _kernel(function: Any, configs: tuple[Config, ...], variant: str, kind: str = "*bf16",
-            instructions: Mapping[str, str] = MATRIX) -> Kernel:
-    """Compiled as for packed sequences and a head size that is no power of two: all of its code."""
+def _kernel(
+    function: Any, configs: tuple[Config, ...], variant: str = "", sm_90: str = ""
+) -> Kernel:
+    """Compiled as for packed sequences and a head size that is no power of two: all of its code.
+
+    sm_90: its instruction for products of matrices, if it is not the fastest one.
+    """
     named = types(_TYPES, OF_LSE=True, PACKED=True, PADDED=True)
-    named |= dict.fromkeys(_POINTERS.split(), kind)
     named = {name: named[name] for name in function.arg_names if name in named}
+    instructions = MATRIX | {"sm_90": sm_90} if sm_90 else MATRIX
     return Kernel(function, configs, named, instructions, variant)
 
 
-_KERNELS = {
-    False: (
-        _kernel(attention_forward, _FORWARD, "narrow"),
-        _kernel(attention_backward_queries, _QUERIES, "narrow"),
-        _kernel(attention_backward_keys, _KEYS, "narrow"),
-    ),
-}
-KERNELS = (
-    *_KERNELS[False],
-    _kernel(attention_backward_keys, _WIDE_KEYS, "wide", instructions={**MATRIX, "sm_90": "mma.sync"}),
-    *(_kernel(f, _FP32, "fp32", "*fp32", {}) for f in (attention_forward, attention_backward_queries, attention_backward_keys)),
-)
+_OF_FORWARD = _kernel(attention_forward, _FORWARD)
+_OF_QUERIES = _kernel(attention_backward_queries, _QUERIES)
+_OF_KEYS = _kernel(attention_backward_keys, _KEYS)
+_OF_WIDE_KEYS = _kernel(attention_backward_keys, _WIDE_KEYS, "wide", "mma.sync")
+KERNELS = (_OF_FORWARD, _OF_QUERIES, _OF_KEYS, _OF_WIDE_KEYS)
+
+
+# --- Launches -------------------------------------------------------------------------------------
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    query_starts: torch.Tensor | None,
+    key_starts: torch.Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    max_queries: int = op.UNBOUNDED,
+    max_keys: int = op.UNBOUNDED,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `ds_core.ops.attention.reference`."""
+    numbers = (scale, left, right, max_queries, max_keys)
+    out, lse = op.fake(q, k, v, query_starts, key_starts, *numbers)
+    call = _Call(q, k, v, query_starts, key_starts, *numbers)
+    config = _OF_FORWARD.config(op.NAME, q.device, head=q.shape[-1])
+    launch(
+        *(_OF_FORWARD, config, (call.tiles(call.queries, config.constants["M"]), q.shape[-2])),
+        *(q, k, v, out, lse, *call.arguments, *call.strides(q, k, v)),
+        **call.constants(config),
+    )
+    return out, lse
+
+
+def attention_backward(
+    grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    query_starts: torch.Tensor | None,
+    key_starts: torch.Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    max_queries: int = op.UNBOUNDED,
+    max_keys: int = op.UNBOUNDED,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `ds_core.ops.attention.backward_reference`."""
+    rest = (query_starts, key_starts, scale, left, right, max_queries, max_keys)
+    dq, dk, dv = op.backward_fake(grad, grad_lse, q, k, v, out, lse, *rest)
+    expect_plain("attention_backward", grad_lse=grad_lse, out=out, lse=lse)
+    call = _Call(q, k, v, *rest)
+    expect(grad.stride(-1) == 1, op.NAME, "grad", f"strides {list(grad.stride())}", _ROWS)
+    head, strides = q.shape[-1], call.strides(grad, q, k, v)
+    delta = torch.empty_like(lse)
+    config = _OF_QUERIES.config("attention_backward", q.device, head=head)
+    launch(
+        *(_OF_QUERIES, config, (call.tiles(call.queries, config.constants["M"]), q.shape[-2])),
+        *(grad, lse if grad_lse is None else grad_lse, q, k, v, out, lse, dq, delta),
+        *(*call.arguments, *strides),
+        OF_LSE=grad_lse is not None,
+        **call.constants(config),
+    )
+    of_keys = _OF_KEYS if head <= 128 else _OF_WIDE_KEYS
+    config = of_keys.config("attention_backward", q.device, head=head)
+    launch(
+        *(of_keys, config, (call.tiles(call.keys, config.constants["N"]), k.shape[-2])),
+        *(grad, q, k, v, lse, delta, dk, dv, *call.arguments, *strides),
+        **call.constants(config),
+    )
+    return dq, dk, dv
+
+
+_ROWS = "a contiguous last dimension"
+
+
+class _Call:
+    """What all kernels of a call are told."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        query_starts: torch.Tensor | None,
+        key_starts: torch.Tensor | None,
+        scale: float,
+        left: int,
+        right: int,
+        max_queries: int,
+        max_keys: int,
+    ) -> None:
+        refusal = not_taken(q)
+        if refusal is not None:
+            raise OpError(
+                f"{op.NAME}: {refusal}; another takes it: DS_OPS_IMPL={op.NAME}=reference"
+            )
+        for name, t in (("q", q), ("k", k), ("v", v)):
+            expect(t.stride(-1) == 1, op.NAME, name, f"strides {list(t.stride())}", _ROWS)
+        if q.device.type == "cpu":  # a GPU would have to be waited for
+            op.check_starts(q, k, query_starts, key_starts, max_queries, max_keys)
+        self.queries, self.keys, self._head = q.shape[-3], k.shape[-3], q.shape[-1]
+        self._packed = query_starts is not None
+        self._sequences = len(q) if query_starts is None else len(query_starts) - 1
+        unused = k if query_starts is None else query_starts
+        left, right = (_FAR if side == op.UNBOUNDED else min(side, _FAR) for side in (left, right))
+        self.arguments = (
+            *(unused, unused if key_starts is None else key_starts, scale, left, right),
+            *(self._sequences, self.queries, self.keys, q.shape[-2]),
+            *(q.shape[-2] // k.shape[-2], self._head // 8),
+        )
+
+    def tiles(self, tokens: int, block: int) -> int:
+        """How many programs hold the tokens of all sequences, in tiles of `block`."""
+        if not self._packed:
+            return self._sequences * blocks(tokens, block)
+        return tokens // block + self._sequences if tokens else 0
+
+    def constants(self, config: Config) -> dict[str, bool]:
+        """How tensors lie, as the kernels' constants."""
+        return {"PACKED": self._packed, "PADDED": self._head != config.constants["D"]}
+
+    def strides(self, *tensors: torch.Tensor) -> tuple[int, ...]:
+        """From one sequence of a batch, row and head to the next, of each tensor."""
+        found: list[int] = []
+        for t in tensors:
+            found += (0, *t.stride()[:-1]) if self._packed else t.stride()[:-1]
+        return tuple(found)

@@ -50,7 +50,7 @@ def load_rows(base, start, stride, row, inner, rows, width, EDGE: tl.constexpr,
     EDGE: some of them may be behind its `rows`; PADDED: inner may be longer than its `width`.
     """
     # Only the first row may be far away: offsets in a tile are 32 bits.
-    at = base + start.to(tl.int64) * stride + (row[:, None] * stride + inner[None, :])
+    at = base + tl.cast(start, tl.int64) * stride + (row[:, None] * stride + inner[None, :])
     if EDGE:
         mask = (row < rows - start)[:, None]
         if PADDED:

@@ -24,6 +24,16 @@ OPS: Mapping[str, str] = MappingProxyType(
         "gated_activation_backward": "gated_activation:gated_activation_backward",
         "gated_activation_packed": "gated_activation:gated_activation_packed",
         "gated_activation_packed_backward": "gated_activation:gated_activation_packed_backward",
+        "attention": "attention:attention",
+        "attention_backward": "attention:attention_backward",
+    }
+)
+
+#: Of ops whose kernel takes only some calls: what says why not, in a file without kernels.
+PARTLY: Mapping[str, str] = MappingProxyType(
+    {
+        "attention": "attention_calls:attention",
+        "attention_backward": "attention_calls:attention_backward",
     }
 )
 
