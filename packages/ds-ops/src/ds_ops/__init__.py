@@ -56,6 +56,7 @@ _HOMES = {
     "weight_only_linear": "ds_core.ops.weight_only_linear",
     "WeightOnlyLinear": "ds_ops.weight_only",
     # attention and experts
+    "attention": "ds_core.ops.attention",
     "grouped_mm": "ds_core.ops.grouped_mm",
     "grouped_mm_fp8": "ds_core.ops.grouped_mm_fp8",
     "moe_gate": "ds_core.ops.moe_gate",

@@ -183,8 +183,9 @@ class Triton:
         return "jit"
 
     def partly(self) -> Callable[..., str | None] | None:
-        """Always None: a call that no config covers is an error which names those that exist."""
-        return None
+        """As `catalog.PARTLY` says; a call that no config covers is an error that names those."""
+        where = catalog.PARTLY.get(self.op)
+        return _function("triton_kernels", where) if where else None
 
     def traced(self) -> Callable[..., Any] | None:
         """The kernel, which launches are part of a graph in."""

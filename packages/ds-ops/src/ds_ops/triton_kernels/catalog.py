@@ -51,6 +51,16 @@ OPS: Mapping[str, str] = MappingProxyType(
         "sign_pack": "sign_pack:sign_pack",
         "sign_pack_feedback_": "sign_pack:sign_pack_feedback_",
         "sign_unpack": "sign_pack:sign_unpack",
+        "attention": "attention:attention",
+        "attention_backward": "attention:attention_backward",
+    }
+)
+
+#: Of ops whose kernel takes only some calls: what says why not, in a file without kernels.
+PARTLY: Mapping[str, str] = MappingProxyType(
+    {
+        "attention": "attention_calls:attention",
+        "attention_backward": "attention_calls:attention_backward",
     }
 )
 
