@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from ds_core import ops
+from ds_core.ops.adam8bit_step import encoded
+from ds_core.ops.arguments import randn
 from ds_core.ops.checking import comparable
 from ds_core.testing.contracts import OpContract
 from ds_ops import gpu_runs
@@ -117,3 +119,25 @@ def test_compiled_it_is_the_same(contract, passed):
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, equal_nan=True)
     passed[contract.kernel] += 1
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_eight_bit_codes_are_the_references(seed):
+    """But for a number beside a boundary, which a fused multiply-add may move to its other side."""
+    numel, device = 100_003, torch.device("cuda")
+    mean, square = (randn(device, torch.float32, numel, seed=s) for s in (3, 4))
+    state = (*encoded(mean, signed=True), *encoded(square.square(), signed=False))
+    param, grad = (randn(device, torch.float32, numel, seed=s) for s in (1, 2))
+    found = []
+    for impl in ("triton", "reference"):
+        own = copies((param, grad, *state))
+        rates = (1e-2, 0.9, 0.999, 1e-8, 0.01, 3, True, seed)
+        ops.run("adam8bit_step_", *own, None, None, *rates, impl=impl)
+        found.append(own)
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
+    for index in (2, 4):
+        differ = (found[0][index].int() - found[1][index].int()).abs()
+        assert int(differ.max()) <= 1
+        assert int(differ.sum()) <= numel // 10_000
+    for index in (3, 5):
+        torch.testing.assert_close(found[0][index], found[1][index], rtol=1e-6, atol=0)

@@ -140,8 +140,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     for index, (param, grad, (total,), copy) in enumerate(tensors):
         factor = scale if index % 2 else None
         found.append((param, grad, total, copy, None, factor, *_SETTINGS[index % 2]))
-    param, grad, (total,), copy = tensors[2]
-    for value in (0.0, 2.0):
+    for value, index in ((2.0, 2), (0.0, 4)):
+        param, grad, (total,), copy = tensors[index]
         flag = torch.tensor(value, device=device)
         found.append((param, grad, total, copy, None, scale, *_SETTINGS[0], flag))
     return found

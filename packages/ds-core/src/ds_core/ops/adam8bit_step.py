@@ -278,8 +278,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
         state = (*encoded(mean, signed=True), *encoded(square, signed=False))
         factor = scale if index % 2 else None
         found.append((param, grad, *state, copy, factor, *_SETTINGS[index % 2]))
-    flags = (torch.tensor(value, device=device) for value in (0.0, 2.0))
-    return [*found, *((*found[2], flag) for flag in flags)]
+    no, yes = torch.zeros((), device=device), torch.full((), 2.0, device=device)
+    return [*found, (*found[2], yes), (*found[4], no)]
 
 
 def refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:

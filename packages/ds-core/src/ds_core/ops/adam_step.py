@@ -183,8 +183,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
         settings = _SETTINGS[index % len(_SETTINGS)]
         factor = scale if index % 2 else None
         found.append((param, grad, mean, square, copy, None, factor, *settings))
-    param, grad, (mean, square), copy = tensors[2]
-    for value in (0.0, 2.0):
+    for value, index in ((2.0, 2), (0.0, 4)):
+        param, grad, (mean, square), copy = tensors[index]
         flag = torch.tensor(value, device=device)
         found.append((param, grad, mean, square, copy, None, scale, *_SETTINGS[0], flag))
     return found

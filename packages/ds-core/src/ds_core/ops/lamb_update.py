@@ -200,8 +200,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
         update = torch.zeros(param.shape, device=device)
         factor = scale if index % 2 else None
         found.append((param, grad, mean, square, update, factor, *_SETTINGS[index % 2]))
-    flags = (torch.tensor(value, device=device) for value in (0.0, 2.0))
-    return [*found, *((*found[2], flag) for flag in flags)]
+    no, yes = torch.zeros((), device=device), torch.full((), 2.0, device=device)
+    return [*found, (*found[2], yes), (*found[4], no)]
 
 
 def apply_cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
@@ -212,8 +212,8 @@ def apply_cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...
     return [
         *found,
         (*found[2], ratio),
-        (*found[4], ratio, torch.zeros_like(flag)),
         (*found[2], None, flag),
+        (*found[4], ratio, torch.zeros_like(flag)),
     ]
 
 
