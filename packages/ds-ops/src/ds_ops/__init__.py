@@ -53,6 +53,7 @@ _HOMES = {
     "weight_only_linear": "ds_core.ops.weight_only_linear",
     "WeightOnlyLinear": "ds_ops.weight_only",
     # attention and experts
+    "evoformer_attention": "ds_core.ops.evoformer_attention",
     "grouped_mm": "ds_core.ops.grouped_mm",
     "moe_gate": "ds_core.ops.moe_gate",
     "moe_permute": "ds_core.ops.moe_permute",

@@ -17,6 +17,8 @@ from ds_ops.triton_kernels import catalog, launching, targets
 #: `ds_ops.torch_kernels`, and the kinds of device that it runs on (empty: all).
 TORCH: dict[str, tuple[str, tuple[str, ...]]] = {
     "linear_cross_entropy": ("linear_cross_entropy:linear_cross_entropy", ()),
+    "evoformer_attention": ("evoformer_attention:evoformer_attention", ()),
+    "evoformer_attention_backward": ("evoformer_attention:evoformer_attention_backward", ()),
     "grouped_mm": ("grouped_mm:grouped_mm", ("cpu",)),
     "grouped_mm_backward": ("grouped_mm:grouped_mm_backward", ("cpu",)),
 }

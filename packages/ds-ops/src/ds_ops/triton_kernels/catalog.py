@@ -24,6 +24,8 @@ OPS: Mapping[str, str] = MappingProxyType(
         "gated_activation_backward": "gated_activation:gated_activation_backward",
         "gated_activation_packed": "gated_activation:gated_activation_packed",
         "gated_activation_packed_backward": "gated_activation:gated_activation_packed_backward",
+        "evoformer_attention": "evoformer_attention:evoformer_attention",
+        "evoformer_attention_backward": "evoformer_attention:evoformer_attention_backward",
     }
 )
 
