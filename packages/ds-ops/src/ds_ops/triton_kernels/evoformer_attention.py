@@ -23,41 +23,43 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _tile(base, row, length, stride, column, width):
-    """Rows of q, k, v or of what is like them, 0 outside."""
-    at = row.to(tl.int64)[:, None] * stride + column[None, :]
-    mask = (row < length)[:, None] & (column < width)[None, :]
-    return tl.load(base + at, mask=mask, other=0.0)
+def _tile(base, row, rows, stride, column, width):
+    """Rows of q, k, v or of what is like them; 0 from `rows` on."""
+    mask = (row < rows)[:, None] & (column < width)[None, :]
+    return tl.load(base + (row[:, None] * stride + column[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
-def _put(base, value, row, length, stride, column, width):
+def _put(base, value, row, rows, stride, column, width):
     """Write rows that `_tile` would read."""
-    at = row.to(tl.int64)[:, None] * stride + column[None, :]
-    mask = (row < length)[:, None] & (column < width)[None, :]
+    mask = (row < rows)[:, None] & (column < width)[None, :]
+    at = row[:, None] * stride + column[None, :]
     tl.store(base + at, value.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _biased(scores, bias1, bias2, query, key, length, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """Scores with the biases, times log2(e); -inf for keys that are not there.
+def _biased(
+    scores, bias1, bias2, query, key, queries, keys, length, FIRST: tl.constexpr, SECOND: tl.constexpr
+):
+    """Scores with the biases, times log2(e); -inf from key `keys` on.
 
-    query and key: places of the tile, `[n, 1]` and `[1, m]`, whichever way the tile lies.
+    query and key: places in the tile, `[n, 1]` and `[1, m]`, whichever way it lies; the biases
+    begin where it does.
     """
     scores = scores * _LOG2E
     if FIRST:
-        scores += tl.load(bias1 + key, mask=key < length, other=0.0).to(tl.float32) * _LOG2E
+        scores += tl.load(bias1 + key, mask=key < keys, other=0.0).to(tl.float32) * _LOG2E
     if SECOND:
-        inside = (query < length) & (key < length)
-        at = query.to(tl.int64) * length + key
-        scores += tl.load(bias2 + at, mask=inside, other=0.0).to(tl.float32) * _LOG2E
-    return tl.where(key < length, scores, float("-inf"))
+        inside = (query < queries) & (key < keys)
+        pairs = tl.load(bias2 + (query * length + key), mask=inside, other=0.0)
+        scores += pairs.to(tl.float32) * _LOG2E
+    return tl.where(key < keys, scores, float("-inf"))
 
 
 @triton.jit
-def _sums(lse, row, length):
+def _sums(lse, row, rows):
     """The logarithms to base 2 of rows' sums; 0 for one whose keys are all at -inf."""
-    value = tl.load(lse + row, mask=row < length, other=0.0) * _LOG2E
+    value = tl.load(lse + row, mask=row < rows, other=0.0) * _LOG2E
     return tl.where(value == float("-inf"), 0.0, value)
 
 
@@ -87,35 +89,45 @@ def evoformer_forward(
     place = (tl.program_id(0) // tiles).to(tl.int64)
     sequence, head = place % sequences, place // sequences % heads
     batch = place // sequences // heads
-    row, column, stride = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH), heads * width
+    row, key, column = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, WIDTH)
+    stride, first = heads * width, tile.to(tl.int64) * ROWS
+    rows = length - tile * ROWS
     begin = ((batch * sequences + sequence) * length * heads + head) * width
+    k += begin
+    v += begin
     bias1 += (batch * sequences + sequence) * length
-    bias2 += (batch * heads + head) * length * length
-    queries = _tile(q + begin, row, length, stride, column, width)
+    bias2 += ((batch * heads + head) * length + first) * length
+    queries = _tile(q + begin + first * stride, row, rows, stride, column, width)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, WIDTH), tl.float32)
     for start in range(0, length, KEYS):
-        key = start + tl.arange(0, KEYS)
-        keys = _tile(k + begin, key, length, stride, column, width)
+        left = length - start
+        keys = _tile(k, key, left, stride, column, width)
         s = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-        s = _biased(s, bias1, bias2, row[:, None], key[None, :], length, FIRST, SECOND)
+        s = _biased(
+            s, bias1, bias2, row[:, None], key[None, :], rows, left, length, FIRST, SECOND
+        )
         higher = tl.maximum(top, tl.max(s, axis=1))
         level = tl.where(higher == float("-inf"), 0.0, higher)
         p = tl.exp2(s - level[:, None])
         shrink = tl.exp2(top - level)
         total = total * shrink + tl.sum(p, axis=1)
-        values = _tile(v + begin, key, length, stride, column, width)
+        values = _tile(v, key, left, stride, column, width)
         mixed = tl.dot(
             p.to(values.dtype), values, mixed * shrink[:, None], input_precision="ieee"
         )
         top = higher
+        k += KEYS * stride
+        v += KEYS * stride
+        bias1 += KEYS
+        bias2 += KEYS
     dead = total == 0.0
     mixed = mixed / tl.where(dead, 1.0, total)[:, None]
-    _put(out + begin, mixed, row, length, stride, column, width)
+    _put(out + begin + first * stride, mixed, row, rows, stride, column, width)
     logarithm = tl.where(dead, float("-inf"), top * _LN2 + tl.log(total))
-    own = ((batch * sequences + sequence) * heads + head) * length
-    tl.store(lse + own + row, logarithm, mask=row < length)
+    own = ((batch * sequences + sequence) * heads + head) * length + first
+    tl.store(lse + own + row, logarithm, mask=row < rows)
 
 
 @triton.jit
@@ -147,28 +159,39 @@ def evoformer_dq(
     place = (tl.program_id(0) // tiles).to(tl.int64)
     sequence, head = place % sequences, place // sequences % heads
     batch = place // sequences // heads
-    row, column, stride = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH), heads * width
+    row, key, column = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, WIDTH)
+    stride, first = heads * width, tile.to(tl.int64) * ROWS
+    rows = length - tile * ROWS
     begin = ((batch * sequences + sequence) * length * heads + head) * width
-    own = ((batch * sequences + sequence) * heads + head) * length
+    own = ((batch * sequences + sequence) * heads + head) * length + first
+    k += begin
+    v += begin
+    begin += first * stride
     bias1 += (batch * sequences + sequence) * length
-    bias2 += (batch * heads + head) * length * length
-    arrived = _tile(grad + begin, row, length, stride, column, width)
-    results = _tile(out + begin, row, length, stride, column, width)
+    bias2 += ((batch * heads + head) * length + first) * length
+    arrived = _tile(grad + begin, row, rows, stride, column, width)
+    results = _tile(out + begin, row, rows, stride, column, width)
     middle = tl.sum(arrived.to(tl.float32) * results.to(tl.float32), axis=1)
-    tl.store(level + own + row, middle, mask=row < length)
-    queries = _tile(q + begin, row, length, stride, column, width)
-    sums = _sums(lse + own, row, length)
+    tl.store(level + own + row, middle, mask=row < rows)
+    queries = _tile(q + begin, row, rows, stride, column, width)
+    sums = _sums(lse + own, row, rows)
     slope = tl.zeros((ROWS, WIDTH), tl.float32)
     for start in range(0, length, KEYS):
-        key = start + tl.arange(0, KEYS)
-        keys = _tile(k + begin, key, length, stride, column, width)
+        left = length - start
+        keys = _tile(k, key, left, stride, column, width)
         s = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-        s = _biased(s, bias1, bias2, row[:, None], key[None, :], length, FIRST, SECOND)
+        s = _biased(
+            s, bias1, bias2, row[:, None], key[None, :], rows, left, length, FIRST, SECOND
+        )
         p = tl.exp2(s - sums[:, None])
-        values = _tile(v + begin, key, length, stride, column, width)
+        values = _tile(v, key, left, stride, column, width)
         ds = p * (tl.dot(arrived, tl.trans(values), input_precision="ieee") - middle[:, None])
         slope = tl.dot(ds.to(keys.dtype), keys, slope, input_precision="ieee")
-    _put(dq + begin, slope * scale, row, length, stride, column, width)
+        k += KEYS * stride
+        v += KEYS * stride
+        bias1 += KEYS
+        bias2 += KEYS
+    _put(dq + begin, slope * scale, row, rows, stride, column, width)
 
 
 @triton.jit
@@ -205,33 +228,47 @@ def evoformer_dkv(
     place = (tl.program_id(0) // tiles).to(tl.int64)
     sequence, head = place % sequences, place // sequences % heads
     batch = place // sequences // heads
-    key, column, stride = tile * KEYS + tl.arange(0, KEYS), tl.arange(0, WIDTH), heads * width
+    row, key, column = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, WIDTH)
+    stride, first = heads * width, tile.to(tl.int64) * KEYS
+    there = length - tile * KEYS
     begin = ((batch * sequences + sequence) * length * heads + head) * width
     own = ((batch * sequences + sequence) * heads + head) * length
-    bias1 += (batch * sequences + sequence) * length
-    bias2 += (batch * heads + head) * length * length
-    keys = _tile(k + begin, key, length, stride, column, width)
-    values = _tile(v + begin, key, length, stride, column, width)
+    q += begin
+    grad += begin
+    lse += own
+    level += own
+    begin += first * stride
+    bias1 += (batch * sequences + sequence) * length + first
+    bias2 += (batch * heads + head) * length * length + first
+    keys = _tile(k + begin, key, there, stride, column, width)
+    values = _tile(v + begin, key, there, stride, column, width)
     key_slope = tl.zeros((KEYS, WIDTH), tl.float32)
     value_slope = tl.zeros((KEYS, WIDTH), tl.float32)
     bias_slope = tl.zeros((KEYS,), tl.float32)
     for start in range(0, length, ROWS):
-        row = start + tl.arange(0, ROWS)
-        queries = _tile(q + begin, row, length, stride, column, width)
-        arrived = _tile(grad + begin, row, length, stride, column, width)
+        left = length - start
+        queries = _tile(q, row, left, stride, column, width)
+        arrived = _tile(grad, row, left, stride, column, width)
         s = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale
-        s = _biased(s, bias1, bias2, row[None, :], key[:, None], length, FIRST, SECOND)
-        p = tl.exp2(s - _sums(lse + own, row, length)[None, :])
+        s = _biased(
+            s, bias1, bias2, row[None, :], key[:, None], left, there, length, FIRST, SECOND
+        )
+        p = tl.exp2(s - _sums(lse, row, left)[None, :])
         value_slope = tl.dot(p.to(arrived.dtype), arrived, value_slope, input_precision="ieee")
-        middle = tl.load(level + own + row, mask=row < length, other=0.0)
+        middle = tl.load(level + row, mask=row < left, other=0.0)
         ds = p * (tl.dot(values, tl.trans(arrived), input_precision="ieee") - middle[None, :])
         key_slope = tl.dot(ds.to(queries.dtype), queries, key_slope, input_precision="ieee")
         if WANTED:
             bias_slope += tl.sum(ds, axis=1)
-    _put(dk + begin, key_slope * scale, key, length, stride, column, width)
-    _put(dv + begin, value_slope, key, length, stride, column, width)
+        q += ROWS * stride
+        grad += ROWS * stride
+        lse += ROWS
+        level += ROWS
+        bias2 += ROWS * length
+    _put(dk + begin, key_slope * scale, key, there, stride, column, width)
+    _put(dv + begin, value_slope, key, there, stride, column, width)
     if WANTED:
-        tl.store(dbias1 + own + key, bias_slope, mask=key < length)
+        tl.store(dbias1 + own + first + key, bias_slope, mask=key < there)
 
 
 @triton.jit
@@ -265,65 +302,98 @@ def evoformer_dbias2(
     tile = tl.program_id(0) % (across * down)
     place = (tl.program_id(0) // (across * down)).to(tl.int64)
     head, batch, part = place % heads, place // heads % batches, place // heads // batches
-    row = tile // across * ROWS + tl.arange(0, ROWS)
-    key = tile % across * KEYS + tl.arange(0, KEYS)
-    column, stride = tl.arange(0, WIDTH), heads * width
-    inside = (row < length)[:, None] & (key < length)[None, :]
-    at = row.to(tl.int64)[:, None] * length + key[None, :]
-    pairs = tl.load(bias2 + (batch * heads + head) * length * length + at, mask=inside, other=0.0)
-    pairs = pairs.to(tl.float32) * _LOG2E
+    row, key, column = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, WIDTH)
+    stride = heads * width
+    first_row, first_key = tile // across * ROWS, tile % across * KEYS
+    rows, keys_left = length - first_row, length - first_key
+    inside = (row < rows)[:, None] & (key < keys_left)[None, :]
+    at = first_row.to(tl.int64) * length + first_key
+    near = row[:, None] * length + key[None, :]
+    pairs = tl.load(
+        bias2 + (batch * heads + head) * length * length + at + near, mask=inside, other=0.0
+    )
+    begin = (batch * sequences + part * together) * length
+    bias1 += begin + first_key
+    own = begin * heads + head * length + first_row
+    lse += own
+    level += own
+    begin = (begin * heads + head) * width
+    from_row = begin + first_row.to(tl.int64) * stride
+    from_key = begin + first_key.to(tl.int64) * stride
+    q += from_row
+    grad += from_row
+    k += from_key
+    v += from_key
     slope = tl.zeros((ROWS, KEYS), tl.float32)
-    for step in range(0, together):
-        sequence = part * together + step
-        # Behind the last sequence nothing is read, and so nothing added.
-        there = tl.where(sequence < sequences, length, 0)
-        begin = ((batch * sequences + sequence) * length * heads + head) * width
-        own = ((batch * sequences + sequence) * heads + head) * length
-        queries = _tile(q + begin, row, there, stride, column, width)
-        keys = _tile(k + begin, key, there, stride, column, width)
+    for _ in range(0, tl.minimum(together, sequences - part * together)):
+        queries = _tile(q, row, rows, stride, column, width)
+        keys = _tile(k, key, keys_left, stride, column, width)
         s = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-        offset = (batch * sequences + sequence) * length
-        s = _biased(s, bias1 + offset, bias2, row[:, None], key[None, :], there, FIRST, False)
-        p = tl.exp2(s + pairs - _sums(lse + own, row, there)[:, None])
-        arrived = _tile(grad + begin, row, there, stride, column, width)
-        values = _tile(v + begin, key, there, stride, column, width)
-        middle = tl.load(level + own + row, mask=row < there, other=0.0)
+        s += pairs.to(tl.float32)
+        s = _biased(
+            s, bias1, bias2, row[:, None], key[None, :], rows, keys_left, length, FIRST, False
+        )
+        p = tl.exp2(s - _sums(lse, row, rows)[:, None])
+        arrived = _tile(grad, row, rows, stride, column, width)
+        values = _tile(v, key, keys_left, stride, column, width)
+        middle = tl.load(level + row, mask=row < rows, other=0.0)
         slope += p * (tl.dot(arrived, tl.trans(values), input_precision="ieee") - middle[:, None])
-    target = dbias2 + ((part * batches + batch) * heads + head) * length * length
-    tl.store(target + at, slope.to(dbias2.dtype.element_ty), mask=inside)
+        q += length * stride
+        k += length * stride
+        v += length * stride
+        grad += length * stride
+        bias1 += length
+        lse += length * heads
+        level += length * heads
+    target = dbias2 + ((part * batches + batch) * heads + head) * length * length + at
+    tl.store(target + near, slope.to(dbias2.dtype.element_ty), mask=inside)
 
 
-def _config(rows: int, keys: int, width: int, warps: int = 4, **up_to: int) -> Config:
-    sizes = {"ROWS": rows, "KEYS": keys, "WIDTH": width}
-    return Config(sizes, {"width": width, **up_to}, warps)
+def _config(rows: int, keys: int, width: int, warps: int = 4) -> Config:
+    return Config({"ROWS": rows, "KEYS": keys, "WIDTH": width}, {"width": width}, warps)
 
 
-_HALF = (_config(64, 64, 32), _config(64, 64, 128))
-_FLOAT = (_config(32, 32, 128),)
+_HALF = (_config(64, 64, 32), _config(64, 32, 128))
+_DKV_HALF = (_config(32, 64, 32), _config(32, 64, 128, 8))
+_DBIAS2_HALF = (_config(64, 32, 32), _config(64, 64, 128, 8))
+_FLOAT = (_config(32, 32, 32), _config(16, 16, 128))
 
-_SIZES = {"i32": "sequences length heads", "i32:16": "width", "fp32": "scale"}
+_SIZES = {"i32": "sequences heads", "i32:16": "length width", "fp32": "scale"}
 _IN = "q k v bias1 bias2"
 _GIVEN = f"grad {_IN}"
 
 
 def _both(
-    function: object, tensors: str, sums: str, sizes: str = "", **flags: bool
+    function: object,
+    tensors: str,
+    sums: str,
+    sizes: str = "",
+    configs: tuple[Config, ...] = _HALF,
+    **flags: bool,
 ) -> tuple[Kernel, Kernel]:
     """A kernel for tensors of 16 bits, and one for fp32, which no matrix instruction takes."""
     made = []
-    for kind, configs, instructions in (("bf16", _HALF, MATRIX), ("fp32", _FLOAT, {})):
+    for kind, table, instructions in (("bf16", configs, MATRIX), ("fp32", _FLOAT, {})):
         signature = types({f"*{kind}": tensors, **_SIZES}, **flags)
         signature |= types({"*fp32": sums, "i32": f"{_SIZES['i32']} {sizes}"})
-        made.append(Kernel(function, configs, signature, instructions, variant=kind))
+        made.append(Kernel(function, table, signature, instructions, variant=kind))
     return made[0], made[1]
 
 
 _FORWARD = _both(evoformer_forward, f"{_IN} out", "lse", FIRST=True, SECOND=True)
 _DQ = _both(evoformer_dq, f"{_GIVEN} out dq", "lse level", FIRST=True, SECOND=True)
 _DKV = _both(
-    evoformer_dkv, f"{_GIVEN} dk dv", "lse level dbias1", FIRST=True, SECOND=True, WANTED=True
+    *(evoformer_dkv, f"{_GIVEN} dk dv", "lse level dbias1"),
+    configs=_DKV_HALF,
+    FIRST=True,
+    SECOND=True,
+    WANTED=True,
 )
-_DBIAS2 = _both(evoformer_dbias2, _GIVEN, "lse level dbias2", "batches together", FIRST=True)
+_DBIAS2 = _both(
+    *(evoformer_dbias2, _GIVEN, "lse level dbias2", "batches together"),
+    configs=_DBIAS2_HALF,
+    FIRST=True,
+)
 KERNELS = (*_FORWARD, *_DQ, *_DKV, *_DBIAS2)
 
 
