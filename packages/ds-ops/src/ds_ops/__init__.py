@@ -34,10 +34,12 @@ _HOMES = {
     "SharedMemoryAllReduce": "ds_ops.shared_memory",
     "pinned_empty": "ds_ops.pinned_memory",
     # layers
+    "bias_activation": "ds_core.ops.bias_activation",
     "cross_entropy": "ds_core.ops.cross_entropy",
     "geglu": "ds_core.ops.gated_activation",
     "layer_norm": "ds_core.ops.layer_norm",
     "linear_cross_entropy": "ds_core.ops.linear_cross_entropy",
+    "nhwc_bias_add": "ds_core.ops.nhwc_bias_add",
     "rms_norm": "ds_core.ops.rms_norm",
     "rope": "ds_core.ops.rope",
     "rope_tables": "ds_core.ops.rope",

@@ -38,6 +38,9 @@ class TorchKernel:
 TORCH: Mapping[str, TorchKernel] = MappingProxyType(
     {
         "linear_cross_entropy": TorchKernel("linear_cross_entropy:linear_cross_entropy"),
+        "bias_activation": TorchKernel("bias_activation:bias_activation"),
+        "bias_activation_backward": TorchKernel("bias_activation:bias_activation_backward"),
+        "nhwc_bias_add": TorchKernel("nhwc_bias_add:nhwc_bias_add"),
         "evoformer_attention": TorchKernel("evoformer_attention:evoformer_attention"),
         "evoformer_attention_backward": TorchKernel(
             "evoformer_attention:evoformer_attention_backward"

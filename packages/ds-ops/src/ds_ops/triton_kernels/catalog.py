@@ -24,6 +24,9 @@ OPS: Mapping[str, str] = MappingProxyType(
         "gated_activation_backward": "gated_activation:gated_activation_backward",
         "gated_activation_packed": "gated_activation:gated_activation_packed",
         "gated_activation_packed_backward": "gated_activation:gated_activation_packed_backward",
+        "bias_activation": "bias_activation:bias_activation",
+        "bias_activation_backward": "bias_activation:bias_activation_backward",
+        "nhwc_bias_add": "nhwc_bias_add:nhwc_bias_add",
         "evoformer_attention": "evoformer_attention:evoformer_attention",
         "evoformer_attention_backward": "evoformer_attention:evoformer_attention_backward",
     }

@@ -15,7 +15,7 @@ import triton.language as tl
 from ds_core.ops import evoformer_attention as op
 from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain, types
 from ds_ops.triton_kernels.launching import launch
-from ds_ops.triton_kernels.targets import MATRIX, processors
+from ds_ops.triton_kernels.targets import MATRIX, TARGETS, processors
 
 # Exponentials are of base 2, as the hardware's: scores are multiplied by log2(e).
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -349,14 +349,27 @@ def evoformer_dbias2(
     tl.store(target + near, slope.to(dbias2.dtype.element_ty), mask=inside)
 
 
-def _config(rows: int, keys: int, width: int, warps: int = 4) -> Config:
-    return Config({"ROWS": rows, "KEYS": keys, "WIDTH": width}, {"width": width}, warps)
+def _config(
+    rows: int, keys: int, width: int, warps: int = 4, targets: tuple[str, ...] = tuple(TARGETS)
+) -> Config:
+    sizes = {"ROWS": rows, "KEYS": keys, "WIDTH": width}
+    return Config(sizes, {"width": width}, warps, targets=targets)
 
 
+# What a matrix instruction's rows lie along is 64 wide, as Hopper's and Blackwell's need it. Tiles
+# for heads wider than 32 are as large as registers allow, which differs.
 _HALF = (_config(64, 64, 32), _config(64, 32, 128))
-_DKV_HALF = (_config(32, 64, 32), _config(32, 64, 128, 8))
-_DBIAS2_HALF = (_config(64, 32, 32), _config(64, 64, 128, 8))
-_FLOAT = (_config(32, 32, 32), _config(16, 16, 128))
+_DKV_HALF = (
+    _config(32, 64, 32),
+    _config(32, 64, 128, 8, ("sm_80", "sm_90", "sm_100")),
+    _config(32, 32, 128, 4, ("gfx942",)),
+)
+_DBIAS2_HALF = (
+    _config(64, 32, 32),
+    _config(64, 32, 128, 4, ("sm_80", "gfx942")),
+    _config(64, 64, 128, 8, ("sm_90", "sm_100")),
+)
+_FLOAT = (_config(32, 32, 32), _config(16, 16, 128, 2))
 
 _SIZES = {"i32": "sequences heads", "i32:16": "length width", "fp32": "scale"}
 _IN = "q k v bias1 bias2"
