@@ -44,6 +44,8 @@ _HOMES = {
     "rope": "ds_core.ops.rope",
     "rope_tables": "ds_core.ops.rope",
     "swiglu": "ds_core.ops.gated_activation",
+    "TransformerLayer": "ds_ops.transformer_layer",
+    "TransformerLayerConfig": "ds_ops.transformer_layer",
     # quantization
     "dequantize": "ds_core.ops.quantize",
     "quantize": "ds_core.ops.quantize",

@@ -49,13 +49,12 @@ def test_it_equals_torch(activation: str, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_nan_and_infinity_come_through(activation: str) -> None:
-    x = torch.tensor([[float("nan"), float("inf"), -1e4, 1e4]])
-    y = ds_ops.bias_activation(x, torch.zeros(4), activation)
+def test_nan_comes_through_and_large_numbers_do_not_overflow(activation: str) -> None:
+    x = torch.tensor([[float("nan"), -1e4, 1e4]])
+    y = ds_ops.bias_activation(x, torch.zeros(3), activation)
     assert y[0, 0].isnan()
-    assert y[0, 1] == float("inf")
-    assert y[0, 2].abs() <= 1e-30
-    assert y[0, 3] == 1e4
+    assert y[0, 1].abs() <= 1e-30
+    assert y[0, 2] == 1e4
 
 
 def test_inputs_may_lie_otherwise_in_memory() -> None:
