@@ -299,9 +299,7 @@ _WEIGHTS = ("attn_qkvw", "attn_ow", "attn_nw", "inter_w", "output_w", "norm_w")
 _BIASES = ("attn_qkvb", "attn_ob", "attn_nb", "inter_b", "output_b", "norm_b")
 
 
-def _kept(
-    only_inputs: bool, function: Callable[..., Any], *args: Any, random: bool = False
-) -> Any:
+def _kept(only_inputs: bool, function: Callable[..., Any], *args: Any, random: bool = False) -> Any:
     """`function(*args)`; if only_inputs, what it keeps for its gradient is computed again.
 
     The computation stops at the last tensor that is needed: of a linear layer at the end nothing

@@ -71,7 +71,9 @@ def backward_reference(
     """Gradients: of gate `grad * up * act'(gate)`, of up `grad * act(gate)`."""
     _check(gate, up, activation)
     g, v, u = wide(grad), wide(gate), wide(up)
-    return (g * u * slope(v, activation)).to(gate.dtype), (g * activate(v, activation)).to(gate.dtype)
+    return (g * u * slope(v, activation)).to(gate.dtype), (g * activate(v, activation)).to(
+        gate.dtype
+    )
 
 
 def packed_reference(x: torch.Tensor, activation: str) -> torch.Tensor:

@@ -57,9 +57,7 @@ def evoformer_attention_backward(
         level = (g * _turned(out, batch, part)).sum(-1, keepdim=True)
         ds = (g @ _turned(v, batch, part).mT).sub_(level).mul_(weights)
         dq[batch, part] = (ds @ keys).mul_(scale).transpose(1, 2).to(q.dtype)
-        dk[batch, part] = (
-            (ds.mT @ _turned(q, batch, part)).mul_(scale).transpose(1, 2).to(q.dtype)
-        )
+        dk[batch, part] = (ds.mT @ _turned(q, batch, part)).mul_(scale).transpose(1, 2).to(q.dtype)
         if dbias1.dim() > 1:
             dbias1[batch, part] = ds.sum((1, 2))[:, None, None].to(q.dtype)
         if dbias2.dim() > 1:

@@ -107,7 +107,9 @@ def bias_activation_backward(
     config = _BACKWARD.config(op.BACKWARD, x.device)
     strips = blocks(width, config.constants["BLOCK"])
     # Enough programs to keep the device busy, and no more: each writes a row of sums.
-    groups = min(blocks(rows, config.constants["ROWS"]), blocks(8 * processors(x.device), strips or 1))
+    groups = min(
+        blocks(rows, config.constants["ROWS"]), blocks(8 * processors(x.device), strips or 1)
+    )
     sums = x.new_empty((groups, width), dtype=torch.float32)
     launch(
         *(_BACKWARD, config, (strips * groups,), grad, x, bias, dx, sums, rows, width, groups),

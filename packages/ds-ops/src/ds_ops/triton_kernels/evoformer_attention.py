@@ -39,7 +39,16 @@ def _put(base, value, row, rows, stride, column, width):
 
 @triton.jit
 def _biased(
-    scores, bias1, bias2, query, key, queries, keys, length, FIRST: tl.constexpr, SECOND: tl.constexpr
+    scores,
+    bias1,
+    bias2,
+    query,
+    key,
+    queries,
+    keys,
+    length,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
 ):
     """Scores with the biases, times log2(e); -inf from key `keys` on.
 
@@ -105,18 +114,14 @@ def evoformer_forward(
         left = length - start
         keys = _tile(k, key, left, stride, column, width)
         s = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-        s = _biased(
-            s, bias1, bias2, row[:, None], key[None, :], rows, left, length, FIRST, SECOND
-        )
+        s = _biased(s, bias1, bias2, row[:, None], key[None, :], rows, left, length, FIRST, SECOND)
         higher = tl.maximum(top, tl.max(s, axis=1))
         level = tl.where(higher == float("-inf"), 0.0, higher)
         p = tl.exp2(s - level[:, None])
         shrink = tl.exp2(top - level)
         total = total * shrink + tl.sum(p, axis=1)
         values = _tile(v, key, left, stride, column, width)
-        mixed = tl.dot(
-            p.to(values.dtype), values, mixed * shrink[:, None], input_precision="ieee"
-        )
+        mixed = tl.dot(p.to(values.dtype), values, mixed * shrink[:, None], input_precision="ieee")
         top = higher
         k += KEYS * stride
         v += KEYS * stride
@@ -180,9 +185,7 @@ def evoformer_dq(
         left = length - start
         keys = _tile(k, key, left, stride, column, width)
         s = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-        s = _biased(
-            s, bias1, bias2, row[:, None], key[None, :], rows, left, length, FIRST, SECOND
-        )
+        s = _biased(s, bias1, bias2, row[:, None], key[None, :], rows, left, length, FIRST, SECOND)
         p = tl.exp2(s - sums[:, None])
         values = _tile(v, key, left, stride, column, width)
         ds = p * (tl.dot(arrived, tl.trans(values), input_precision="ieee") - middle[:, None])
@@ -250,9 +253,7 @@ def evoformer_dkv(
         queries = _tile(q, row, left, stride, column, width)
         arrived = _tile(grad, row, left, stride, column, width)
         s = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale
-        s = _biased(
-            s, bias1, bias2, row[None, :], key[:, None], left, there, length, FIRST, SECOND
-        )
+        s = _biased(s, bias1, bias2, row[None, :], key[:, None], left, there, length, FIRST, SECOND)
         p = tl.exp2(s - _sums(lse, row, left)[None, :])
         value_slope = tl.dot(p.to(arrived.dtype), arrived, value_slope, input_precision="ieee")
         middle = tl.load(level + row, mask=row < left, other=0.0)
@@ -325,7 +326,7 @@ def evoformer_dbias2(
     k += from_key
     v += from_key
     slope = tl.zeros((ROWS, KEYS), tl.float32)
-    for _ in range(0, tl.minimum(together, sequences - part * together)):
+    for _ in range(tl.minimum(together, sequences - part * together)):
         queries = _tile(q, row, rows, stride, column, width)
         keys = _tile(k, key, keys_left, stride, column, width)
         s = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
