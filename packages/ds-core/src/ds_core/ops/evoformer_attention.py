@@ -63,8 +63,8 @@ def evoformer_attention(
     scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
     if bias1 is None and bias2 is None:
         _check(q, k, v, None, None)
-        turned = (t.transpose(2, 3) for t in (q, k, v))
-        mixed = F.scaled_dot_product_attention(*turned, scale=scale)
+        queries, keys, values = (t.transpose(2, 3) for t in (q, k, v))
+        mixed = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
         return mixed.transpose(2, 3).contiguous()
     tensors = (t.contiguous() for t in (q, k, v))
     out: torch.Tensor = run(NAME, *tensors, compact(bias1), compact(bias2), scale)[0]

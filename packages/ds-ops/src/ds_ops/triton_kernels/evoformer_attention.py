@@ -358,15 +358,18 @@ def _config(
 
 
 # What a matrix instruction's rows lie along is 64 wide, as Hopper's and Blackwell's need it. Tiles
-# for heads wider than 32 are as large as registers allow, which differs.
-_HALF = (_config(64, 64, 32), _config(64, 32, 128))
+# for wide heads are as large as registers allow, which differs.
+_HALF = tuple(_config(64, 32, width) for width in (32, 64, 128))
 _DKV_HALF = (
     _config(32, 64, 32),
+    _config(32, 32, 64, 4, ("sm_80",)),
+    _config(32, 64, 64, 4, ("sm_90", "sm_100", "gfx942")),
     _config(32, 64, 128, 8, ("sm_80", "sm_90", "sm_100")),
     _config(32, 32, 128, 4, ("gfx942",)),
 )
 _DBIAS2_HALF = (
     _config(64, 32, 32),
+    _config(64, 32, 64),
     _config(64, 32, 128, 4, ("sm_80", "gfx942")),
     _config(64, 64, 128, 8, ("sm_90", "sm_100")),
 )
@@ -382,7 +385,8 @@ def _both(
     tensors: str,
     sums: str,
     sizes: str = "",
-    configs: tuple[Config, ...] = _HALF,
+    *,
+    configs: tuple[Config, ...],
     **flags: bool,
 ) -> tuple[Kernel, Kernel]:
     """A kernel for tensors of 16 bits, and one for fp32, which no matrix instruction takes."""
@@ -394,8 +398,10 @@ def _both(
     return made[0], made[1]
 
 
-_FORWARD = _both(evoformer_forward, f"{_IN} out", "lse", FIRST=True, SECOND=True)
-_DQ = _both(evoformer_dq, f"{_GIVEN} out dq", "lse level", FIRST=True, SECOND=True)
+_FORWARD = _both(*(evoformer_forward, f"{_IN} out", "lse"), configs=_HALF, FIRST=True, SECOND=True)
+_DQ = _both(
+    *(evoformer_dq, f"{_GIVEN} out dq", "lse level"), configs=_HALF, FIRST=True, SECOND=True
+)
 _DKV = _both(
     *(evoformer_dkv, f"{_GIVEN} dk dv", "lse level dbias1"),
     configs=_DKV_HALF,
@@ -455,12 +461,12 @@ def evoformer_attention_backward(
     """As `ds_core.ops.evoformer_attention.backward_reference`."""
     results = op.backward_fake(grad, q, k, v, bias1, bias2, out, lse, scale, wants)
     given = {"grad": grad, "q": q, "k": k, "v": v, "bias1": bias1, "bias2": bias2}
-    expect_plain(op.BACKWARD, **given, out=out, lse=lse)
+    expect_plain(op.BACKWARD, out=out, lse=lse, **given)
     batches, sequences, length, heads, width = q.shape
     dq, dk, dv, dbias1, dbias2 = results
     inputs = [q if t is None else t for t in given.values()]
     sizes = (sequences, length, heads, width, scale)
-    biased = {"FIRST": bias1 is not None, "SECOND": bias2 is not None}
+    biased: dict[str, int | bool] = {"FIRST": bias1 is not None, "SECOND": bias2 is not None}
     level = torch.empty_like(lse)
     lines = batches * sequences * heads
     kernel, config = _chosen(_DQ, q)
@@ -470,15 +476,12 @@ def evoformer_attention_backward(
     grid = (lines * blocks(length, config.constants["KEYS"]),)
     wanted = dbias1.dim() > 1
     parts = torch.empty_like(lse) if wanted else lse
-    launch(
-        *(kernel, config, grid, *inputs, lse, level, dk, dv, parts, *sizes),
-        WANTED=wanted,
-        **biased,
-    )
+    tensors = (*inputs, lse, level, dk, dv, parts)
+    launch(kernel, config, grid, *tensors, *sizes, WANTED=wanted, **biased)
     if wanted:
         dbias1 = parts.sum(2).to(q.dtype).view(dbias1.shape)
     if dbias2.dim() > 1:
-        dbias2 = _dbias2(inputs, lse, level, scale, biased["FIRST"])
+        dbias2 = _dbias2(inputs, lse, level, scale, bias1 is not None)
     return dq, dk, dv, dbias1, dbias2
 
 
@@ -495,9 +498,7 @@ def _dbias2(
     together = blocks(sequences, max(1, parts))
     parts = blocks(sequences, max(1, together))
     found = lse.new_empty((parts, batches, heads, length, length))
-    launch(
-        *(kernel, config, (tiles * parts,), *inputs, lse, level, found),
-        *(batches, sequences, together, length, heads, width, scale),
-        FIRST=first,
-    )
+    sizes = (batches, sequences, together, length, heads, width, scale)
+    grid = (tiles * parts,)
+    launch(kernel, config, grid, *inputs, lse, level, found, *sizes, FIRST=first)
     return found.sum(0).to(q.dtype).unsqueeze(1)
