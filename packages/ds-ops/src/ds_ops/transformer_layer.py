@@ -306,7 +306,7 @@ def _kept(only_inputs: bool, function: Callable[..., Any], *args: Any, random: b
     is multiplied again.
     """
     if only_inputs and torch.is_grad_enabled():
-        # Random numbers are set back only where there are some: it takes reading the device's state.
+        # Random numbers are set back only where there are some: it reads the device's state.
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random)
     return function(*args)
 
