@@ -32,8 +32,11 @@ CALLABLES = {
     "get_lr_from_config",
     "deepspeed.ops.adam": "DeepSpeedCPUAdam FusedAdam",
     "deepspeed.ops.adagrad": "DeepSpeedCPUAdagrad",
+    "deepspeed.ops.deepspeed4science": "DS4Sci_EvoformerAttention",
     "deepspeed.ops.lamb": "FusedLamb",
     "deepspeed.ops.lion": "DeepSpeedCPULion FusedLion",
+    "deepspeed.ops.transformer": "DeepSpeedTransformerConfig DeepSpeedTransformerLayer",
+    "deepspeed.ops.transformer.inference.bias_add": "nhwc_bias_add",
     "deepspeed.monitor.monitor": "MonitorMaster",
     "deepspeed.profiling.flops_profiler": "FlopsProfiler get_model_profile",
     "deepspeed.checkpoint.utils": "clone_tensors_for_torch_save get_model_ckpt_name_for_rank "

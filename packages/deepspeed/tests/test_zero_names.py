@@ -143,7 +143,7 @@ def test_estimates_are_written_as_tables(capsys):
         (lambda: MuonWithAuxAdam([]), r"use ds_ops\.optim\.Muon"),
         (lambda: deepspeed.zero.MiCS_Init(), "use Init with data_parallel_group"),
         (lambda: deepspeed.ops.adam.ZenFlowCPUAdam([]), 'set "zenflow"'),
-        (lambda: deepspeed.ops.transformer.DeepSpeedTransformerLayer(), "torch.compile"),
+        (lambda: deepspeed.ops.transformer.DeepSpeedTransformerInference(), "ds-inference"),
     ],
     ids=["muon", "mics", "zenflow", "transformer"],
 )

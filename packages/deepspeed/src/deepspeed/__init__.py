@@ -47,6 +47,12 @@ __getattr__, __dir__ = names_of(
         "checkpointing": "deepspeed.runtime.activation_checkpointing.checkpointing",
         "logger": "deepspeed.utils.logging:logger",
         "log_dist": "deepspeed.utils.logging:log_dist",
+        "DeepSpeedTransformerConfig": (
+            "deepspeed.ops.transformer.transformer:DeepSpeedTransformerConfig"
+        ),
+        "DeepSpeedTransformerLayer": (
+            "deepspeed.ops.transformer.transformer:DeepSpeedTransformerLayer"
+        ),
         "OnDevice": "deepspeed.utils.init_on_device:OnDevice",
         "dist": "deepspeed.comm",
     },
@@ -71,10 +77,6 @@ __getattr__, __dir__ = names_of(
         "load_ds_config": "ds-pipe will bring tensor parallelism; use ZeRO stage 3",
         "DualPipeVEngine": "ds-pipe will bring pipelines; use ZeRO stage 3",
         "DualPipeVModule": "ds-pipe will bring pipelines; use ZeRO stage 3",
-        "DeepSpeedTransformerLayer": "use torch.nn.functional.scaled_dot_product_attention and "
-        "torch.compile",
-        "DeepSpeedTransformerConfig": "use torch.nn.functional.scaled_dot_product_attention and "
-        "torch.compile",
     },
 )
 

@@ -37,8 +37,6 @@ _OFFLOAD = (
     'set "offload_optimizer" and "offload_param" in zero_optimization; device "nvme" moves them '
     "to disk"
 )
-#: Instead of fused transformer layers.
-FUSED_LAYERS = "use torch.nn.functional.scaled_dot_product_attention and torch.compile"
 _INTERNAL = "it is an inner part of the original package that nothing replaces one to one"
 
 
@@ -94,14 +92,13 @@ ABSENT: Mapping[str, str] = {
     ),
     **_below(
         "deepspeed.ops",
-        "aio compile csrc deepspeed4science gds pin_memory quantizer random_ltd sparse_attention "
-        "triton_ops",
+        "aio compile csrc gds pin_memory quantizer random_ltd sparse_attention triton_ops",
         "ds_ops has the kernels and optimizers, ds_ops.aio the file I/O; `ds ops report` lists "
         "them",
     ),
     "deepspeed.ops.fp_quantizer": "use ds_ops.weight_only",
     "deepspeed.ops.op_builder": "operators are built at first use: `ds ops report` lists them",
-    "deepspeed.ops.transformer": FUSED_LAYERS,
+    "deepspeed.ops.transformer.inference": _INFERENCE,
     **_below("deepspeed.profiling", "config constants", _INTERNAL),
     **_below(
         "deepspeed.runtime.activation_checkpointing",
@@ -180,6 +177,7 @@ PROVIDED: Mapping[str, str] = {
             *("FusedAdamBuilder", "FusedLambBuilder", "FusedLionBuilder"),
         )
     },
+    "deepspeed.ops.transformer.inference.bias_add.nhwc_bias_add": "ds_core.ops.nhwc_bias_add",
     "deepspeed.runtime.bf16_optimizer.BF16_Optimizer": "deepspeed.runtime.base_optimizer",
     "deepspeed.runtime.constants.ROUTE_EVAL": _CONSTANTS,
     "deepspeed.runtime.constants.ROUTE_PREDICT": _CONSTANTS,

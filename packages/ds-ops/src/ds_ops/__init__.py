@@ -35,14 +35,18 @@ _HOMES = {
     "SharedMemoryAllReduce": "ds_ops.shared_memory",
     "pinned_empty": "ds_ops.pinned_memory",
     # layers
+    "bias_activation": "ds_core.ops.bias_activation",
     "cross_entropy": "ds_core.ops.cross_entropy",
     "geglu": "ds_core.ops.gated_activation",
     "layer_norm": "ds_core.ops.layer_norm",
     "linear_cross_entropy": "ds_core.ops.linear_cross_entropy",
+    "nhwc_bias_add": "ds_core.ops.nhwc_bias_add",
     "rms_norm": "ds_core.ops.rms_norm",
     "rope": "ds_core.ops.rope",
     "rope_tables": "ds_core.ops.rope",
     "swiglu": "ds_core.ops.gated_activation",
+    "TransformerLayer": "ds_ops.transformer_layer",
+    "TransformerLayerConfig": "ds_ops.transformer_layer",
     # quantization
     "dequantize": "ds_core.ops.quantize",
     "fake_quantize": "ds_core.ops.fake_quantize",
@@ -57,6 +61,7 @@ _HOMES = {
     "WeightOnlyLinear": "ds_ops.weight_only",
     # attention and experts
     "attention": "ds_core.ops.attention",
+    "evoformer_attention": "ds_core.ops.evoformer_attention",
     "grouped_mm": "ds_core.ops.grouped_mm",
     "grouped_mm_fp8": "ds_core.ops.grouped_mm_fp8",
     "moe_gate": "ds_core.ops.moe_gate",

@@ -57,6 +57,13 @@ TORCH: Mapping[str, TorchKernel] = MappingProxyType(
         "fake_quantize": TorchKernel(
             "fake_quantize:fake_quantize", ("cpu",), partly="fake_quantize:why_not"
         ),
+        "bias_activation": TorchKernel("bias_activation:bias_activation"),
+        "bias_activation_backward": TorchKernel("bias_activation:bias_activation_backward"),
+        "nhwc_bias_add": TorchKernel("nhwc_bias_add:nhwc_bias_add"),
+        "evoformer_attention": TorchKernel("evoformer_attention:evoformer_attention"),
+        "evoformer_attention_backward": TorchKernel(
+            "evoformer_attention:evoformer_attention_backward"
+        ),
     }
 )
 

@@ -27,6 +27,9 @@ LAUNCHES = {
     "long group": 1,
     "long ternary group": 3,
     "long chunk": 2,
+    "evoformer": 1,
+    "evoformer backward": 3,
+    "biases": 2,
 }
 
 

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 import ds_ops
 from ds_core import ops
 from ds_core.ops import adam_step, lamb_update, step_undo
-from ds_ops.triton_kernels import norms, targets
+from ds_ops.triton_kernels import bias_activation, evoformer_attention, norms, targets
 
 
 class Driver:
@@ -83,10 +83,14 @@ def quantized_there_and_back(x):
 
 def main():
     targets.architecture = lambda *_: "sm_90"
-    norms.processors = lambda _: 132
+    for module in (bias_activation, evoformer_attention, norms):
+        module.processors = lambda _: 132
     triton.runtime.driver.set_active(Driver())
     backward = (torch.ops.ds_ops, "rms_norm_backward")
+    attention = (torch.ops.ds_ops, "evoformer_attention_backward")
     ops.define(backward[1])
+    ops.define(attention[1])
+    residues = (1, 3, 20, 2, 8)
     found = {
         "chosen": {name: computed_by(name) for name in ops.names()},
         "block": graph_of(lambda x, w: ds_ops.swiglu(ds_ops.rms_norm(x, w), x), (4, 64), (64,)),
@@ -101,6 +105,17 @@ def main():
             lambda x: ds_ops.fake_quantize(x, 2, scheme="ternary"), (4, 2048)
         ),
         "long chunk": graph_of(lambda x, e: ds_ops.sign_pack(x, error=e), (4, 2048), (4, 2048)),
+        "evoformer": graph_of(
+            ds_ops.evoformer_attention, *[residues] * 3, (1, 3, 1, 1, 20), (1, 1, 2, 20, 20)
+        ),
+        "evoformer backward": graph_of(
+            lambda *t: getattr(*attention).default(*t[:-1], t[-1].float(), 0.5, [True, True]),
+            *([residues] * 4 + [(1, 3, 1, 1, 20), (1, 1, 2, 20, 20), residues, (1, 3, 2, 20)]),
+        ),
+        "biases": graph_of(
+            lambda x, b, n: (ds_ops.bias_activation(x, b, "relu"), ds_ops.nhwc_bias_add(n, b, n)),
+            *((4, 6), (6,), (2, 6, 1, 1)),  # of one pixel: in either memory format
+        ),
         "in place": graph_of(
             lambda x, c: ds_ops.rope(x, c, c, in_place=True), (1, 4, 2, 32), (4, 8)
         ),

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from ds_core.ops.activation import activate, slope
 from ds_core.ops.arguments import (
     FLOATS,
     expect,
@@ -62,7 +62,7 @@ def _gated(gate: torch.Tensor, up: torch.Tensor | None, activation: str) -> torc
 def reference(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """`act(gate) * up` with act "silu", "gelu" (by erf) or "gelu_tanh"; all of one shape."""
     _check(gate, up, activation)
-    return (_act(wide(gate), activation) * wide(up)).to(gate.dtype)
+    return (activate(wide(gate), activation) * wide(up)).to(gate.dtype)
 
 
 def backward_reference(
@@ -71,7 +71,9 @@ def backward_reference(
     """Gradients: of gate `grad * up * act'(gate)`, of up `grad * act(gate)`."""
     _check(gate, up, activation)
     g, v, u = wide(grad), wide(gate), wide(up)
-    return (g * u * _slope(v, activation)).to(gate.dtype), (g * _act(v, activation)).to(gate.dtype)
+    return (g * u * slope(v, activation)).to(gate.dtype), (g * activate(v, activation)).to(
+        gate.dtype
+    )
 
 
 def packed_reference(x: torch.Tensor, activation: str) -> torch.Tensor:
@@ -86,26 +88,6 @@ def packed_backward_reference(grad: torch.Tensor, x: torch.Tensor, activation: s
     _check_packed(x, activation)
     gate, up = x.chunk(2, dim=-1)
     return torch.cat(backward_reference(grad, gate, up, activation), dim=-1)
-
-
-def _act(v: torch.Tensor, activation: str) -> torch.Tensor:
-    if activation == "silu":
-        return F.silu(v)
-    return F.gelu(v, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-def _slope(v: torch.Tensor, activation: str) -> torch.Tensor:
-    """The derivative of the activation."""
-    if activation == "silu":
-        s = torch.sigmoid(v)
-        return s + v * s * (1 - s)
-    if activation == "gelu":
-        density = torch.exp(-0.5 * v * v) * 0.3989422804014327
-        return 0.5 * torch.erfc(-v * 0.7071067811865476) + v * density
-    # v * sigmoid(2 u), with u the argument of tanh
-    twice, cubic = 1.5957691216057308, 0.07135481627260025
-    s = torch.sigmoid(v * (twice + cubic * v * v))
-    return s + v * s * (1 - s) * (twice + 3 * cubic * v * v)
 
 
 def _check(gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:

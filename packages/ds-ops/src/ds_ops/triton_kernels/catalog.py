@@ -61,6 +61,11 @@ PARTLY: Mapping[str, str] = MappingProxyType(
     {
         "attention": "attention_calls:attention",
         "attention_backward": "attention_calls:attention_backward",
+        "bias_activation": "bias_activation:bias_activation",
+        "bias_activation_backward": "bias_activation:bias_activation_backward",
+        "nhwc_bias_add": "nhwc_bias_add:nhwc_bias_add",
+        "evoformer_attention": "evoformer_attention:evoformer_attention",
+        "evoformer_attention_backward": "evoformer_attention:evoformer_attention_backward",
     }
 )
 

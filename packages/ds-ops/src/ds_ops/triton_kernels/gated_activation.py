@@ -8,42 +8,9 @@ import triton.language as tl
 
 from ds_core.ops import gated_activation as op
 from ds_core.ops.arguments import expect, expect_shape
+from ds_ops.triton_kernels.activations import gate_of, slope_of
 from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain, types
 from ds_ops.triton_kernels.launching import launch
-
-#: Positions in `op.ACTIVATIONS`; silu is 0.
-_GELU, _GELU_TANH = tl.constexpr(1), tl.constexpr(2)
-
-
-@triton.jit
-def _exponent(v, ACTIVATION: tl.constexpr):
-    """Of silu and gelu_tanh, which are v * sigmoid(u): u."""
-    if ACTIVATION == _GELU_TANH:
-        v = v * (1.5957691216057308 + 0.07135481627260025 * v * v)
-    return v
-
-
-@triton.jit
-def _gate(v, ACTIVATION: tl.constexpr):
-    """The activation divided by v."""
-    if ACTIVATION == _GELU:
-        s = 0.5 + 0.5 * tl.erf(v * 0.7071067811865476)
-    else:
-        s = 1.0 / (1.0 + tl.exp(-_exponent(v, ACTIVATION)))
-    return s
-
-
-@triton.jit
-def _slope(v, s, ACTIVATION: tl.constexpr):
-    """The activation's derivative; s: `_gate` of v."""
-    if ACTIVATION == _GELU:
-        slope = s + v * tl.exp(-0.5 * v * v) * 0.3989422804014327
-    elif ACTIVATION == _GELU_TANH:
-        inner = 1.5957691216057308 + 0.21406444881780075 * v * v
-        slope = s + v * s * (1.0 - s) * inner
-    else:
-        slope = s + v * s * (1.0 - s)
-    return slope
 
 
 @triton.jit
@@ -68,7 +35,7 @@ def gated_forward(
     at = row * stride + column
     v = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up + up_offset + at, mask=mask, other=0.0).to(tl.float32)
-    out = v * _gate(v, ACTIVATION) * u
+    out = v * gate_of(v, ACTIVATION) * u
     tl.store(y + row * width + column, out.to(y.dtype.element_ty), mask=mask)
 
 
@@ -94,8 +61,8 @@ def gated_backward(
     g = tl.load(grad + row * width + column, mask=mask, other=0.0).to(tl.float32)
     v = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up + up_offset + at, mask=mask, other=0.0).to(tl.float32)
-    s = _gate(v, ACTIVATION)
-    slope = _slope(v, s, ACTIVATION)
+    s = gate_of(v, ACTIVATION)
+    slope = slope_of(v, s, ACTIVATION)
     tl.store(dgate + at, (g * u * slope).to(dgate.dtype.element_ty), mask=mask)
     tl.store(dup + up_offset + at, (g * v * s).to(dup.dtype.element_ty), mask=mask)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ds_core.ops.activation import activate
 from ds_core.ops.block_format import FORMATS
 
 Calls = dict[str, Callable[[], object]]
@@ -129,10 +130,39 @@ def _fake_quantize(x: torch.Tensor, limits: Any, bits: int, groups: int, *rest: 
     return {"torch.compile": lambda: _compiled(_there_and_back)(x, bits, groups)}
 
 
+def _biased(x: torch.Tensor, bias: torch.Tensor, activation: str) -> torch.Tensor:
+    return activate(x + bias, activation)
+
+
+def _bias_activation(x: torch.Tensor, bias: torch.Tensor, activation: str) -> Calls:
+    return {"torch.compile": lambda: _compiled(_biased)(x, bias, activation)}
+
+
+def _evoformer(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias1: torch.Tensor,
+    bias2: torch.Tensor,
+    scale: float,
+) -> Calls:
+    """With the sum of the biases in memory, which is as large as the scores."""
+    queries, keys, values = (t.transpose(2, 3).flatten(0, 1) for t in (q, k, v))
+    both = (bias1 + bias2).flatten(0, 1)
+
+    def torchs() -> torch.Tensor:
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=both, scale=scale)
+        return mixed.unflatten(0, q.shape[:2]).transpose(2, 3)
+
+    return {"torch": torchs}
+
+
 PEERS: Mapping[str, Callable[..., Calls]] = MappingProxyType(
     {
         "rms_norm": _rms_norm,
         "layer_norm": _layer_norm,
+        "bias_activation": _bias_activation,
+        "evoformer_attention": _evoformer,
         "gated_activation": _gated_activation,
         "rope": _rope,
         "cross_entropy": _cross_entropy,

@@ -226,6 +226,36 @@ def _sign_unpack(device: torch.device) -> Cases:
     return [("64M fp32", (codes, torch.ones(1, device=device), 1 << 26, torch.float32))]
 
 
+def _bias_activation(device: torch.device) -> Cases:
+    x, bias = randn(device, _LOW, _TOKENS, 16384), randn(device, _LOW, 16384)
+    return [(f"{_TOKENS}x16384 bf16 gelu_tanh", (x, bias, "gelu_tanh"))]
+
+
+def _bias_activation_backward(device: torch.device) -> Cases:
+    ((label, (x, bias, name)),) = _bias_activation(device)
+    return [(label, (x.flip(0).contiguous(), x, bias, name))]
+
+
+def _nhwc_bias_add(device: torch.device) -> Cases:
+    x = randn(device, _LOW, 32, 320, 128, 128).contiguous(memory_format=torch.channels_last)
+    bias = randn(device, _LOW, 320)
+    return [("32x320x128x128 bf16 with another", (x, bias, x.clone(), bias))]
+
+
+def _evoformer(device: torch.device) -> Cases:
+    q, k, v = (randn(device, _LOW, 1, 512, 384, 8, 32, seed=seed) for seed in range(3))
+    bias1, bias2 = randn(device, _LOW, 1, 512, 1, 1, 384), randn(device, _LOW, 1, 1, 8, 384, 384)
+    return [("s512 n384 h8 d32 bf16", (q, k, v, bias1, bias2, 32**-0.5))]
+
+
+def _evoformer_backward(device: torch.device) -> Cases:
+    ((label, (q, k, v, bias1, bias2, scale)),) = _evoformer(device)
+    # Not of these inputs, but as large: the time does not depend on it.
+    lse = torch.full((1, 512, 8, 384), 7.0, device=device)
+    rest = (bias1, bias2, v.clone(), lse, scale, [True, True])
+    return [(label, (q.flip(1).contiguous(), q, k, v, *rest))]
+
+
 #: What is not here is measured at the sizes of `Op.benchmarks`.
 SIZES: Mapping[str, Callable[[torch.device], Cases]] = MappingProxyType(
     {
@@ -239,6 +269,11 @@ SIZES: Mapping[str, Callable[[torch.device], Cases]] = MappingProxyType(
         "gated_activation_backward": _gated_backward,
         "gated_activation_packed": _gated_packed,
         "gated_activation_packed_backward": _gated_packed_backward,
+        "bias_activation": _bias_activation,
+        "bias_activation_backward": _bias_activation_backward,
+        "nhwc_bias_add": _nhwc_bias_add,
+        "evoformer_attention": _evoformer,
+        "evoformer_attention_backward": _evoformer_backward,
         "cross_entropy": _cross_entropy,
         "cross_entropy_": _cross_entropy_in_place,
         "moe_gate": _gate,
