@@ -22,6 +22,7 @@ _HOMES = {
     "CPUAdagrad": "ds_ops.optim",
     "CPUAdam": "ds_ops.optim",
     "CPULion": "ds_ops.optim",
+    "FusedAdagrad": "ds_ops.optim",
     "FusedAdam": "ds_ops.optim",
     "FusedLamb": "ds_ops.optim",
     "FusedLion": "ds_ops.optim",
@@ -44,6 +45,7 @@ _HOMES = {
     "swiglu": "ds_core.ops.gated_activation",
     # quantization
     "dequantize": "ds_core.ops.quantize",
+    "fake_quantize": "ds_core.ops.fake_quantize",
     "quantize": "ds_core.ops.quantize",
     "quantized_reduce": "ds_core.ops.quantized_reduce",
     "sign_pack": "ds_core.ops.sign_pack",
@@ -54,6 +56,7 @@ _HOMES = {
     "weight_only_linear": "ds_core.ops.weight_only_linear",
     "WeightOnlyLinear": "ds_ops.weight_only",
     # attention and experts
+    "attention": "ds_core.ops.attention",
     "grouped_mm": "ds_core.ops.grouped_mm",
     "grouped_mm_fp8": "ds_core.ops.grouped_mm_fp8",
     "moe_gate": "ds_core.ops.moe_gate",

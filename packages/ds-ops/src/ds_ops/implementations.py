@@ -42,12 +42,21 @@ _BOTH = ("cpu", "cuda")
 TORCH: Mapping[str, TorchKernel] = MappingProxyType(
     {
         "linear_cross_entropy": TorchKernel("linear_cross_entropy:linear_cross_entropy"),
+        **{
+            f"{name}_step_": TorchKernel(
+                f"optimizer_steps:{name}_step_", ("cuda",), 50, f"optimizer_steps:{name}_refusal"
+            )
+            for name in ("adam", "adagrad", "sgd")
+        },
         "grouped_mm": TorchKernel("grouped_mm:grouped_mm", _BOTH, 95, "grouped_mm:partly"),
         "grouped_mm_backward": TorchKernel(
             "grouped_mm:grouped_mm_backward", _BOTH, 95, "grouped_mm:partly"
         ),
         "grouped_mm_fp8": TorchKernel("fp8:grouped_mm_fp8", _BOTH, 95, "fp8:grouped_partly"),
         "scaled_mm": TorchKernel("fp8:scaled_mm", _BOTH, 95, "fp8:scaled_partly"),
+        "fake_quantize": TorchKernel(
+            "fake_quantize:fake_quantize", ("cpu",), partly="fake_quantize:why_not"
+        ),
     }
 )
 
@@ -87,7 +96,7 @@ class Cuda:
     """A kernel of the CUDA library; Triton's is preferred, until a measurement says otherwise."""
 
     name = "cuda"
-    priority = 90
+    priority = 80
     devices: tuple[str, ...] = ("cuda",)
 
     def __init__(self, op: str) -> None:
@@ -174,8 +183,9 @@ class Triton:
         return "jit"
 
     def partly(self) -> Callable[..., str | None] | None:
-        """Always None: a call that no config covers is an error which names those that exist."""
-        return None
+        """As `catalog.PARTLY` says; a call that no config covers is an error that names those."""
+        where = catalog.PARTLY.get(self.op)
+        return _function("triton_kernels", where) if where else None
 
     def traced(self) -> Callable[..., Any] | None:
         """The kernel, which launches are part of a graph in."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ds_core.ops.arguments import randn
+from ds_core.ops.block_format import FORMATS
 from ds_core.ops.rope import rope_tables
 
 Cases = list[tuple[str, tuple[Any, ...]]]
@@ -155,6 +156,76 @@ def _scaled(device: torch.device) -> Cases:
     return [("8192x8192x8192 fp8", (a, a.t(), one, one, None, _LOW))]
 
 
+def _quantize_blocks(device: torch.device) -> Cases:
+    x = randn(device, _LOW, _TOKENS, 8192)
+    return [
+        (f"{_TOKENS}x8192 bf16 {name}", (x, FORMATS[name].number, 128, True, None, 1, 1))
+        for name in ("int8", "int4", "fp8_e4m3", "fp6_e3m2")
+    ]
+
+
+def _quantize_feedback(device: torch.device) -> Cases:
+    x = randn(device, _LOW, _TOKENS, 8192)
+    rest = (FORMATS["int4"].number, 128, True, None, 1, 1)
+    return [(f"{_TOKENS}x8192 bf16 int4", (x, torch.zeros_like(x), 0.75, *rest))]
+
+
+def _codes(device: torch.device, name: str, *shape: int) -> tuple[Any, ...]:
+    """(codes, scales, zeros, format, block) of numbers in that shape."""
+    *lead, width = shape
+    row = FORMATS[name].packed_bytes(width)
+    codes = torch.randint(256, (*lead, row), device=device, dtype=torch.uint8)
+    scales = torch.ones(*lead, width // 128, device=device)
+    return codes, scales, None, FORMATS[name].number, 128
+
+
+def _dequantize_blocks(device: torch.device) -> Cases:
+    return [
+        (f"{_TOKENS}x8192 {name}", (*_codes(device, name, _TOKENS, 8192), _LOW, True))
+        for name in ("int8", "int4", "fp6_e3m2")
+    ]
+
+
+def _quantized_reduce(device: torch.device) -> Cases:
+    """What each of 8 ranks does with the gradients of 512 M parameters."""
+    rest = (True, FORMATS["int4"].number, True, None)
+    return [("8x64M int4", (*_codes(device, "int4", 8, 8192, 8192), *rest))]
+
+
+def _quantized_reduce_feedback(device: torch.device) -> Cases:
+    error = torch.zeros(8192, 8192, device=device)
+    return [
+        (label, (*args[:3], error, 0.75, *args[3:])) for label, args in _quantized_reduce(device)
+    ]
+
+
+def _fake_quantize(device: torch.device) -> Cases:
+    x = randn(device, _LOW, _TOKENS, 4096)
+    return [
+        (f"{_TOKENS}x4096 bf16 8 bits", (x, None, 8, _TOKENS, True, None)),
+        (f"{_TOKENS}x4096 bf16 4 bits one group", (x, None, 4, 1, True, None)),
+    ]
+
+
+def _fake_quantize_signs(device: torch.device) -> Cases:
+    x = randn(device, _LOW, _TOKENS, 4096)
+    return [(f"{_TOKENS}x4096 bf16 ternary", (x, _TOKENS, True))]
+
+
+def _sign_pack(device: torch.device) -> Cases:
+    x = randn(device, torch.float32, 1 << 26)
+    return [("64M fp32", (x, 0, False)), ("64M fp32 chunks of 4096", (x, 4096, False))]
+
+
+def _sign_pack_feedback(device: torch.device) -> Cases:
+    return [(label, (x, torch.zeros_like(x), *rest)) for label, (x, *rest) in _sign_pack(device)]
+
+
+def _sign_unpack(device: torch.device) -> Cases:
+    codes = torch.randint(256, (1 << 23,), device=device, dtype=torch.uint8)
+    return [("64M fp32", (codes, torch.ones(1, device=device), 1 << 26, torch.float32))]
+
+
 #: What is not here is measured at the sizes of `Op.benchmarks`.
 SIZES: Mapping[str, Callable[[torch.device], Cases]] = MappingProxyType(
     {
@@ -179,5 +250,15 @@ SIZES: Mapping[str, Callable[[torch.device], Cases]] = MappingProxyType(
         "grouped_mm_backward": _grouped_backward,
         "grouped_mm_fp8": _grouped_fp8,
         "scaled_mm": _scaled,
+        "quantize_blocks": _quantize_blocks,
+        "quantize_feedback_": _quantize_feedback,
+        "dequantize_blocks": _dequantize_blocks,
+        "quantized_reduce": _quantized_reduce,
+        "quantized_reduce_feedback_": _quantized_reduce_feedback,
+        "fake_quantize": _fake_quantize,
+        "fake_quantize_signs": _fake_quantize_signs,
+        "sign_pack": _sign_pack,
+        "sign_pack_feedback_": _sign_pack_feedback,
+        "sign_unpack": _sign_unpack,
     }
 )
