@@ -29,20 +29,25 @@ _WIDENED, _SAME, _HALVED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 def halved(bits):
     """The bits in float8_e4m3fnuz of half the numbers that they are in float8_e4m3fn.
 
-    It has one zero, and NaN where the other has -0.
+    It has one zero, and NaN where the other has -0. Without comparisons, of which a tile has more
+    than there are registers for their results.
     """
-    magnitude = bits.to(tl.int16) & 0x7F
-    found = tl.where(magnitude == 0x7F, 0x80, bits.to(tl.int16))
-    return tl.where(magnitude == 0, 0, found).to(tl.uint8)
+    wide = bits.to(tl.int16)
+    magnitude = wide & 0x7F
+    is_nan = (magnitude + 1) >> 7
+    is_some = (magnitude + 0x7F) >> 7
+    sign = ((wide & 0x80) | (is_nan << 7)) & -is_some
+    return ((magnitude & (is_nan - 1)) | sign).to(tl.uint8)
 
 
 @triton.jit
-def _half(bits):
-    """The numbers of float8_e4m3fn as fp16: the exponent's bias is 8 more, NaN has all bits."""
-    magnitude = bits.to(tl.int16) & 0x7F
-    sign = (bits.to(tl.int16) & 0x80) << 8
-    found = ((magnitude << 7) | sign).to(tl.float16, bitcast=True) * 256.0
-    return tl.where(magnitude == 0x7F, float("nan"), found).to(tl.float16)
+def widened(bits):
+    """The numbers of float8_e4m3fn as fp16: the exponent's bias is 8 more, NaN has all its bits."""
+    wide = bits.to(tl.int16)
+    magnitude = wide & 0x7F
+    is_nan = (magnitude + 1) >> 7
+    found = (magnitude << 7) | ((wide & 0x80) << 8) | (is_nan * 0x7C00)
+    return found.to(tl.float16, bitcast=True) * 256.0
 
 
 @triton.jit(do_not_specialize=["experts", "rows", "tiles"])
@@ -100,7 +105,7 @@ def fp8_product(
                 y = halved(y).to(tl.float8e4b8, bitcast=True)
                 total = tl.dot(x, y, total)
             else:
-                total = tl.dot(_half(x), _half(y), total)
+                total = tl.dot(widened(x), widened(y), total)
             left += K
             right += K * b_row
         if NUMBERS == _HALVED:
