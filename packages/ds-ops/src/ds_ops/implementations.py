@@ -41,6 +41,10 @@ TORCH: Mapping[str, TorchKernel] = MappingProxyType(
         "linear_cross_entropy": TorchKernel("linear_cross_entropy:linear_cross_entropy"),
         "grouped_mm": TorchKernel("grouped_mm:grouped_mm", ("cpu",)),
         "grouped_mm_backward": TorchKernel("grouped_mm:grouped_mm_backward", ("cpu",)),
+        "attention": TorchKernel("attention:attention", priority=150, partly="attention:not_taken"),
+        "attention_backward": TorchKernel(
+            "attention:attention_backward", priority=150, partly="attention:backward_not_taken"
+        ),
     }
 )
 

@@ -34,6 +34,8 @@ NAME = "attention"
 HEAD_SIZES = (16, 256)
 #: Of a window: no bound on that side.
 UNBOUNDED = -1
+#: Of 16-bit inputs lse, which is fp32, is only as exact as the exponentials that kernels take.
+TOLERANCE = {**CLASS, torch.float32: 1e-5}
 
 
 @overload
@@ -638,7 +640,7 @@ def benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
 
 def backward_benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
     found = []
-    for label, args in benchmarks(device)[2:]:
+    for label, args in benchmarks(device)[2:3]:
         out, lse = reference(*args)
         found.append((label, (out.flip(0).contiguous(), None, *args[:3], out, lse, *args[3:])))
     return found
@@ -654,7 +656,7 @@ OPS = (
         reference=reference,
         fake=fake,
         dtypes=FLOATS,
-        tolerance=CLASS,
+        tolerance=TOLERANCE,
         cases=cases,
         refused=refused,
         floor=floor,
