@@ -26,23 +26,6 @@ class TestAttentionBackward(OpContract):
     compiled = False
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
-class TestTorchOnGpu(OpContract):
-    """torch's own kernels; those in Triton have tests of their own."""
-
-    op = "attention"
-    devices = ("cuda",)
-    implementations = ("torch",)
-    compiled = False
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
-class TestTorchBackwardOnGpu(TestTorchOnGpu):
-    op = "attention_backward"
-
-
 def dense(q, k, v, mask=None, causal=False):
     """By torch's SDPA in float64, of `[batch, tokens, heads, d]`."""
     turned = (t.double().transpose(1, 2) for t in (q, k, v))

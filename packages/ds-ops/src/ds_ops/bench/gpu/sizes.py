@@ -84,6 +84,77 @@ def _cross_entropy_in_place(device: torch.device) -> Cases:
     return [(label, args[:-1]) for label, args in _cross_entropy(device)]
 
 
+def _gate(device: torch.device) -> Cases:
+    """Of DeepSeek-V3."""
+    args = (8, True, "sigmoid", randn(device, torch.float32, 256), 8, 4, 2.5)
+    return [("65536x256 fp32, 4 of 8 groups", (randn(device, torch.float32, 65536, 256), *args))]
+
+
+def _gate_backward(device: torch.device) -> Cases:
+    ((label, (logits, k, *_)),) = _gate(device)
+    indices = _experts(device, len(logits), k, 256)
+    grad = randn(device, torch.float32, len(logits), k)
+    args = (grad, None, logits, logits.sigmoid(), indices, True, "sigmoid", 2.5)
+    return [(label, args)]
+
+
+def _experts(device: torch.device, tokens: int, k: int, experts: int) -> torch.Tensor:
+    """Neighbours for each token, so that they differ."""
+    first = torch.randint(experts, (tokens, 1), device=device)
+    return ((first + torch.arange(k, device=device)) % experts).int()
+
+
+def _permute(device: torch.device) -> Cases:
+    x = randn(device, _LOW, _TOKENS, 2048)
+    return [
+        (f"{_TOKENS}x2048 bf16, 8 of 128", (x, _experts(device, _TOKENS, 8, 128), 128, None)),
+        (f"{_TOKENS}x2048 bf16, capacity", (x, _experts(device, _TOKENS, 8, 128), 128, 1280)),
+    ]
+
+
+def _unpermute(device: torch.device) -> Cases:
+    y, weights = randn(device, _LOW, _TOKENS * 8, 2048), torch.rand(_TOKENS, 8, device=device)
+    row_map = torch.randperm(_TOKENS * 8, device=device).int().view(_TOKENS, 8)
+    return [(f"{_TOKENS}x2048 bf16, 8 each", (y, row_map, weights))]
+
+
+def _unpermute_backward(device: torch.device) -> Cases:
+    ((label, (y, row_map, weights)),) = _unpermute(device)
+    return [(label, (randn(device, _LOW, _TOKENS, 2048), y, row_map, weights, len(y)))]
+
+
+def _grouped(device: torch.device) -> Cases:
+    """Of Mixtral with many rows, of Qwen3-MoE with few."""
+    found: Cases = []
+    for rows, experts, k, n in ((2 * _TOKENS, 8, 4096, 14336), (512, 128, 2048, 768)):
+        step = rows // experts
+        offsets = torch.arange(step, rows + 1, step, dtype=torch.int32, device=device)
+        a = randn(device, _LOW, rows, k)
+        b = randn(device, _LOW, experts, n, k).transpose(1, 2)
+        found.append((f"{rows}x{k}x{n}/{experts} bf16", (a, b, offsets)))
+    return found
+
+
+def _grouped_backward(device: torch.device) -> Cases:
+    (label, (a, b, offsets)), _ = _grouped(device)
+    return [(label, (a, randn(device, _LOW, len(a), b.shape[2]), offsets))]
+
+
+def _grouped_fp8(device: torch.device) -> Cases:
+    found: Cases = []
+    for label, (a, b, offsets) in _grouped(device):
+        scales = torch.ones(len(a), device=device), torch.ones(b.shape[::2], device=device)
+        args = (a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), *scales, offsets, _LOW)
+        found.append((label.replace("bf16", "fp8"), args))
+    return found
+
+
+def _scaled(device: torch.device) -> Cases:
+    a = randn(device, _LOW, 8192, 8192).to(torch.float8_e4m3fn)
+    one = torch.ones(1, device=device)
+    return [("8192x8192x8192 fp8", (a, a.t(), one, one, None, _LOW))]
+
+
 #: What is not here is measured at the sizes of `Op.benchmarks`.
 SIZES: Mapping[str, Callable[[torch.device], Cases]] = MappingProxyType(
     {
@@ -99,5 +170,14 @@ SIZES: Mapping[str, Callable[[torch.device], Cases]] = MappingProxyType(
         "gated_activation_packed_backward": _gated_packed_backward,
         "cross_entropy": _cross_entropy,
         "cross_entropy_": _cross_entropy_in_place,
+        "moe_gate": _gate,
+        "moe_gate_backward": _gate_backward,
+        "moe_permute": _permute,
+        "moe_unpermute": _unpermute,
+        "moe_unpermute_backward": _unpermute_backward,
+        "grouped_mm": _grouped,
+        "grouped_mm_backward": _grouped_backward,
+        "grouped_mm_fp8": _grouped_fp8,
+        "scaled_mm": _scaled,
     }
 )
