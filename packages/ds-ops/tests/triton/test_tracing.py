@@ -42,9 +42,11 @@ def seen():
 
 def test_every_op_with_a_kernel_is_computed_by_it_on_a_gpu(seen):
     both = ["torch", "triton"]
-    shared = dict.fromkeys(("grouped_mm", "grouped_mm_backward", "grouped_mm_fp8", "scaled_mm"), both)
+    shared = dict.fromkeys(
+        ("grouped_mm", "grouped_mm_backward", "grouped_mm_fp8", "scaled_mm"), both
+    )
     # Torch's takes what is faster there, ours 16 bits.
-    shared |= dict.fromkeys(("attention", "attention_backward"), [*both, "reference"])
+    shared |= {op: [*both, "reference"] for op in ("attention", "attention_backward")}
     for op in catalog.OPS:
         assert seen["chosen"][op] == shared.get(op, ["triton"]), op
 

@@ -205,7 +205,7 @@ def masked(
     weights = (scores - top).exp()
     total = weights.sum(-1, keepdim=True)
     none = ~seen.any(-1)
-    total = torch.where(none[:, None], 1.0, total)
+    total = torch.where(none.unsqueeze(-1), 1.0, total)
     out = (weights / total @ values).transpose(-2, -3)
     lse = (top + total.log()).squeeze(-1)
     return out.to(q.dtype).contiguous(), lse.masked_fill(none, -torch.inf)

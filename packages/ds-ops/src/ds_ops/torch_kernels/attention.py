@@ -168,10 +168,10 @@ def _plain(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """By products with all keys, of some queries at a time; looks at no value."""
     seen = _sight(q, k, query_starts, key_starts, left, right)
-    for rows in _chunks(q, k):
-        own, logs = masked(q[..., rows, :, :], k, v, scale, seen(rows))
-        out[..., rows, :, :] = own
-        lse[..., rows] = logs
+    for part in _chunks(q, k):
+        own, logs = masked(q.narrow(-3, *part), k, v, scale, seen(*part))
+        out.narrow(-3, *part).copy_(own)
+        lse.narrow(-1, *part).copy_(logs)
     return out, lse
 
 
@@ -196,23 +196,24 @@ def _plain_backward(
         for t in (k, v)
     )
     seen = _sight(q, k, query_starts, key_starts, left, right)
-    for rows in _chunks(q, k):
-        g, queries, results = (t[..., rows, :, :] for t in (grad, q, out))
-        of_lse = None if grad_lse is None else grad_lse[..., rows]
-        found = masked_backward(
-            *(g, of_lse, queries, k, v, results, lse[..., rows], scale, seen(rows))
-        )
-        dq[..., rows, :, :] = found[0].to(q.dtype)
+    for part in _chunks(q, k):
+        g, queries, results = (t.narrow(-3, *part) for t in (grad, q, out))
+        of_lse = None if grad_lse is None else grad_lse.narrow(-1, *part)
+        logs = lse.narrow(-1, *part)
+        found = masked_backward(g, of_lse, queries, k, v, results, logs, scale, seen(*part))
+        dq.narrow(-3, *part).copy_(found[0])
         dk += found[1]
         dv += found[2]
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _chunks(q: torch.Tensor, k: torch.Tensor) -> Iterator[slice]:
+def _chunks(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """The first query, and how many."""
     tokens = q.shape[-3]
-    step = max(1, _SCORES // max(1, q[..., :1, :, 0].numel() * k.shape[-3]))
+    each = q.shape[:-3].numel() * q.shape[-2] * k.shape[-3]
+    step = max(1, _SCORES // max(1, each))
     for begin in range(0, tokens, step):
-        yield slice(begin, min(begin + step, tokens))
+        yield begin, min(step, tokens - begin)
 
 
 def _sight(
@@ -222,14 +223,14 @@ def _sight(
     key_starts: torch.Tensor | None,
     left: int,
     right: int,
-) -> Callable[[slice], torch.Tensor]:
+) -> Callable[[int, int], torch.Tensor]:
     """What tells which keys some rows see, `[rows, keys]`, worked out on their device."""
     row, of_row = _places(q, query_starts)
     column, of_column = _places(k, key_starts)
 
-    def seen(rows: slice) -> torch.Tensor:
-        ahead = column - row[rows, None]
-        found = of_column == of_row[rows, None]
+    def seen(*part: int) -> torch.Tensor:
+        ahead = column - row.narrow(0, *part).unsqueeze(1)
+        found = of_column == of_row.narrow(0, *part).unsqueeze(1)
         if left != UNBOUNDED:
             found &= ahead >= -left
         if right != UNBOUNDED:
@@ -244,8 +245,11 @@ def _places(t: torch.Tensor, starts: torch.Tensor | None) -> tuple[torch.Tensor,
     at = torch.arange(t.shape[-3], device=t.device)
     if starts is None:
         return at - t.shape[-3], torch.zeros_like(at)
-    sequence = torch.bucketize(at, starts[1:], right=True)
-    return at - starts[1:][sequence.clamp(max=len(starts) - 2)] if len(at) else at, sequence
+    ends = starts.narrow(0, 1, len(starts) - 1)
+    if not len(at):
+        return at, at
+    sequence = torch.bucketize(at, ends, right=True)
+    return at - ends.index_select(0, sequence.clamp(max=len(ends) - 1)), sequence
 
 
 def not_taken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> str | None:
