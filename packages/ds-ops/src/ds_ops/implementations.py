@@ -64,6 +64,10 @@ TORCH: Mapping[str, TorchKernel] = MappingProxyType(
         "evoformer_attention_backward": TorchKernel(
             "evoformer_attention:evoformer_attention_backward"
         ),
+        "attention": TorchKernel("attention:attention", _BOTH, 95, "attention:not_taken"),
+        "attention_backward": TorchKernel(
+            "attention:attention_backward", _BOTH, 95, "attention:backward_not_taken"
+        ),
     }
 )
 

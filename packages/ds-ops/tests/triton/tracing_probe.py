@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 
 import ds_ops
 from ds_core import ops
-from ds_core.ops import adam_step, lamb_update, step_undo
+from ds_core.ops import adam_step, attention, lamb_update, step_undo
 from ds_ops.triton_kernels import bias_activation, evoformer_attention, norms, targets
 
 
@@ -81,15 +81,26 @@ def quantized_there_and_back(x):
     return ds_ops.dequantize(ds_ops.quantized_reduce(pieces, mean=True))
 
 
+def windowed(q, k, v):
+    """What torch's kernels do not take there."""
+    return ds_ops.attention(q, k, v, causal=True, window=3)
+
+
+def windowed_gradient(grad, q, k, v):
+    _, lse = attention.fake(q, k, v, None, None, 0.1, 2, 0)
+    arguments = (grad, None, q, k, v, q, lse, None, None, 0.1, 2, 0)
+    return ops.run("attention_backward", *arguments)[1]
+
+
 def main():
     targets.architecture = lambda *_: "sm_90"
     for module in (bias_activation, evoformer_attention, norms):
         module.processors = lambda _: 132
     triton.runtime.driver.set_active(Driver())
     backward = (torch.ops.ds_ops, "rms_norm_backward")
-    attention = (torch.ops.ds_ops, "evoformer_attention_backward")
+    evoformer = (torch.ops.ds_ops, "evoformer_attention_backward")
     ops.define(backward[1])
-    ops.define(attention[1])
+    ops.define(evoformer[1])
     residues = (1, 3, 20, 2, 8)
     found = {
         "chosen": {name: computed_by(name) for name in ops.names()},
@@ -109,7 +120,7 @@ def main():
             ds_ops.evoformer_attention, *[residues] * 3, (1, 3, 1, 1, 20), (1, 1, 2, 20, 20)
         ),
         "evoformer backward": graph_of(
-            lambda *t: getattr(*attention).default(*t[:-1], t[-1].float(), 0.5, [True, True]),
+            lambda *t: getattr(*evoformer).default(*t[:-1], t[-1].float(), 0.5, [True, True]),
             *([residues] * 4 + [(1, 3, 1, 1, 20), (1, 1, 2, 20, 20), residues, (1, 3, 2, 20)]),
         ),
         "biases": graph_of(
@@ -118,6 +129,10 @@ def main():
         ),
         "in place": graph_of(
             lambda x, c: ds_ops.rope(x, c, c, in_place=True), (1, 4, 2, 32), (4, 8)
+        ),
+        "attention": graph_of(windowed, (2, 40, 4, 72), *[(2, 50, 2, 72)] * 2),
+        "attention's gradient": graph_of(
+            windowed_gradient, *[(2, 40, 4, 72)] * 2, *[(2, 50, 2, 72)] * 2
         ),
         "step": graph_of(step, *[(64,)] * 5),
         "lamb": graph_of(lamb, *[(64,)] * 4),

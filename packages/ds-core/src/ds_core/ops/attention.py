@@ -34,6 +34,8 @@ NAME = "attention"
 HEAD_SIZES = (16, 256)
 #: Of a window: no bound on that side.
 UNBOUNDED = -1
+#: Of 16-bit inputs lse, which is fp32, is only as exact as the exponentials that kernels take.
+TOLERANCE = {**CLASS, torch.float32: 1e-5}
 
 
 @overload
@@ -203,7 +205,7 @@ def masked(
     weights = (scores - top).exp()
     total = weights.sum(-1, keepdim=True)
     none = ~seen.any(-1)
-    total = torch.where(none[:, None], 1.0, total)
+    total = torch.where(none.unsqueeze(-1), 1.0, total)
     out = (weights / total @ values).transpose(-2, -3)
     lse = (top + total.log()).squeeze(-1)
     return out.to(q.dtype).contiguous(), lse.masked_fill(none, -torch.inf)
@@ -638,7 +640,7 @@ def benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
 
 def backward_benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
     found = []
-    for label, args in benchmarks(device)[2:]:
+    for label, args in benchmarks(device)[2:3]:
         out, lse = reference(*args)
         found.append((label, (out.flip(0).contiguous(), None, *args[:3], out, lse, *args[3:])))
     return found
@@ -654,7 +656,7 @@ OPS = (
         reference=reference,
         fake=fake,
         dtypes=FLOATS,
-        tolerance=CLASS,
+        tolerance=TOLERANCE,
         cases=cases,
         refused=refused,
         floor=floor,

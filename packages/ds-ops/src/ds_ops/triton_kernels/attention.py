@@ -81,8 +81,9 @@ def _leave(base, value, batch, begin, row, count, total, head, heads, inner, wid
 
 
 @triton.jit
-def _forward_step(q, k, v, start, row, column, inner, shift, queries, keys, left, right, k_row, v_row,
-                  width, factor, top, total, result, EDGE: tl.constexpr, PADDED: tl.constexpr):  # fmt: skip
+def _forward_step(q, k, v, start, row, column, inner, shift, queries, keys, left, right, k_row,
+                  v_row, width, factor, top, total, result, EDGE: tl.constexpr,
+                  PADDED: tl.constexpr):  # fmt: skip
     """A tile of keys for a tile of queries."""
     key = load_rows(k, start, k_row, column, inner, keys, width, EDGE, PADDED)
     scores = tl.dot(q, key.trans(), input_precision="ieee") * factor
@@ -162,14 +163,14 @@ def attention_forward(
     result = tl.zeros((M, D), tl.float32)
     for index in range(inner_low, inner_high):
         top, total, result = _forward_step(
-            q_tile, k, v, index * N, row, column, inner, shift, query_count, key_count, left, right,
-            k_row, v_row, width, factor, top, total, result, False, PADDED,
+            q_tile, k, v, index * N, row, column, inner, shift, query_count, key_count,
+            left, right, k_row, v_row, width, factor, top, total, result, False, PADDED,
         )  # fmt: skip
     for index in range(high - low - (inner_high - inner_low)):
         start = edge_tile(index, low, inner_low, inner_high) * N
         top, total, result = _forward_step(
-            q_tile, k, v, start, row, column, inner, shift, query_count, key_count, left, right,
-            k_row, v_row, width, factor, top, total, result, True, PADDED,
+            q_tile, k, v, start, row, column, inner, shift, query_count, key_count,
+            left, right, k_row, v_row, width, factor, top, total, result, True, PADDED,
         )  # fmt: skip
     none = total == 0.0
     result = result / tl.where(none, 1.0, total)[:, None]
@@ -181,8 +182,9 @@ def attention_forward(
 
 
 @triton.jit
-def _query_step(q, grad, k, v, start, row, column, inner, shift, queries, keys, left, right, k_row, v_row,
-                width, factor, level, delta, result, EDGE: tl.constexpr, PADDED: tl.constexpr):  # fmt: skip
+def _query_step(q, grad, k, v, start, row, column, inner, shift, queries, keys, left, right, k_row,
+                v_row, width, factor, level, delta, result, EDGE: tl.constexpr,
+                PADDED: tl.constexpr):  # fmt: skip
     """What a tile of keys adds to the gradient of a tile of queries, without scale."""
     key = load_rows(k, start, k_row, column, inner, keys, width, EDGE, PADDED)
     scores = tl.dot(q, key.trans(), input_precision="ieee") * factor
@@ -274,22 +276,23 @@ def attention_backward_queries(
     total = tl.zeros((M, D), tl.float32)
     for index in range(inner_low, inner_high):
         total = _query_step(
-            q_tile, g_tile, k, v, index * N, row, column, inner, shift, query_count, key_count, left, right,
-            k_row, v_row, width, factor, level, lowered, total, False, PADDED,
+            q_tile, g_tile, k, v, index * N, row, column, inner, shift, query_count, key_count,
+            left, right, k_row, v_row, width, factor, level, lowered, total, False, PADDED,
         )  # fmt: skip
     for index in range(high - low - (inner_high - inner_low)):
         start = edge_tile(index, low, inner_low, inner_high) * N
         total = _query_step(
-            q_tile, g_tile, k, v, start, row, column, inner, shift, query_count, key_count, left, right,
-            k_row, v_row, width, factor, level, lowered, total, True, PADDED,
+            q_tile, g_tile, k, v, start, row, column, inner, shift, query_count, key_count,
+            left, right, k_row, v_row, width, factor, level, lowered, total, True, PADDED,
         )  # fmt: skip
     _leave(dq, total * scale, batch, query_begin, row, query_count, queries, head, heads, inner,
            width, PADDED)  # fmt: skip
 
 
 @triton.jit
-def _key_step(q, grad, lse, delta, k, v, start, row, column, inner, shift, queries, keys, left, right,
-              q_row, g_row, width, factor, dk, dv, EDGE: tl.constexpr, PADDED: tl.constexpr):  # fmt: skip
+def _key_step(q, grad, lse, delta, k, v, start, row, column, inner, shift, queries, keys, left,
+              right, q_row, g_row, width, factor, dk, dv, EDGE: tl.constexpr,
+              PADDED: tl.constexpr):  # fmt: skip
     """What a tile of queries adds to the gradients of a tile of keys and values."""
     query = load_rows(q, start, q_row, row, inner, queries, width, EDGE, PADDED)
     level = tl.load(lse + start + row, mask=row < queries - start, other=float("inf")) * LOG2E
@@ -418,7 +421,8 @@ _FORWARD = (
     _config(128, 64, 128, 8, 2, "sm_80"),
     _config(64, 32, 256, 8, 2, "sm_80"),
     _config(128, 128, 64, 8, 3, *_NEW),
-    _config(128, 128, 128, 8, 2, *_NEW),
+    _config(128, 128, 128, 8, 2, "sm_90"),
+    _config(128, 64, 128, 8, 3, "sm_100"),
     _config(64, 64, 256, 8, 2, *_NEW),
     _config(128, 64, 64, 4, 1, "gfx942"),
     _config(128, 64, 128, 4, 1, "gfx942"),

@@ -53,6 +53,11 @@ OPS: Mapping[str, str] = MappingProxyType(
         "sign_unpack": "sign_pack:sign_unpack",
         "attention": "attention:attention",
         "attention_backward": "attention:attention_backward",
+        "bias_activation": "bias_activation:bias_activation",
+        "bias_activation_backward": "bias_activation:bias_activation_backward",
+        "nhwc_bias_add": "nhwc_bias_add:nhwc_bias_add",
+        "evoformer_attention": "evoformer_attention:evoformer_attention",
+        "evoformer_attention_backward": "evoformer_attention:evoformer_attention_backward",
     }
 )
 
@@ -61,11 +66,6 @@ PARTLY: Mapping[str, str] = MappingProxyType(
     {
         "attention": "attention_calls:attention",
         "attention_backward": "attention_calls:attention_backward",
-        "bias_activation": "bias_activation:bias_activation",
-        "bias_activation_backward": "bias_activation:bias_activation_backward",
-        "nhwc_bias_add": "nhwc_bias_add:nhwc_bias_add",
-        "evoformer_attention": "evoformer_attention:evoformer_attention",
-        "evoformer_attention_backward": "evoformer_attention:evoformer_attention_backward",
     }
 )
 
