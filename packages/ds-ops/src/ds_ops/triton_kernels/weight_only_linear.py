@@ -1,0 +1,454 @@
+"""Linear layers on packed weights: a kernel for a few rows, and one with products of matrices.
+
+A few rows wait for the weight alone. A program takes the 16 outputs of one block, whose codes are
+one stream in memory: its warps read 64 bytes per step of inputs (16 words of int4 and fp6), next to
+each other, each byte once, and become numbers where they are. On an H200 a multiprocessor gets
+about 21 bytes per clock, which is 41 weights of int4 at 128 instructions, so that a weight may take
+three: int4 is shifted and masked into the fraction of a float in [1, 2), and what is too much by
+that is taken off by the sum of x, once for 8 weights. With few outputs for the device the inputs are
+cut into parts, which a second kernel adds up in their order.
+
+More rows are products of tiles: codes become numbers of x's dtype in registers, and go from there
+to the matrix instruction. The CPU's layout serves here too: a tile of 64 outputs reads 4 streams.
+Torch's own kernels want other layouts of codes (tiles of int4 for mma, in rows of int8), which would
+be a second copy of a weight, or a call's work before its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+
+from ds_core.ops import weight_only_linear as op
+from ds_core.ops.quantized_weight import BLOCK, format_of
+from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain, types
+from ds_ops.triton_kernels.launching import launch
+from ds_ops.triton_kernels.targets import MATRIX, processors
+
+#: Formats as the kernels know them.
+_FORMATS = {"int8": 0, "fp8_e4m3": 1, "fp6_e3m2": 2, "int4": 3}
+_INT8, _FP8, _FP6, _INT4 = (tl.constexpr(number) for number in _FORMATS.values())
+#: Inputs whose codes are one word, or three for fp6.
+_PER_UNIT = {"int8": 1, "fp8_e4m3": 1, "fp6_e3m2": 16, "int4": 8}
+
+
+@triton.jit
+def _words(codes, output, unit, mask, depth, PART: tl.constexpr, WORDS: tl.constexpr):
+    """Word PART of those WORDS that hold each unit's codes, `[units, outputs]`."""
+    per_block = depth.to(tl.int64) * 16
+    at = (output // 16) * per_block + output % 16
+    return tl.load(codes + at[None, :] + (unit * (16 * WORDS) + 16 * PART)[:, None], mask, 0)
+
+
+@triton.jit
+def _levels(codes, output, unit, mask, units, FORMAT: tl.constexpr):
+    """What codes stand for, fp32 `[units, inputs of a unit, outputs]`; see `_offset`."""
+    if FORMAT == _INT4:
+        word = _words(codes, output, unit, mask, units, 0, 1)[:, None, :]
+        place = 4 * tl.arange(0, 8)[None, :, None]
+        # Each code in the first bits of a fraction, its own first bit flipped: code + 8.
+        up = word << tl.maximum(19 - place, 0)
+        down = word >> tl.maximum(place - 19, 0)
+        bits = (tl.where(place < 19, up, down) & 0x00780000) ^ 0x3FC00000
+        return bits.to(tl.float32, bitcast=True)
+    elif FORMAT == _FP6:
+        first = _words(codes, output, unit, mask, units * 3, 0, 3)[:, None, :]
+        second = _words(codes, output, unit, mask, units * 3, 1, 3)[:, None, :]
+        third = _words(codes, output, unit, mask, units * 3, 2, 3)[:, None, :]
+        # Four codes each, in the lowest 24 bits.
+        quarter = tl.arange(0, 4)[None, :, None]
+        later = tl.where(quarter == 2, ((second >> 16) & 0xFFFF) | (third << 16), third >> 8)
+        early = tl.where(quarter == 0, first, ((first >> 24) & 0xFF) | (second << 8))
+        four = tl.where(quarter < 2, early, later)[:, :, None, :]
+        code = four << (26 - 6 * tl.arange(0, 4))[None, None, :, None]
+        # Sign, exponent and fraction where fp32 has them; the product sets the exponent's bias
+        # right, of subnormals too.
+        bits = ((code >> 5) & -0x7C200000).to(tl.float32, bitcast=True)
+        bits = bits * 2.1267647932558654e37
+        return tl.reshape(bits, (bits.shape[0], 16, bits.shape[3]))
+    else:
+        code = _words(codes, output, unit, mask, units, 0, 1)[:, None, :]
+        if FORMAT == _INT8:
+            return code.to(tl.float32)
+        else:
+            bits = (code.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78100000
+            return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+
+
+@triton.jit
+def _offset(zero, FORMAT: tl.constexpr):
+    """What is to be taken off levels, which are weights then but for scale and `_factor`."""
+    return 1.5 + zero * 0.0625 if FORMAT == _INT4 else zero
+
+
+@triton.jit
+def _factor(FORMAT: tl.constexpr):
+    return 16.0 if FORMAT == _INT4 else 1.0
+
+
+@triton.jit
+def linear_few(
+    x,
+    codes,
+    scales,
+    zeros,
+    bias,
+    y,
+    rows,
+    outputs,
+    depth,
+    parts,
+    GROUP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    PER_UNIT: tl.constexpr,
+    ZEROS: tl.constexpr,
+    BIASED: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    """16 outputs of up to ROWS rows, over one of `parts` parts of the inputs.
+
+    y: `[rows, outputs]`; with more than one part `[parts, rows, outputs]`, fp32, without bias.
+    """
+    block = tl.program_id(0)
+    part = tl.program_id(1)
+    units = depth // PER_UNIT
+    share = tl.cdiv(tl.cdiv(units, parts), UNITS) * UNITS
+    row = tl.arange(0, ROWS)
+    output = block * 16 + tl.arange(0, 16)
+    inner = tl.arange(0, PER_UNIT)
+    own = (block.to(tl.int64) * (depth // GROUP)) * 16 + tl.arange(0, 16)
+    total = tl.zeros((ROWS, UNITS, 16), tl.float32)
+    for start in range(part * share, tl.minimum((part + 1) * share, units), UNITS):
+        unit = start + tl.arange(0, UNITS)
+        there = unit < units
+        mask = there[:, None]
+        level = _levels(codes, output, unit, mask, units, FORMAT)
+        column = unit[:, None] * PER_UNIT + inner[None, :]
+        at = row[:, None, None] * depth + column[None, :, :]
+        inside = (row < rows)[:, None, None] & there[None, :, None]
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        group = own[None, :] + (unit * PER_UNIT // GROUP * 16)[:, None]
+        scale = tl.load(scales + group, mask=mask, other=0.0).to(tl.float32)
+        zero = tl.zeros((UNITS, 16), tl.float32)
+        if ZEROS:
+            zero = tl.load(zeros + group, mask=mask, other=0.0).to(tl.float32)
+        offset = _offset(zero, FORMAT)
+        if x.dtype.element_ty == tl.float32:
+            # Exact, as sums in fp32 would not be; 16 bits of x do not show the difference.
+            level = level - offset[:, None, :]
+        found = tl.sum(value[:, :, :, None] * level[None, :, :, :], axis=2)
+        if x.dtype.element_ty != tl.float32 and (ZEROS or FORMAT == _INT4):
+            found -= tl.sum(value, axis=2)[:, :, None] * offset[None, :, :]
+        total += found * (scale * _factor(FORMAT))[None, :, :]
+    out = tl.sum(total, axis=1)
+    inside = (row < rows)[:, None] & (output < outputs)[None, :]
+    if BIASED:
+        out += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
+    at = (part * rows + row).to(tl.int64)[:, None] * outputs + output[None, :]
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _tile(codes, scales, zeros, output, width, step, depth, GROUP: tl.constexpr,
+          FORMAT: tl.constexpr, PER_UNIT: tl.constexpr, ZEROS: tl.constexpr,
+          K: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Weights of inputs [step * K, (step + 1) * K), `[K, outputs]`; K divides GROUP.
+
+    output: numbers of outputs, of which those below width are packed.
+    """
+    unit = step * (K // PER_UNIT) + tl.arange(0, K // PER_UNIT)
+    inside = output < width
+    level = _levels(codes, output, unit, inside[None, :], depth // PER_UNIT, FORMAT)
+    level = tl.reshape(level, (K, level.shape[2]))
+    at = ((output // 16).to(tl.int64) * (depth // GROUP) + step * K // GROUP) * 16 + output % 16
+    scale = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32) * _factor(FORMAT)
+    zero = tl.zeros(output.shape, tl.float32)
+    if ZEROS:
+        zero = tl.load(zeros + at, mask=inside, other=0.0).to(tl.float32)
+    return ((level - _offset(zero, FORMAT)[None, :]) * scale[None, :]).to(DTYPE)
+
+
+@triton.jit
+def _product(a, b, total):
+    """total + a b, of fp32 not in fewer bits."""
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, total, input_precision="ieee")
+    else:
+        return tl.dot(a, b, total)
+
+
+@triton.jit
+def linear_many(
+    x,
+    codes,
+    scales,
+    zeros,
+    bias,
+    y,
+    rows,
+    outputs,
+    depth,
+    parts,
+    GROUP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    PER_UNIT: tl.constexpr,
+    ZEROS: tl.constexpr,
+    BIASED: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+):
+    """A tile of `x W^T + bias`, `[M, N]`, over one of `parts` parts of the inputs.
+
+    BACKWARD: of `x W`, `[M, K]`, over a part of the outputs; x is `[rows, outputs]` then, and y
+    `[rows, depth]`. With more than one part y is `[parts, rows, ...]`, fp32, without bias. Programs
+    that share weights run side by side, so that these are read from memory once.
+    """
+    tiles = tl.cdiv(rows, M)
+    row = (tl.program_id(0) % tiles) * M + tl.arange(0, M)
+    tile = tl.program_id(0) // tiles
+    part = tl.program_id(1)
+    width = tl.cdiv(outputs, 16) * 16
+    there = (row < rows)[:, None]
+    if BACKWARD:
+        share = tl.cdiv(tl.cdiv(outputs, N), parts)
+        total = tl.zeros((M, K), tl.float32)
+        for step in range(part * share, tl.minimum((part + 1) * share, tl.cdiv(outputs, N))):
+            output = step * N + tl.arange(0, N)
+            at = row.to(tl.int64)[:, None] * outputs + output[None, :]
+            left = tl.load(x + at, mask=there & (output < outputs)[None, :], other=0.0)
+            w = _tile(codes, scales, zeros, output, width, tile, depth, GROUP, FORMAT, PER_UNIT,
+                      ZEROS, K, x.dtype.element_ty)  # fmt: skip
+            total = _product(left, tl.trans(w), total)
+        column = tile * K + tl.arange(0, K)
+        long = depth
+    else:
+        share = tl.cdiv(depth // K, parts)
+        output = tile * N + tl.arange(0, N)
+        total = tl.zeros((M, N), tl.float32)
+        for step in range(part * share, tl.minimum((part + 1) * share, depth // K)):
+            at = row.to(tl.int64)[:, None] * depth + (step * K + tl.arange(0, K))[None, :]
+            left = tl.load(x + at, mask=there, other=0.0)
+            w = _tile(codes, scales, zeros, output, width, step, depth, GROUP, FORMAT, PER_UNIT,
+                      ZEROS, K, x.dtype.element_ty)  # fmt: skip
+            total = _product(left, w, total)
+        column = output
+        long = outputs
+        if BIASED:
+            added = tl.load(bias + column, mask=column < outputs, other=0.0).to(tl.float32)
+            total += added[None, :]
+    at = (part * rows + row).to(tl.int64)[:, None] * long + column[None, :]
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=there & (column < long)[None, :])
+
+
+@triton.jit
+def add_parts(parts, bias, y, size, width, count, BIASED: tl.constexpr, BLOCK: tl.constexpr):
+    """y = the sum of `count` parts `[size]`, in their order, + bias; rows are of `width`."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(count):
+        total += tl.load(parts + part * size + at, mask=inside, other=0.0)
+    if BIASED:
+        total += tl.load(bias + at % width, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
+
+
+#: Units that a program reads at a time: two to four times 16 bytes per thread.
+_UNITS = {"int8": 512, "fp8_e4m3": 512, "fp6_e3m2": 64, "int4": 256}
+#: Rows up to which each weight is multiplied by itself: four products per weight are still hidden
+#: behind memory, nearly.
+_FEW = 4
+#: Steps of a product that are worth a program.
+_STEPS = 4
+_SHORT = Config({"M": 16, "N": 64, "K": 128}, {"rows": 16}, warps=4, stages=3)
+_LONG = (
+    Config({"M": 64, "N": 128, "K": 64}, {"rows": 64}, warps=4, stages=3),
+    Config({"M": 128, "N": 128, "K": 64}, warps=8, stages=2),
+)
+#: Of a tile of 16 rows, which the widest instructions do not have.
+_NARROW = {**MATRIX, "sm_90": "mma.sync", "sm_100": "mma.sync"}
+_CODES = {"int8": "*i8", "fp8_e4m3": "*u8", "fp6_e3m2": "*i32", "int4": "*i32"}
+
+
+def _types(format: str, **constants: int | bool) -> dict[str, str | int | bool]:
+    return types(
+        {
+            "*bf16": "x scales zeros bias y",
+            _CODES[format]: "codes",
+            "i32": "rows parts",
+            "i32:16": "outputs depth",
+        },
+        **constants,
+        GROUP=128,
+        FORMAT=_FORMATS[format],
+        PER_UNIT=_PER_UNIT[format],
+        ZEROS=format == "int4",
+    )
+
+
+_ONE_BY_ONE = {
+    name: Kernel(
+        linear_few,
+        tuple(
+            Config({"ROWS": rows, "UNITS": _UNITS[name]}, {"rows": rows}, warps=8)
+            for rows in (1, _FEW)
+        ),
+        _types(name, BIASED=False),
+        variant=name,
+    )
+    for name in _FORMATS
+}
+_SHORT_TILES, _LONG_TILES = (
+    {
+        name: Kernel(
+            linear_many,
+            configs,
+            _types(name, BIASED=False, BACKWARD=False),
+            instructions,
+            variant=f"{name} {kind}",
+        )
+        for name in _FORMATS
+    }
+    for kind, configs, instructions in (("short", (_SHORT,), _NARROW), ("long", _LONG, MATRIX))
+)
+_BACKWARD = {
+    name: Kernel(
+        linear_many,
+        (Config({"M": 128, "N": 64, "K": 128}, warps=8, stages=2),),
+        _types(name, BIASED=False, BACKWARD=True),
+        MATRIX,
+        variant=f"{name} backward",
+    )
+    for name in _FORMATS
+}
+_ADD = Kernel(
+    add_parts,
+    (Config({"BLOCK": 512}, warps=4),),
+    types(
+        {"*fp32": "parts", "*bf16": "bias y", "i32": "count", "i32:16": "size width"}, BIASED=True
+    ),
+)
+KERNELS = (
+    *(kernel for by_format in (_ONE_BY_ONE, _SHORT_TILES, _LONG_TILES, _BACKWARD)
+      for kernel in by_format.values()),
+    _ADD,
+)  # fmt: skip
+
+
+def weight_only_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    outputs: int,
+    bits: int,
+) -> torch.Tensor:
+    """As `ds_core.ops.weight_only_linear.reference`."""
+    y = op.fake(x, codes, scales, zeros, bias, outputs, bits)
+    expect_plain(op.NAME, x=x, codes=codes, scales=scales, zeros=zeros, bias=bias)
+    depth = x.shape[-1]
+    rows = x.numel() // depth
+    format = format_of(op.NAME, codes, bits)
+    group = depth // scales.shape[1]
+    if rows <= _FEW:
+        kernel = _ONE_BY_ONE[format]
+        config = kernel.config(op.NAME, x.device, rows=rows)
+        tiles = blocks(outputs, BLOCK)
+        steps = blocks(depth // _PER_UNIT[format], config.constants["UNITS"])
+        parts = min(max(1, 2 * processors(x.device) // tiles), steps)
+        constants = {}
+    else:
+        kernel = (_SHORT_TILES if rows <= _SHORT.up_to["rows"] else _LONG_TILES)[format]
+        config = _fitting(kernel.config(op.NAME, x.device, rows=rows), group)
+        tiles = blocks(rows, config.constants["M"]) * blocks(outputs, config.constants["N"])
+        parts = _parts(tiles, depth // config.constants["K"], x.device)
+        constants = {"BACKWARD": False}
+    _run(
+        *(kernel, config, (tiles, parts), (x, codes, scales, zeros, bias, y)),
+        *((rows, outputs, depth), group, format, constants),
+    )
+    return y
+
+
+def weight_only_linear_backward(
+    grad: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    inputs: int,
+    bits: int,
+) -> torch.Tensor:
+    """As `ds_core.ops.weight_only_linear.backward_reference`."""
+    name = "weight_only_linear_backward"
+    dx = op.backward_fake(grad, codes, scales, zeros, inputs, bits)
+    expect_plain(name, grad=grad, codes=codes, scales=scales, zeros=zeros)
+    outputs = grad.shape[-1]
+    rows = grad.numel() // outputs
+    format = format_of(name, codes, bits)
+    group = inputs // scales.shape[1]
+    kernel = _BACKWARD[format]
+    config = _fitting(kernel.config(name, grad.device, rows=rows), group)
+    tiles = blocks(rows, config.constants["M"]) * (inputs // config.constants["K"])
+    parts = _parts(tiles, blocks(outputs, config.constants["N"]), grad.device)
+    _run(
+        *(kernel, config, (tiles, parts), (grad, codes, scales, zeros, None, dx)),
+        *((rows, outputs, inputs), group, format, {"BACKWARD": True}),
+    )
+    return dx
+
+
+def _run(
+    kernel: Kernel,
+    config: Config,
+    grid: tuple[int, int],
+    tensors: tuple[torch.Tensor | None, ...],
+    sizes: tuple[int, int, int],
+    group: int,
+    format: str,
+    constants: dict[str, bool],
+) -> None:
+    """Launch a kernel, and what adds up its parts if there is more than one."""
+    x, codes, scales, zeros, bias, y = tensors
+    assert x is not None
+    assert y is not None
+    if y.numel() == 0:
+        return
+    parts = grid[1]
+    whole = parts == 1
+    to = y if whole else torch.empty((parts, y.numel()), dtype=torch.float32, device=y.device)
+    launch(
+        *(kernel, config, grid),
+        *(x, codes, scales, scales if zeros is None else zeros, x if bias is None else bias, to),
+        *(*sizes, parts),
+        **constants,
+        GROUP=group,
+        FORMAT=_FORMATS[format],
+        PER_UNIT=_PER_UNIT[format],
+        ZEROS=zeros is not None,
+        BIASED=whole and bias is not None,
+    )
+    if not whole:
+        adding = _ADD.config(op.NAME, y.device)
+        launch(
+            *(_ADD, adding, (blocks(y.numel(), adding.constants["BLOCK"]),)),
+            *(to, x if bias is None else bias, y, y.numel(), y.shape[-1], parts),
+            BIASED=bias is not None,
+        )
+
+
+def _fitting(config: Config, group: int) -> Config:
+    """The config, with as many inputs at a time as have one scale."""
+    together = min(config.constants["K"], group & -group)
+    return replace(config, constants={**config.constants, "K": together})
+
+
+def _parts(tiles: int, steps: int, device: torch.device) -> int:
+    """Into how many parts sums are cut, so that a device has enough to do."""
+    return min(max(1, processors(device) // max(tiles, 1)), max(1, steps // _STEPS))
