@@ -44,38 +44,63 @@ def _words(codes, output, unit, mask, depth, PART: tl.constexpr, WORDS: tl.const
 
 
 @triton.jit
+def _int4(bits):
+    """From codes in bits 19 to 22: floats in [1, 2), with code + 8 in their fractions."""
+    return ((bits & 0x00780000) ^ 0x3FC00000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _fp6(bits):
+    """From codes in the highest bits: sign, exponent and fraction to where fp32 has them.
+
+    The product sets the exponent's bias right, of subnormals too.
+    """
+    return ((bits >> 5) & -0x7C200000).to(tl.float32, bitcast=True) * 2.1267647932558654e37
+
+
+@triton.jit
+def _bytes(code, FORMAT: tl.constexpr):
+    """From codes of 8 bits; fp8 as `_fp6`."""
+    if FORMAT == _INT8:
+        return code.to(tl.float32)
+    else:
+        bits = (code.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78100000
+        return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+
+
+@triton.jit
+def _quarters(first, second, third):
+    """The 16 codes of three words by fours, each in the lowest 24 bits; above may be others."""
+    return (
+        first,
+        ((first >> 24) & 0xFF) | (second << 8),
+        ((second >> 16) & 0xFFFF) | (third << 16),
+        third >> 8,
+    )
+
+
+@triton.jit
 def _levels(codes, output, unit, mask, units, FORMAT: tl.constexpr):
     """What codes stand for, fp32 `[units, inputs of a unit, outputs]`; see `_offset`."""
     if FORMAT == _INT4:
         word = _words(codes, output, unit, mask, units, 0, 1)[:, None, :]
         place = 4 * tl.arange(0, 8)[None, :, None]
-        # Each code in the first bits of a fraction, its own first bit flipped: code + 8.
         up = word << tl.maximum(19 - place, 0)
-        down = word >> tl.maximum(place - 19, 0)
-        bits = (tl.where(place < 19, up, down) & 0x00780000) ^ 0x3FC00000
-        return bits.to(tl.float32, bitcast=True)
+        return _int4(tl.where(place < 19, up, word >> tl.maximum(place - 19, 0)))
     elif FORMAT == _FP6:
-        first = _words(codes, output, unit, mask, units * 3, 0, 3)[:, None, :]
-        second = _words(codes, output, unit, mask, units * 3, 1, 3)[:, None, :]
-        third = _words(codes, output, unit, mask, units * 3, 2, 3)[:, None, :]
-        # Four codes each, in the lowest 24 bits.
+        four = _quarters(
+            _words(codes, output, unit, mask, units * 3, 0, 3)[:, None, :],
+            _words(codes, output, unit, mask, units * 3, 1, 3)[:, None, :],
+            _words(codes, output, unit, mask, units * 3, 2, 3)[:, None, :],
+        )
         quarter = tl.arange(0, 4)[None, :, None]
-        later = tl.where(quarter == 2, ((second >> 16) & 0xFFFF) | (third << 16), third >> 8)
-        early = tl.where(quarter == 0, first, ((first >> 24) & 0xFF) | (second << 8))
-        four = tl.where(quarter < 2, early, later)[:, :, None, :]
-        code = four << (26 - 6 * tl.arange(0, 4))[None, None, :, None]
-        # Sign, exponent and fraction where fp32 has them; the product sets the exponent's bias
-        # right, of subnormals too.
-        bits = ((code >> 5) & -0x7C200000).to(tl.float32, bitcast=True)
-        bits = bits * 2.1267647932558654e37
-        return tl.reshape(bits, (bits.shape[0], 16, bits.shape[3]))
+        early = tl.where(quarter == 0, four[0], four[1])
+        late = tl.where(quarter == 2, four[2], four[3])
+        code = tl.where(quarter < 2, early, late)[:, :, None, :]
+        found = _fp6(code << (26 - 6 * tl.arange(0, 4))[None, None, :, None])
+        return tl.reshape(found, (found.shape[0], 16, found.shape[3]))
     else:
-        code = _words(codes, output, unit, mask, units, 0, 1)[:, None, :]
-        if FORMAT == _INT8:
-            return code.to(tl.float32)
-        else:
-            bits = (code.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78100000
-            return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+        return _bytes(_words(codes, output, unit, mask, units, 0, 1)[:, None, :], FORMAT)
 
 
 @triton.jit
@@ -90,14 +115,13 @@ def _factor(FORMAT: tl.constexpr):
 
 
 @triton.jit
-def linear_few(
+def linear_one(
     x,
     codes,
     scales,
     zeros,
     bias,
     y,
-    rows,
     outputs,
     depth,
     parts,
@@ -106,49 +130,64 @@ def linear_few(
     PER_UNIT: tl.constexpr,
     ZEROS: tl.constexpr,
     BIASED: tl.constexpr,
-    ROWS: tl.constexpr,
     UNITS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """16 outputs of up to ROWS rows, over one of `parts` parts of the inputs.
+    """16 outputs of one row, over one of `parts` parts of the inputs.
 
-    y: `[rows, outputs]`; with more than one part `[parts, rows, outputs]`, fp32, without bias.
+    y: `[outputs]`; with more than one part `[parts, outputs]`, fp32, without bias. Only tensors of
+    two dimensions, as codes lie in memory: each thread keeps the words that it reads, and is handed
+    none of another's.
     """
     block = tl.program_id(0)
     part = tl.program_id(1)
     units = depth // PER_UNIT
     share = tl.cdiv(tl.cdiv(units, parts), UNITS) * UNITS
-    row = tl.arange(0, ROWS)
+    stop = tl.minimum((part + 1) * share, units)
     output = block * 16 + tl.arange(0, 16)
-    inner = tl.arange(0, PER_UNIT)
-    own = (block.to(tl.int64) * (depth // GROUP)) * 16 + tl.arange(0, 16)
-    total = tl.zeros((ROWS, UNITS, 16), tl.float32)
-    for start in range(part * share, tl.minimum((part + 1) * share, units), UNITS):
+    own = block.to(tl.int64) * (depth // GROUP) * 16 + tl.arange(0, 16)
+    total = tl.zeros((UNITS, 16), tl.float32)
+    for start in tl.range(part * share, stop, UNITS, num_stages=AHEAD):
         unit = start + tl.arange(0, UNITS)
         there = unit < units
         mask = there[:, None]
-        level = _levels(codes, output, unit, mask, units, FORMAT)
-        column = unit[:, None] * PER_UNIT + inner[None, :]
-        at = row[:, None, None] * depth + column[None, :, :]
-        inside = (row < rows)[:, None, None] & there[None, :, None]
-        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         group = own[None, :] + (unit * PER_UNIT // GROUP * 16)[:, None]
         scale = tl.load(scales + group, mask=mask, other=0.0).to(tl.float32)
         zero = tl.zeros((UNITS, 16), tl.float32)
         if ZEROS:
             zero = tl.load(zeros + group, mask=mask, other=0.0).to(tl.float32)
         offset = _offset(zero, FORMAT)
-        if x.dtype.element_ty == tl.float32:
-            # Exact, as sums in fp32 would not be; 16 bits of x do not show the difference.
-            level = level - offset[:, None, :]
-        found = tl.sum(value[:, :, :, None] * level[None, :, :, :], axis=2)
+        if FORMAT == _FP6:
+            four = _quarters(
+                _words(codes, output, unit, mask, units * 3, 0, 3),
+                _words(codes, output, unit, mask, units * 3, 1, 3),
+                _words(codes, output, unit, mask, units * 3, 2, 3),
+            )
+        else:
+            word = _words(codes, output, unit, mask, units, 0, 1)
+        found = tl.zeros((UNITS, 16), tl.float32)
+        added = tl.zeros((UNITS,), tl.float32)
+        for j in tl.static_range(PER_UNIT):
+            value = tl.load(x + unit * PER_UNIT + j, mask=there, other=0.0).to(tl.float32)
+            if FORMAT == _FP6:
+                level = _fp6(four[j // 4] << (26 - 6 * (j % 4)))
+            elif FORMAT == _INT4:
+                level = _int4(word << (19 - 4 * j) if j < 5 else word >> (4 * j - 19))
+            else:
+                level = _bytes(word, FORMAT)
+            if x.dtype.element_ty == tl.float32:
+                # Exact, as sums in fp32 would not be; 16 bits of x do not show the difference.
+                level = level - offset
+            found += value[:, None] * level
+            added += value
         if x.dtype.element_ty != tl.float32 and (ZEROS or FORMAT == _INT4):
-            found -= tl.sum(value, axis=2)[:, :, None] * offset[None, :, :]
-        total += found * (scale * _factor(FORMAT))[None, :, :]
-    out = tl.sum(total, axis=1)
-    inside = (row < rows)[:, None] & (output < outputs)[None, :]
+            found -= added[:, None] * offset
+        total += found * (scale * _factor(FORMAT))
+    out = tl.sum(total, axis=0)
+    inside = output < outputs
     if BIASED:
-        out += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
-    at = (part * rows + row).to(tl.int64)[:, None] * outputs + output[None, :]
+        out += tl.load(bias + output, mask=inside, other=0.0).to(tl.float32)
+    at = part.to(tl.int64) * outputs + output
     tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
 
 
@@ -259,11 +298,8 @@ def add_parts(parts, bias, y, size, width, count, BIASED: tl.constexpr, BLOCK: t
     tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
 
 
-#: Units that a program reads at a time: two to four times 16 bytes per thread.
-_UNITS = {"int8": 512, "fp8_e4m3": 512, "fp6_e3m2": 64, "int4": 256}
-#: Rows up to which each weight is multiplied by itself: four products per weight are still hidden
-#: behind memory, nearly.
-_FEW = 4
+#: Units that a program reads at a time: 8 KiB of codes, 32 bytes per thread.
+_UNITS = {"int8": 512, "fp8_e4m3": 512, "fp6_e3m2": 64, "int4": 128}
 #: Steps of a product that are worth a program.
 _STEPS = 4
 _SHORT = Config({"M": 16, "N": 64, "K": 128}, {"rows": 16}, warps=4, stages=3)
@@ -281,7 +317,7 @@ def _types(format: str, **constants: int | bool) -> dict[str, str | int | bool]:
         {
             "*bf16": "x scales zeros bias y",
             _CODES[format]: "codes",
-            "i32": "rows parts",
+            "i32": "parts" if "BACKWARD" not in constants else "rows parts",
             "i32:16": "outputs depth",
         },
         **constants,
@@ -292,17 +328,14 @@ def _types(format: str, **constants: int | bool) -> dict[str, str | int | bool]:
     )
 
 
-_ONE_BY_ONE = {
+_ONE = {
     name: Kernel(
-        linear_few,
-        tuple(
-            Config({"ROWS": rows, "UNITS": _UNITS[name]}, {"rows": rows}, warps=8)
-            for rows in (1, _FEW)
-        ),
+        linear_one,
+        (Config({"UNITS": units, "AHEAD": 3}, {"rows": 1}, warps=8),),
         _types(name, BIASED=False),
         variant=name,
     )
-    for name in _FORMATS
+    for name, units in _UNITS.items()
 }
 _SHORT_TILES, _LONG_TILES = (
     {
@@ -335,7 +368,7 @@ _ADD = Kernel(
     ),
 )
 KERNELS = (
-    *(kernel for by_format in (_ONE_BY_ONE, _SHORT_TILES, _LONG_TILES, _BACKWARD)
+    *(kernel for by_format in (_ONE, _SHORT_TILES, _LONG_TILES, _BACKWARD)
       for kernel in by_format.values()),
     _ADD,
 )  # fmt: skip
@@ -357,22 +390,22 @@ def weight_only_linear(
     rows = x.numel() // depth
     format = format_of(op.NAME, codes, bits)
     group = depth // scales.shape[1]
-    if rows <= _FEW:
-        kernel = _ONE_BY_ONE[format]
+    if rows == 1:
+        kernel = _ONE[format]
         config = kernel.config(op.NAME, x.device, rows=rows)
         tiles = blocks(outputs, BLOCK)
         steps = blocks(depth // _PER_UNIT[format], config.constants["UNITS"])
         parts = min(max(1, 2 * processors(x.device) // tiles), steps)
-        constants = {}
+        sizes, constants = (outputs, depth), {}
     else:
         kernel = (_SHORT_TILES if rows <= _SHORT.up_to["rows"] else _LONG_TILES)[format]
         config = _fitting(kernel.config(op.NAME, x.device, rows=rows), group)
         tiles = blocks(rows, config.constants["M"]) * blocks(outputs, config.constants["N"])
         parts = _parts(tiles, depth // config.constants["K"], x.device)
-        constants = {"BACKWARD": False}
+        sizes, constants = (rows, outputs, depth), {"BACKWARD": False}
     _run(
         *(kernel, config, (tiles, parts), (x, codes, scales, zeros, bias, y)),
-        *((rows, outputs, depth), group, format, constants),
+        *(sizes, group, format, constants),
     )
     return y
 
@@ -409,7 +442,7 @@ def _run(
     config: Config,
     grid: tuple[int, int],
     tensors: tuple[torch.Tensor | None, ...],
-    sizes: tuple[int, int, int],
+    sizes: tuple[int, ...],
     group: int,
     format: str,
     constants: dict[str, bool],
