@@ -69,38 +69,31 @@ def _bytes(code, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def _quarters(first, second, third):
-    """The 16 codes of three words by fours, each in the lowest 24 bits; above may be others."""
-    return (
-        first,
-        ((first >> 24) & 0xFF) | (second << 8),
-        ((second >> 16) & 0xFFFF) | (third << 16),
-        third >> 8,
-    )
+def _read(codes, output, unit, mask, units, FORMAT: tl.constexpr):
+    """The words of each unit, `[units, outputs]`; of fp6 its codes by fours, in 24 bits."""
+    if FORMAT == _FP6:
+        first = _words(codes, output, unit, mask, units * 3, 0, 3)
+        second = _words(codes, output, unit, mask, units * 3, 1, 3)
+        third = _words(codes, output, unit, mask, units * 3, 2, 3)
+        return (
+            first,
+            ((first >> 24) & 0xFF) | (second << 8),
+            ((second >> 16) & 0xFFFF) | (third << 16),
+            third >> 8,
+        )
+    else:
+        return (_words(codes, output, unit, mask, units, 0, 1),)
 
 
 @triton.jit
-def _levels(codes, output, unit, mask, units, FORMAT: tl.constexpr):
-    """What codes stand for, fp32 `[units, inputs of a unit, outputs]`; see `_offset`."""
-    if FORMAT == _INT4:
-        word = _words(codes, output, unit, mask, units, 0, 1)[:, None, :]
-        place = 4 * tl.arange(0, 8)[None, :, None]
-        up = word << tl.maximum(19 - place, 0)
-        return _int4(tl.where(place < 19, up, word >> tl.maximum(place - 19, 0)))
-    elif FORMAT == _FP6:
-        four = _quarters(
-            _words(codes, output, unit, mask, units * 3, 0, 3)[:, None, :],
-            _words(codes, output, unit, mask, units * 3, 1, 3)[:, None, :],
-            _words(codes, output, unit, mask, units * 3, 2, 3)[:, None, :],
-        )
-        quarter = tl.arange(0, 4)[None, :, None]
-        early = tl.where(quarter == 0, four[0], four[1])
-        late = tl.where(quarter == 2, four[2], four[3])
-        code = tl.where(quarter < 2, early, late)[:, :, None, :]
-        found = _fp6(code << (26 - 6 * tl.arange(0, 4))[None, None, :, None])
-        return tl.reshape(found, (found.shape[0], 16, found.shape[3]))
+def _level(words, J: tl.constexpr, FORMAT: tl.constexpr):
+    """What the code of each unit's input J stands for, fp32 `[units, outputs]`; see `_offset`."""
+    if FORMAT == _FP6:
+        return _fp6(words[J // 4] << (26 - 6 * (J % 4)))
+    elif FORMAT == _INT4:
+        return _int4(words[0] << (19 - 4 * J) if J < 5 else words[0] >> (4 * J - 19))
     else:
-        return _bytes(_words(codes, output, unit, mask, units, 0, 1)[:, None, :], FORMAT)
+        return _bytes(words[0], FORMAT)
 
 
 @triton.jit
@@ -157,24 +150,12 @@ def linear_one(
         if ZEROS:
             zero = tl.load(zeros + group, mask=mask, other=0.0).to(tl.float32)
         offset = _offset(zero, FORMAT)
-        if FORMAT == _FP6:
-            four = _quarters(
-                _words(codes, output, unit, mask, units * 3, 0, 3),
-                _words(codes, output, unit, mask, units * 3, 1, 3),
-                _words(codes, output, unit, mask, units * 3, 2, 3),
-            )
-        else:
-            word = _words(codes, output, unit, mask, units, 0, 1)
+        words = _read(codes, output, unit, mask, units, FORMAT)
         found = tl.zeros((UNITS, 16), tl.float32)
         added = tl.zeros((UNITS,), tl.float32)
         for j in tl.static_range(PER_UNIT):
             value = tl.load(x + unit * PER_UNIT + j, mask=there, other=0.0).to(tl.float32)
-            if FORMAT == _FP6:
-                level = _fp6(four[j // 4] << (26 - 6 * (j % 4)))
-            elif FORMAT == _INT4:
-                level = _int4(word << (19 - 4 * j) if j < 5 else word >> (4 * j - 19))
-            else:
-                level = _bytes(word, FORMAT)
+            level = _level(words, j, FORMAT)
             if x.dtype.element_ty == tl.float32:
                 # Exact, as sums in fp32 would not be; 16 bits of x do not show the difference.
                 level = level - offset
@@ -192,23 +173,59 @@ def linear_one(
 
 
 @triton.jit
+def _weight(words, offset, scale, J: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
+    """Weights of each unit's input J, `[units, outputs]`."""
+    level = _level(words, J, FORMAT)
+    if DTYPE == tl.float32:
+        return (level - offset) * scale
+    else:
+        return (level * scale - offset * scale).to(DTYPE)  # one instruction, exact enough
+
+
+@triton.jit
+def _eight(words, offset, scale, FIRST: tl.constexpr, STEP: tl.constexpr, FORMAT: tl.constexpr,
+           DTYPE: tl.constexpr):  # fmt: skip
+    """Weights of 8 inputs of each unit, every STEP-th, `[units, outputs, 2, 2, 2]`."""
+    w0 = _weight(words, offset, scale, FIRST, FORMAT, DTYPE)
+    w1 = _weight(words, offset, scale, FIRST + STEP, FORMAT, DTYPE)
+    w2 = _weight(words, offset, scale, FIRST + 2 * STEP, FORMAT, DTYPE)
+    w3 = _weight(words, offset, scale, FIRST + 3 * STEP, FORMAT, DTYPE)
+    w4 = _weight(words, offset, scale, FIRST + 4 * STEP, FORMAT, DTYPE)
+    w5 = _weight(words, offset, scale, FIRST + 5 * STEP, FORMAT, DTYPE)
+    w6 = _weight(words, offset, scale, FIRST + 6 * STEP, FORMAT, DTYPE)
+    w7 = _weight(words, offset, scale, FIRST + 7 * STEP, FORMAT, DTYPE)
+    even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
+    return tl.join(even, tl.join(tl.join(w1, w5), tl.join(w3, w7)))
+
+
+@triton.jit
 def _tile(codes, scales, zeros, output, width, step, depth, GROUP: tl.constexpr,
           FORMAT: tl.constexpr, PER_UNIT: tl.constexpr, ZEROS: tl.constexpr,
           K: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Weights of inputs [step * K, (step + 1) * K), `[K, outputs]`; K divides GROUP.
+    """Weights of inputs [step * K, (step + 1) * K), `[outputs, K]`; K divides GROUP.
 
-    output: numbers of outputs, of which those below width are packed.
+    output: numbers of outputs, of which those below width are packed. A thread that reads a word
+    has all its inputs, next to each other, and stores them for the product at once.
     """
-    unit = step * (K // PER_UNIT) + tl.arange(0, K // PER_UNIT)
     inside = output < width
-    level = _levels(codes, output, unit, inside[None, :], depth // PER_UNIT, FORMAT)
-    level = tl.reshape(level, (K, level.shape[2]))
     at = ((output // 16).to(tl.int64) * (depth // GROUP) + step * K // GROUP) * 16 + output % 16
     scale = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32) * _factor(FORMAT)
     zero = tl.zeros(output.shape, tl.float32)
     if ZEROS:
         zero = tl.load(zeros + at, mask=inside, other=0.0).to(tl.float32)
-    return ((level - _offset(zero, FORMAT)[None, :]) * scale[None, :]).to(DTYPE)
+    offset, scale = _offset(zero, FORMAT)[None, :], scale[None, :]
+    unit = step * (K // PER_UNIT) + tl.arange(0, K // PER_UNIT)
+    words = _read(codes, output, unit, inside[None, :], depth // PER_UNIT, FORMAT)
+    if FORMAT == _INT4:
+        found = _eight(words, offset, scale, 0, 1, FORMAT, DTYPE)
+        found = tl.permute(found, (1, 0, 2, 3, 4))
+    elif FORMAT == _FP6:
+        even = _eight(words, offset, scale, 0, 2, FORMAT, DTYPE)
+        found = tl.join(even, _eight(words, offset, scale, 1, 2, FORMAT, DTYPE))
+        found = tl.permute(found, (1, 0, 2, 3, 4, 5))
+    else:
+        found = tl.trans(_weight(words, offset, scale, 0, FORMAT, DTYPE))
+    return tl.reshape(found, (output.shape[0], K))
 
 
 @triton.jit
@@ -263,7 +280,7 @@ def linear_many(
             left = tl.load(x + at, mask=there & (output < outputs)[None, :], other=0.0)
             w = _tile(codes, scales, zeros, output, width, tile, depth, GROUP, FORMAT, PER_UNIT,
                       ZEROS, K, x.dtype.element_ty)  # fmt: skip
-            total = _product(left, tl.trans(w), total)
+            total = _product(left, w, total)
         column = tile * K + tl.arange(0, K)
         long = depth
     else:
@@ -275,7 +292,7 @@ def linear_many(
             left = tl.load(x + at, mask=there, other=0.0)
             w = _tile(codes, scales, zeros, output, width, step, depth, GROUP, FORMAT, PER_UNIT,
                       ZEROS, K, x.dtype.element_ty)  # fmt: skip
-            total = _product(left, w, total)
+            total = _product(left, tl.trans(w), total)
         column = output
         long = outputs
         if BIASED:
