@@ -121,7 +121,9 @@ def test_broken_tensors_are_refused_when_they_are_loaded() -> None:
         QuantizedWeight.from_tensors({**tensors, "scales": bad})
     with pytest.raises(OpError, match="codes: got shape"):
         QuantizedWeight.from_tensors({**tensors, "codes": tensors["codes"][:1]})
-    with pytest.raises(OpError, match="codes: got torch.int32, expected torch.int8 or torch.uint8"):
+    with pytest.raises(
+        OpError, match=r"codes: got torch\.int32, expected torch\.int8 or torch\.uint8"
+    ):
         QuantizedWeight.from_tensors({**tensors, "codes": tensors["codes"].int()})
     tensors = quantize_weight(_weight(), "fp8_e4m3", group=48).to_tensors()
     bad = tensors["codes"].clone()
@@ -132,5 +134,5 @@ def test_broken_tensors_are_refused_when_they_are_loaded() -> None:
 
 def test_codes_of_another_format_are_refused() -> None:
     weight = quantize_weight(_weight(), "int8", group=48)
-    with pytest.raises(OpError, match="codes: got torch.int8, expected torch.uint8"):
+    with pytest.raises(OpError, match=r"codes: got torch\.int8, expected torch\.uint8"):
         dataclasses.replace(weight, format="fp8_e4m3")

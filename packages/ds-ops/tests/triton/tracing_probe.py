@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 
 import ds_ops
 from ds_core import ops
-from ds_ops.triton_kernels import norms, targets
+from ds_ops.triton_kernels import norms, targets, weight_only_linear
 
 
 class Driver:
@@ -45,11 +45,27 @@ def graph_of(function, *shapes):
 
 def main():
     targets.architecture = lambda *_: "sm_90"
-    norms.processors = lambda _: 132
+    norms.processors = weight_only_linear.processors = lambda _: 132
     triton.runtime.driver.set_active(Driver())
     backward = (torch.ops.ds_ops, "rms_norm_backward")
     ops.define(backward[1])
+    layer = ds_ops.WeightOnlyLinear.from_linear(torch.nn.Linear(2048, 48), "int4", group=128)
+
+    def on_gpu(x, scales, bias):
+        codes = torch.empty(layer.codes.shape, dtype=torch.int32, device=x.device)
+        moved = {"codes": codes, "scales": scales, "bias": bias}
+        return torch.func.functional_call(layer, moved, (x,))
+
+    def quantized_backward(grad, scales):
+        codes = torch.empty((40, 2048, 16), dtype=torch.uint8, device=grad.device)
+        name = "weight_only_linear_backward"
+        return ops.run(name, grad, codes, scales, None, 2048, 8)
+
+    rest = (layer.scales.shape, layer.bias.shape)
     found = {
+        "quantized": graph_of(on_gpu, (5, 128 * 16), *rest),
+        "quantized, one row": graph_of(on_gpu, (1, 128 * 16), *rest),
+        "quantized, backward": graph_of(quantized_backward, (130, 640), (40, 16, 16)),
         "chosen": {name: ops.choose(name, "cuda").implementation.name for name in ops.names()},
         "block": graph_of(lambda x, w: ds_ops.swiglu(ds_ops.rms_norm(x, w), x), (4, 64), (64,)),
         "backward": graph_of(

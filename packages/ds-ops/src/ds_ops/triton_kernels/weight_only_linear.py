@@ -1,17 +1,21 @@
-"""Linear layers on packed weights: a kernel for a few rows, and one with products of matrices.
+"""Linear layers on packed weights: a kernel for one row, and one with products of matrices.
 
-A few rows wait for the weight alone. A program takes the 16 outputs of one block, whose codes are
-one stream in memory: its warps read 64 bytes per step of inputs (16 words of int4 and fp6), next to
-each other, each byte once, and become numbers where they are. On an H200 a multiprocessor gets
-about 21 bytes per clock, which is 41 weights of int4 at 128 instructions, so that a weight may take
-three: int4 is shifted and masked into the fraction of a float in [1, 2), and what is too much by
-that is taken off by the sum of x, once for 8 weights. With few outputs for the device the inputs are
-cut into parts, which a second kernel adds up in their order.
+One row waits for the weight alone. A program takes the 16 outputs of one block, whose codes are one
+stream in memory: each byte is read once, 16 or more at a time, and becomes numbers in the thread
+that read it. An H200 brings a multiprocessor 21 bytes per clock, 41 weights of int4 for its 128
+instructions. So int4 takes three: it is shifted and masked into the fraction of a float in [1, 2),
+multiplied, and what is too much by that is taken off with the sum of x, once for 8 weights. With
+few outputs for the device the inputs are cut into parts, which a second kernel adds up in their
+order.
 
-More rows are products of tiles: codes become numbers of x's dtype in registers, and go from there
-to the matrix instruction. The CPU's layout serves here too: a tile of 64 outputs reads 4 streams.
-Torch's own kernels want other layouts of codes (tiles of int4 for mma, in rows of int8), which would
-be a second copy of a weight, or a call's work before its own.
+More rows are products of tiles. Each thread makes the words that it reads into neighbours of x's
+dtype, which go to the product's memory 16 bytes at a time; a tile is read once for 16, 64 or 128
+rows.
+
+The CPU's layout serves here as it is: 64 bytes and more in a row at any place, and a thread's words
+hold neighbouring inputs, as products want them. The layouts of torch's own kernels
+(`_weight_int4pack_mm`, `_weight_int8pack_mm`) differ from it and from each other: they would need a
+second copy of the weight or work in each call, so that none of them is an implementation.
 """
 
 from __future__ import annotations
@@ -176,7 +180,7 @@ def linear_one(
 def _weight(words, offset, scale, J: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
     """Weights of each unit's input J, `[units, outputs]`."""
     level = _level(words, J, FORMAT)
-    if DTYPE == tl.float32:
+    if level.dtype == DTYPE:
         return (level - offset) * scale
     else:
         return (level * scale - offset * scale).to(DTYPE)  # one instruction, exact enough
@@ -218,10 +222,16 @@ def _tile(codes, scales, zeros, output, width, step, depth, GROUP: tl.constexpr,
     words = _read(codes, output, unit, inside[None, :], depth // PER_UNIT, FORMAT)
     if FORMAT == _INT4:
         found = _eight(words, offset, scale, 0, 1, FORMAT, DTYPE)
+        if K < 64:  # for sm_100 Triton finds no layout for so short rows
+            found = tl.permute(found, (0, 2, 3, 4, 1))
+            return tl.trans(tl.reshape(found, (K, output.shape[0])))
         found = tl.permute(found, (1, 0, 2, 3, 4))
     elif FORMAT == _FP6:
         even = _eight(words, offset, scale, 0, 2, FORMAT, DTYPE)
         found = tl.join(even, _eight(words, offset, scale, 1, 2, FORMAT, DTYPE))
+        if K < 64:
+            found = tl.permute(found, (0, 2, 3, 4, 5, 1))
+            return tl.trans(tl.reshape(found, (K, output.shape[0])))
         found = tl.permute(found, (1, 0, 2, 3, 4, 5))
     else:
         found = tl.trans(_weight(words, offset, scale, 0, FORMAT, DTYPE))
@@ -315,8 +325,8 @@ def add_parts(parts, bias, y, size, width, count, BIASED: tl.constexpr, BLOCK: t
     tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
 
 
-#: Units that a program reads at a time: 8 KiB of codes, 32 bytes per thread.
-_UNITS = {"int8": 512, "fp8_e4m3": 512, "fp6_e3m2": 64, "int4": 128}
+#: Units that a program reads at a time: 16 to 48 bytes per thread, three times ahead.
+_UNITS = {"int8": 256, "fp8_e4m3": 256, "fp6_e3m2": 64, "int4": 128}
 #: Steps of a product that are worth a program.
 _STEPS = 4
 _SHORT = Config({"M": 16, "N": 64, "K": 128}, {"rows": 16}, warps=4, stages=3)
@@ -377,6 +387,22 @@ _BACKWARD = {
     )
     for name in _FORMATS
 }
+#: Of fp32, which no matrix instruction multiplies as exactly.
+_WIDE, _WIDE_BACKWARD = (
+    {
+        name: Kernel(
+            linear_many,
+            (Config({"M": 32, "N": 64, "K": 16}, warps=4, stages=2),),
+            {
+                **_types(name, BIASED=False, BACKWARD=backward),
+                **types({"*fp32": "x bias y"}),
+            },
+            variant=f"{name} fp32{' backward' if backward else ''}",
+        )
+        for name in _FORMATS
+    }
+    for backward in (False, True)
+)
 _ADD = Kernel(
     add_parts,
     (Config({"BLOCK": 512}, warps=4),),
@@ -385,10 +411,13 @@ _ADD = Kernel(
     ),
 )
 KERNELS = (
-    *(kernel for by_format in (_ONE, _SHORT_TILES, _LONG_TILES, _BACKWARD)
-      for kernel in by_format.values()),
+    *_ONE.values(),
+    *_SHORT_TILES.values(),
+    *_LONG_TILES.values(),
+    *_BACKWARD.values(),
+    *(_WIDE["int4"], _WIDE_BACKWARD["int4"]),
     _ADD,
-)  # fmt: skip
+)
 
 
 def weight_only_linear(
@@ -413,16 +442,20 @@ def weight_only_linear(
         tiles = blocks(outputs, BLOCK)
         steps = blocks(depth // _PER_UNIT[format], config.constants["UNITS"])
         parts = min(max(1, 2 * processors(x.device) // tiles), steps)
-        sizes, constants = (outputs, depth), {}
+        sizes: tuple[int, ...] = (outputs, depth)
+        direction: dict[str, bool] = {}
     else:
-        kernel = (_SHORT_TILES if rows <= _SHORT.up_to["rows"] else _LONG_TILES)[format]
+        few = rows <= _SHORT.up_to["rows"]
+        kernel = (_WIDE if x.dtype is torch.float32 else _SHORT_TILES if few else _LONG_TILES)[
+            format
+        ]
         config = _fitting(kernel.config(op.NAME, x.device, rows=rows), group)
         tiles = blocks(rows, config.constants["M"]) * blocks(outputs, config.constants["N"])
         parts = _parts(tiles, depth // config.constants["K"], x.device)
-        sizes, constants = (rows, outputs, depth), {"BACKWARD": False}
+        sizes, direction = (rows, outputs, depth), {"BACKWARD": False}
     _run(
         *(kernel, config, (tiles, parts), (x, codes, scales, zeros, bias, y)),
-        *(sizes, group, format, constants),
+        *(sizes, group, format, direction),
     )
     return y
 
@@ -443,7 +476,7 @@ def weight_only_linear_backward(
     rows = grad.numel() // outputs
     format = format_of(name, codes, bits)
     group = inputs // scales.shape[1]
-    kernel = _BACKWARD[format]
+    kernel = (_WIDE_BACKWARD if grad.dtype is torch.float32 else _BACKWARD)[format]
     config = _fitting(kernel.config(name, grad.device, rows=rows), group)
     tiles = blocks(rows, config.constants["M"]) * (inputs // config.constants["K"])
     parts = _parts(tiles, blocks(outputs, config.constants["N"]), grad.device)
@@ -462,7 +495,7 @@ def _run(
     sizes: tuple[int, ...],
     group: int,
     format: str,
-    constants: dict[str, bool],
+    direction: dict[str, bool],
 ) -> None:
     """Launch a kernel, and what adds up its parts if there is more than one."""
     x, codes, scales, zeros, bias, y = tensors
@@ -473,22 +506,22 @@ def _run(
     parts = grid[1]
     whole = parts == 1
     to = y if whole else torch.empty((parts, y.numel()), dtype=torch.float32, device=y.device)
-    launch(
-        *(kernel, config, grid),
-        *(x, codes, scales, scales if zeros is None else zeros, x if bias is None else bias, to),
-        *(*sizes, parts),
-        **constants,
-        GROUP=group,
-        FORMAT=_FORMATS[format],
-        PER_UNIT=_PER_UNIT[format],
-        ZEROS=zeros is not None,
-        BIASED=whole and bias is not None,
-    )
+    constants = {
+        **direction,
+        "GROUP": group,
+        "FORMAT": _FORMATS[format],
+        "PER_UNIT": _PER_UNIT[format],
+        "ZEROS": zeros is not None,
+        "BIASED": whole and bias is not None,
+    }
+    zeros = scales if zeros is None else zeros
+    added = x if bias is None else bias
+    launch(kernel, config, grid, x, codes, scales, zeros, added, to, *sizes, parts, **constants)
     if not whole:
         adding = _ADD.config(op.NAME, y.device)
         launch(
             *(_ADD, adding, (blocks(y.numel(), adding.constants["BLOCK"]),)),
-            *(to, x if bias is None else bias, y, y.numel(), y.shape[-1], parts),
+            *(to, added, y, y.numel(), y.shape[-1], parts),
             BIASED=bias is not None,
         )
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ds_core.ops.quantized_weight import unpack
+
 Calls = dict[str, Callable[[], object]]
 
 
@@ -105,6 +107,20 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, *rest: Any) -> C
     return found
 
 
+def _weight_only_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    outputs: int,
+    bits: int,
+) -> Calls:
+    """The same weight, not packed."""
+    dense = unpack(codes, scales, zeros, outputs, bits).to(x.dtype)
+    return {"F.linear": lambda: F.linear(x, dense, bias)}
+
+
 PEERS: Mapping[str, Callable[..., Calls]] = MappingProxyType(
     {
         "rms_norm": _rms_norm,
@@ -112,5 +128,6 @@ PEERS: Mapping[str, Callable[..., Calls]] = MappingProxyType(
         "gated_activation": _gated_activation,
         "rope": _rope,
         "cross_entropy": _cross_entropy,
+        "weight_only_linear": _weight_only_linear,
     }
 )

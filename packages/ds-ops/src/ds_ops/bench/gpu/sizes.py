@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ds_core.ops.arguments import randn
+from ds_core.ops.quantized_weight import BITS, codes_shape
 from ds_core.ops.rope import rope_tables
 
 Cases = list[tuple[str, tuple[Any, ...]]]
@@ -84,6 +85,40 @@ def _cross_entropy_in_place(device: torch.device) -> Cases:
     return [(label, args[:-1]) for label, args in _cross_entropy(device)]
 
 
+def _quantized(
+    device: torch.device, out: int, depth: int, format: str
+) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """Codes, scales per 128 inputs, and no zeros."""
+    shape = codes_shape(out, depth, BITS[format])
+    if BITS[format] == 8:
+        dtype = torch.uint8 if format.startswith("fp") else torch.int8
+        codes = torch.randint(0, 127, shape, device=device, dtype=dtype)
+    else:
+        codes = torch.randint(-(1 << 31), (1 << 31) - 1, shape, device=device, dtype=torch.int32)
+    return codes, randn(device, _LOW, out // 16, depth // 128, 16), None
+
+
+def _weight_only_linear(device: torch.device) -> Cases:
+    found: Cases = []
+    for rows, out, depth, formats in (
+        (1, 28672, 8192, tuple(BITS)),
+        (16, 28672, 8192, ("int4",)),
+        (4096, 14336, 4096, ("int4", "fp8_e4m3")),
+    ):
+        x = randn(device, _LOW, rows, depth)
+        for format in formats:
+            packed = _quantized(device, out, depth, format)
+            label = f"{format} {rows}x{depth}x{out} bf16"
+            found.append((label, (x, *packed, None, out, BITS[format])))
+    return found
+
+
+def _weight_only_linear_backward(device: torch.device) -> Cases:
+    packed = _quantized(device, 14336, 4096, "int4")
+    grad = randn(device, _LOW, 4096, 14336)
+    return [("int4 4096x14336x4096 bf16", (grad, *packed, 4096, BITS["int4"]))]
+
+
 #: What is not here is measured at the sizes of `Op.benchmarks`.
 SIZES: Mapping[str, Callable[[torch.device], Cases]] = MappingProxyType(
     {
@@ -99,5 +134,7 @@ SIZES: Mapping[str, Callable[[torch.device], Cases]] = MappingProxyType(
         "gated_activation_packed_backward": _gated_packed_backward,
         "cross_entropy": _cross_entropy,
         "cross_entropy_": _cross_entropy_in_place,
+        "weight_only_linear": _weight_only_linear,
+        "weight_only_linear_backward": _weight_only_linear_backward,
     }
 )
