@@ -229,7 +229,7 @@ def _tile(codes, scales, zeros, output, width, step, depth, GROUP: tl.constexpr,
     elif FORMAT == _FP6:
         even = _eight(words, offset, scale, 0, 2, FORMAT, DTYPE)
         found = tl.join(even, _eight(words, offset, scale, 1, 2, FORMAT, DTYPE))
-        if K < 64:
+        if K < 128:
             found = tl.permute(found, (0, 2, 3, 4, 5, 1))
             return tl.trans(tl.reshape(found, (K, output.shape[0])))
         found = tl.permute(found, (1, 0, 2, 3, 4, 5))
@@ -410,12 +410,31 @@ _ADD = Kernel(
         {"*fp32": "parts", "*bf16": "bias y", "i32": "count", "i32:16": "size width"}, BIASED=True
     ),
 )
+
+
+def _fitting(config: Config, group: int) -> Config:
+    """The config, with as many inputs at a time as have one scale."""
+    together = min(config.constants["K"], group & -group)
+    return replace(config, constants={**config.constants, "K": together})
+
+
+#: As calls with other groups have them, which are worth a compilation of their own.
+_BRIEF = (
+    replace(
+        kernel,
+        configs=tuple(_fitting(config, 96) for config in kernel.configs),
+        types={**kernel.types, "GROUP": 96},
+        variant=f"{kernel.variant} group 96",
+    )
+    for kernel in (_BACKWARD["int4"], _BACKWARD["fp6_e3m2"])
+)
 KERNELS = (
     *_ONE.values(),
     *_SHORT_TILES.values(),
     *_LONG_TILES.values(),
     *_BACKWARD.values(),
     *(_WIDE["int4"], _WIDE_BACKWARD["int4"]),
+    *_BRIEF,
     _ADD,
 )
 
@@ -524,12 +543,6 @@ def _run(
             *(to, added, y, y.numel(), y.shape[-1], parts),
             BIASED=bias is not None,
         )
-
-
-def _fitting(config: Config, group: int) -> Config:
-    """The config, with as many inputs at a time as have one scale."""
-    together = min(config.constants["K"], group & -group)
-    return replace(config, constants={**config.constants, "K": together})
 
 
 def _parts(tiles: int, steps: int, device: torch.device) -> int:
