@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import pytest
@@ -11,7 +12,7 @@ from ds_core.errors import OpError
 from ds_core.ops.quantized_weight import _fp6_code, _fp6_sizes, room
 from ds_ops import QuantizedWeight, quantize_weight
 
-FORMATS = ("int8", "int4", "fp6_e3m2")
+FORMATS = ("int8", "int4", "fp8_e4m3", "fp6_e3m2")
 
 
 def _weight(out: int = 37, depth: int = 96) -> torch.Tensor:
@@ -24,7 +25,7 @@ def test_rounding_errs_by_half_a_step_at_most(format: str) -> None:
     found = quantize_weight(w, format, group=32, scale_dtype=torch.float32)
     largest = w.view(37, 3, 32).abs().amax(-1, keepdim=True)
     # A scale of int4 reaches from -8 to 7: the largest of the other sign is off by a whole step.
-    steps = {"int8": 0.5 / 127, "int4": 1 / 8, "fp6_e3m2": 2 / 28}[format]
+    steps = {"int8": 0.5 / 127, "int4": 1 / 8, "fp8_e4m3": 16 / 448, "fp6_e3m2": 2 / 28}[format]
     assert ((found.dequantize() - w).view(37, 3, 32).abs() <= largest * steps * 1.001).all()
 
 
@@ -42,6 +43,10 @@ def test_numbers_that_a_format_has_come_back_exactly() -> None:
     sizes = _fp6_sizes()
     row = torch.cat((sizes, -sizes)).view(1, 64)
     assert torch.equal(quantize_weight(row, "fp6_e3m2", group=64).dequantize(), row)
+    bytes_ = torch.arange(256, dtype=torch.uint8)
+    row = bytes_[(bytes_ & 127) != 127].view(torch.float8_e4m3fn).float()
+    row = torch.cat((row, row[:2])).view(1, 256)
+    assert torch.equal(quantize_weight(row, "fp8_e4m3", group=256).dequantize(), row)
     whole = torch.arange(-8, 8.0).view(1, 16)
     assert torch.equal(quantize_weight(whole, "int4", group=16).dequantize(), whole)
     bytes_ = torch.linspace(-127, 127, 16).round().view(1, 16)
@@ -63,13 +68,13 @@ def test_a_group_of_zeros_stays_zeros() -> None:
 
 def test_sizes_are_those_of_the_format() -> None:
     w = torch.ones(32, 128)
-    for format, bits in (("int8", 8), ("fp6_e3m2", 6), ("int4", 4)):
+    for format, bits in (("int8", 8), ("fp8_e4m3", 8), ("fp6_e3m2", 6), ("int4", 4)):
         assert quantize_weight(w, format).codes.nbytes == w.numel() * bits // 8
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_it_is_saved_and_loaded_as_tensors(format: str) -> None:
-    weight = quantize_weight(_weight(), format, group=48, symmetric=format == "fp6_e3m2")
+    weight = quantize_weight(_weight(), format, group=48, symmetric=format.startswith("fp"))
     file = io.BytesIO()
     torch.save(weight.to_tensors(), file)
     file.seek(0)
@@ -98,6 +103,7 @@ def test_large_weights_lie_on_large_pages() -> None:
         ("group: got 64", {"group": 64}),
         ("group: got 0", {"group": 0}),
         ("symmetric", {"format": "fp6_e3m2", "symmetric": False}),
+        ("symmetric.*True for fp8_e4m3", {"format": "fp8_e4m3", "symmetric": False}),
         ("scale_dtype: got torch.int8", {"scale_dtype": torch.int8}),
     ],
 )
@@ -115,3 +121,18 @@ def test_broken_tensors_are_refused_when_they_are_loaded() -> None:
         QuantizedWeight.from_tensors({**tensors, "scales": bad})
     with pytest.raises(OpError, match="codes: got shape"):
         QuantizedWeight.from_tensors({**tensors, "codes": tensors["codes"][:1]})
+    with pytest.raises(
+        OpError, match=r"codes: got torch\.int32, expected torch\.int8 or torch\.uint8"
+    ):
+        QuantizedWeight.from_tensors({**tensors, "codes": tensors["codes"].int()})
+    tensors = quantize_weight(_weight(), "fp8_e4m3", group=48).to_tensors()
+    bad = tensors["codes"].clone()
+    bad[1, 2, 3] = 255
+    with pytest.raises(OpError, match="codes: got NaN"):
+        QuantizedWeight.from_tensors({**tensors, "codes": bad})
+
+
+def test_codes_of_another_format_are_refused() -> None:
+    weight = quantize_weight(_weight(), "int8", group=48)
+    with pytest.raises(OpError, match=r"codes: got torch\.int8, expected torch\.uint8"):
+        dataclasses.replace(weight, format="fp8_e4m3")

@@ -15,7 +15,10 @@ def _linear(bias: bool = True) -> nn.Linear:
     return nn.Linear(128, 40, bias=bias)
 
 
-@pytest.mark.parametrize(("format", "error"), [("int8", 0.01), ("fp6_e3m2", 0.05), ("int4", 0.13)])
+@pytest.mark.parametrize(
+    ("format", "error"),
+    [("int8", 0.01), ("fp8_e4m3", 0.03), ("fp6_e3m2", 0.05), ("int4", 0.13)],
+)
 def test_it_stands_in_for_a_linear_layer(format: str, error: float) -> None:
     linear = _linear()
     layer = WeightOnlyLinear.from_linear(linear, format, group=64)
@@ -45,6 +48,16 @@ def test_gradients_pass_through_it() -> None:
     torch.testing.assert_close(x.grad, grad @ dense, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(layer.bias.grad, grad.sum(0), rtol=1e-4, atol=1e-4)
     assert [name for name, _ in layer.named_parameters()] == ["bias"]
+
+
+def test_bytes_of_fp8_survive_a_change_of_dtype() -> None:
+    layer = WeightOnlyLinear.from_linear(_linear(), "fp8_e4m3", group=64)
+    x, codes = torch.randn(3, 128), layer.codes.clone()
+    before = layer(x)
+    layer.to(torch.bfloat16)
+    assert torch.equal(layer.codes, codes)
+    error = layer(x.bfloat16()).float() - before
+    assert error.norm() < 0.01 * before.norm()
 
 
 def test_x_of_another_width_is_refused() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds_ops
+from ds_core.ops.loss_arguments import reduction_scale
 from ds_core.testing.contracts import OpContract
 from ds_ops.torch_kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -42,6 +44,62 @@ def test_logits_of_all_tokens_are_never_held(dtype: torch.dtype) -> None:
                     hidden, weight, None, targets, torch.ones(1), *numbers, chunk, wanted
                 )
             assert seen.numel == most * classes
+
+
+class OfGpu(TorchDispatchMode):
+    """Below it calls are made on fake tensors of a GPU; notes them and the largest tensor."""
+
+    def __init__(self):  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.calls: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        self.calls.append(str(func))
+        if func in (torch.ops.aten.mm.dtype_out, torch.ops.aten.addmm.dtype_out):
+            *summed, a, b, dtype = args
+            out = kwargs["out"]
+            assert a.dtype == b.dtype == torch.bfloat16
+            assert dtype == out.dtype == torch.float32
+            assert out.shape == (a.shape[0], b.shape[1])
+            assert all(s is out for s in summed)
+            return out  # torch has no fake kernel for it
+        if func is torch.ops.aten.addmm.out:
+            assert kwargs["out"].shape == (args[1].shape[0], args[2].shape[1])
+            return kwargs["out"]  # its fake kernel asks for the device
+        result = func(*args, **kwargs)
+        for t in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(t, torch.Tensor):
+                self.largest = max(self.largest, t.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_on_a_gpu_nothing_waits_and_a_chunk_is_the_largest_tensor(biased: bool) -> None:
+    tokens, d, classes, chunk = 600, 4, 1000, 250
+    with torch.inference_mode(), FakeTensorMode(), OfGpu() as seen:
+        made = {"device": "cuda", "dtype": torch.bfloat16}
+        hidden, weight = torch.empty(tokens, d, **made), torch.empty(classes, d, **made)
+        bias = torch.empty(classes, **made) if biased else None
+        targets = torch.empty(tokens, device="cuda", dtype=torch.int64)
+        # As the public function does; a value that the host asked for would be an error here.
+        scale = reduction_scale(targets, -100, "mean")
+        seen.calls.clear()
+        found = linear_cross_entropy(
+            *(hidden, weight, bias, targets, scale, -100, 0.0, 0.0, 0.0, chunk),
+            [True, True, biased],
+        )
+    assert {t.device.type for t in found} == {"cuda"}
+    assert seen.largest == chunk * classes * 2
+    assert sum("cross_entropy_" in call for call in seen.calls) == 3
+    # The weight's gradient is added up in fp32 by the products themselves.
+    assert [call for call in seen.calls if "dtype_out" in call] == [
+        "aten.mm.dtype_out",
+        "aten.addmm.dtype_out",
+        "aten.addmm.dtype_out",
+    ]
+    assert not [call for call in seen.calls if "_local_scalar_dense" in call or "nonzero" in call]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -9,6 +9,7 @@ from ds_core.ops.evoformer_attention import with_gradient
 from ds_core.ops.layer_norm import reference as layer_norm
 from ds_core.ops.moe_gate import reference as moe_gate
 from ds_core.ops.quantize import reference as quantize
+from ds_core.ops.quantized_weight import BITS, quantize_weight
 from ds_core.ops.rms_norm import reference as rms_norm
 from ds_core.ops.sign_pack import reference as sign_pack
 
@@ -144,6 +145,40 @@ def _bias_activation_backward(device, dtype):
     return [(x.flip(0).contiguous(), x, x[0].clone(), "relu")]
 
 
+def _packed_weight(device, dtype, rows, out, depth, group, format):
+    w = randn(device, torch.float32, out, depth, seed=rows)
+    symmetric = format.startswith("fp")
+    scale_dtype = torch.bfloat16 if dtype is torch.float32 else torch.float32
+    weight = quantize_weight(w, format, group=group, symmetric=symmetric, scale_dtype=scale_dtype)
+    return weight.codes, weight.scales, weight.zeros
+
+
+def _weight_only_linear(device, dtype):
+    """One row in several parts; tiles of 16, 64 and 128 rows, whole and in parts."""
+    found = []
+    shapes = [(1, 20, 592, 592, name) for name in ("int8", "fp8_e4m3")]
+    shapes += [(1, 20, 1040, 208, name) for name in ("fp6_e3m2", "int4")]
+    shapes += [(17, 35, 128, 32, "fp6_e3m2"), (70, 17, 128, 16, "int4"), (3, 40, 128, 128, "int8")]
+    shapes += [(66, 130, 96, 96, "fp8_e4m3")]
+    for rows, out, depth, group, format in shapes:
+        packed = _packed_weight(device, dtype, rows, out, depth, group, format)
+        bias = randn(device, dtype, out) if rows != 3 else None
+        found.append((randn(device, dtype, rows, depth), *packed, bias, out, BITS[format]))
+    return found
+
+
+def _weight_only_linear_backward(device, dtype):
+    found = []
+    for rows, out, depth, group, format in (
+        (5, 130, 64, 64, "int4"),
+        (34, 17, 96, 32, "fp6_e3m2"),
+        (3, 530, 32, 32, "fp8_e4m3"),
+    ):
+        packed = _packed_weight(device, dtype, rows, out, depth, group, format)
+        found.append((randn(device, dtype, rows, out), *packed, depth, BITS[format]))
+    return found
+
+
 #: By op: a function of device and dtype that makes them.
 MORE = {
     "bias_activation_backward": _bias_activation_backward,
@@ -165,4 +200,6 @@ MORE = {
     "sign_pack": _sign_pack,
     "sign_pack_feedback_": _sign_pack_feedback,
     "sign_unpack": _sign_unpack,
+    "weight_only_linear": _weight_only_linear,
+    "weight_only_linear_backward": _weight_only_linear_backward,
 }

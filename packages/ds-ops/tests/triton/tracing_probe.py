@@ -13,7 +13,13 @@ from triton.backends.compiler import GPUTarget
 import ds_ops
 from ds_core import ops
 from ds_core.ops import adam_step, attention, lamb_update, step_undo
-from ds_ops.triton_kernels import bias_activation, evoformer_attention, norms, targets
+from ds_ops.triton_kernels import (
+    bias_activation,
+    evoformer_attention,
+    norms,
+    targets,
+    weight_only_linear,
+)
 
 
 class Driver:
@@ -92,9 +98,25 @@ def windowed_gradient(grad, q, k, v):
     return ops.run("attention_backward", *arguments)[1]
 
 
+def on_gpu(layer):
+    """A layer whose weight is packed, with its buffers on the GPU."""
+
+    def call(x, scales, bias):
+        codes = torch.empty(layer.codes.shape, dtype=torch.int32, device=x.device)
+        moved = {"codes": codes, "scales": scales, "bias": bias}
+        return torch.func.functional_call(layer, moved, (x,))
+
+    return call
+
+
+def quantized_backward(grad, scales):
+    codes = torch.empty((40, 2048, 16), dtype=torch.uint8, device=grad.device)
+    return ops.run("weight_only_linear_backward", grad, codes, scales, None, 2048, 8)
+
+
 def main():
     targets.architecture = lambda *_: "sm_90"
-    for module in (bias_activation, evoformer_attention, norms):
+    for module in (bias_activation, evoformer_attention, norms, weight_only_linear):
         module.processors = lambda _: 132
     triton.runtime.driver.set_active(Driver())
     backward = (torch.ops.ds_ops, "rms_norm_backward")
@@ -102,6 +124,8 @@ def main():
     ops.define(backward[1])
     ops.define(evoformer[1])
     residues = (1, 3, 20, 2, 8)
+    layer = ds_ops.WeightOnlyLinear.from_linear(torch.nn.Linear(2048, 48), "int4", group=128)
+    packed = (layer.scales.shape, layer.bias.shape)
     found = {
         "chosen": {name: computed_by(name) for name in ops.names()},
         "block": graph_of(lambda x, w: ds_ops.swiglu(ds_ops.rms_norm(x, w), x), (4, 64), (64,)),
@@ -127,6 +151,9 @@ def main():
             lambda x, b, n: (ds_ops.bias_activation(x, b, "relu"), ds_ops.nhwc_bias_add(n, b, n)),
             *((4, 6), (6,), (2, 6, 1, 1)),  # of one pixel: in either memory format
         ),
+        "quantized": graph_of(on_gpu(layer), (5, 2048), *packed),
+        "quantized, one row": graph_of(on_gpu(layer), (1, 2048), *packed),
+        "quantized, backward": graph_of(quantized_backward, (130, 640), (40, 16, 16)),
         "in place": graph_of(
             lambda x, c: ds_ops.rope(x, c, c, in_place=True), (1, 4, 2, 32), (4, 8)
         ),

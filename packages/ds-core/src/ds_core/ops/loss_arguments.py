@@ -42,7 +42,10 @@ def check_loss(
 
 
 def check_targets(op: str, targets: torch.Tensor, classes: int, ignore_index: int) -> None:
-    """Raise OpError for the first target that is no class. Waits for the device."""
+    """Raise OpError for the first target that is no class. Waits for the device.
+
+    On a GPU only references do so: a kernel there makes the losses of such targets NaN.
+    """
     bad = ((targets < 0) | (targets >= classes)) & (targets != ignore_index)
     if bool(bad.any()):
         index = int(bad.flatten().nonzero()[0])

@@ -16,8 +16,9 @@ from ds_core.ops.arguments import FLOATS, expect, expect_shape, expect_together
 #: Outputs that are packed side by side, and what the size of a group is a multiple of.
 BLOCK = 16
 #: Bits of a code by format.
-BITS: Mapping[str, int] = MappingProxyType({"int8": 8, "fp6_e3m2": 6, "int4": 4})
-_FORMAT = {bits: name for name, bits in BITS.items()}
+BITS: Mapping[str, int] = MappingProxyType({"int8": 8, "fp8_e4m3": 8, "fp6_e3m2": 6, "int4": 4})
+#: Formats of floats: the number of the largest finite code.
+_LARGEST = {"fp8_e4m3": 448, "fp6_e3m2": 28}
 _OP = "quantize_weight"
 
 
@@ -29,17 +30,20 @@ class QuantizedWeight:
     codes in order, and finds the codes of 16 outputs for the same inputs in one vector.
 
     Attributes:
-        codes: int8 `[out / 16, in, 16]` for int8; int32 `[out / 16, in / 8, 16]` for int4: 8 codes
-            of consecutive inputs in two's complement, the first in the lowest bits; int32
-            `[out / 16, in / 16, 3, 16]` for fp6_e3m2: 16 codes of consecutive inputs as 96 bits,
-            from the lowest of the first word on. The last dimension counts outputs.
+        codes: int8 `[out / 16, in, 16]` for int8; uint8 of that shape for fp8_e4m3: the bytes of
+            float8_e4m3fn, none NaN (a module's `.to(dtype)` leaves bytes as they are); int32
+            `[out / 16, in / 8, 16]` for int4: 8 codes of consecutive inputs in two's complement,
+            the first in the lowest bits; int32 `[out / 16, in / 16, 3, 16]` for fp6_e3m2: 16 codes
+            of consecutive inputs as 96 bits, from the lowest of the first word on. The last
+            dimension counts outputs.
         scales: `[out / 16, in / group, 16]`, fp32, bf16 or fp16, finite.
         zeros: as scales, or None where all are 0.
         shape: (out, in).
-        format: "int8", "int4" or "fp6_e3m2" (sign, 3 bits of exponent with bias 3, 2 of mantissa).
+        format: "int8", "int4", "fp8_e4m3" (sign, 4 bits of exponent with bias 7, 3 of mantissa) or
+            "fp6_e3m2" (sign, 3 bits of exponent with bias 3, 2 of mantissa).
         group: inputs that share a scale.
 
-    Raises OpError where these do not fit together, or a scale or zero is NaN or infinite.
+    Raises OpError where these do not fit together, or a code, scale or zero is NaN or infinite.
     """
 
     codes: torch.Tensor
@@ -54,11 +58,15 @@ class QuantizedWeight:
         expect(min(self.shape) >= 1, _OP, "shape", list(self.shape), "[out, in] of 1 or more")
         check_group(self.group, self.shape[1])
         check_packed(_OP, self.codes, self.scales, self.zeros, *self.shape, self.bits)
+        kind = _codes_dtype(self.format)
+        expect(self.codes.dtype == kind, _OP, "codes", self.codes.dtype, kind)
         groups = self.shape[1] // self.group
         expect(self.scales.shape[1] == groups, _OP, "group", self.group, f"{groups} groups' scales")
         for argument, t in (("scales", self.scales), ("zeros", self.zeros)):
             if t is not None and not bool(t.isfinite().all()):
                 expect(False, _OP, argument, "NaN or infinity", "finite numbers")
+        if self.format == "fp8_e4m3" and bool(((self.codes & 127) == 127).any()):
+            expect(False, _OP, "codes", "NaN", "bytes of finite numbers of float8_e4m3fn")
 
     @property
     def bits(self) -> int:
@@ -88,13 +96,14 @@ class QuantizedWeight:
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
         """What `to_tensors` was called on; the codes are copied to large pages (see `room`)."""
         out, depth, bits = (int(n) for n in tensors["shape"])
-        expect(bits in _FORMAT, _OP, "shape", bits, "bits of a code: 8, 6 or 4")
+        expect(bits in BITS.values(), _OP, "shape", bits, "bits of a code: 8, 6 or 4")
         scales = tensors["scales"]
         expect(scales.dim() == 3, _OP, "scales", f"shape {list(scales.shape)}", "3 dimensions")
         group = depth // max(scales.shape[1], 1)
         codes = room(tensors["codes"].shape, tensors["codes"].dtype, scales.device)
         codes.copy_(tensors["codes"])
-        return cls(codes, scales, tensors.get("zeros"), (out, depth), _FORMAT[bits], group)
+        format = format_of(_OP, codes, bits)
+        return cls(codes, scales, tensors.get("zeros"), (out, depth), format, group)
 
 
 def quantize_weight(
@@ -109,8 +118,9 @@ def quantize_weight(
 
     Args:
         w: `[out, in]`, fp32, bf16 or fp16, finite.
-        format: "int8" (-127 to 127), "int4" (-8 to 7; the largest weight of a group becomes -8) or
-            "fp6_e3m2" (up to 28 in steps of 1/16 to 4).
+        format: "int8" (-127 to 127), "int4" (-8 to 7; the largest weight of a group becomes -8),
+            "fp8_e4m3" (up to 448 in steps of 1/512 to 32) or "fp6_e3m2" (up to 28 in steps of 1/16
+            to 4).
         group: inputs that share a scale: a multiple of 16 that divides `in`.
         symmetric: whether the zero of every group is 0; False: a group's range is that from its
             least to its largest weight, which costs a second number per group. Integers only.
@@ -122,7 +132,7 @@ def quantize_weight(
     expect(w.dim() == 2 and w.numel() > 0, _OP, "w", f"shape {list(w.shape)}", "[out, in]")
     expect(format in BITS, _OP, "format", format, ", ".join(BITS))
     expect(scale_dtype in FLOATS, _OP, "scale_dtype", scale_dtype, "fp32, bf16 or fp16")
-    expect(symmetric or format != "fp6_e3m2", _OP, "symmetric", symmetric, "True for fp6_e3m2")
+    expect(symmetric or format not in _LARGEST, _OP, "symmetric", symmetric, f"True for {format}")
     out, depth = w.shape
     check_group(group, depth)
     expect(bool(w.isfinite().all()), _OP, "w", "NaN or infinity", "finite weights")
@@ -131,6 +141,9 @@ def quantize_weight(
     levels = parts / scales.float().unsqueeze(-1)
     if format == "fp6_e3m2":
         values = _fp6_code(levels)
+    elif format == "fp8_e4m3":
+        # The scale as stored may be a little smaller than it should be.
+        values = levels.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
     else:
         if zeros is not None:
             levels += zeros.float().unsqueeze(-1)
@@ -138,7 +151,7 @@ def quantize_weight(
         least = -most if format == "int8" and symmetric else -most - 1
         values = levels.round().clamp(least, most).to(torch.int32)
     return QuantizedWeight(
-        _packed(values.view(out, depth), BITS[format]),
+        _packed(values.view(out, depth), format),
         _blocked(scales),
         None if zeros is None else _blocked(zeros),
         (out, depth),
@@ -155,7 +168,7 @@ def _scales(
         largest = parts.abs().amax(-1)
         if format == "int4":
             largest = torch.where(parts.amax(-1) == largest, -largest, largest)
-        scales = (largest / {"int8": 127, "int4": 8, "fp6_e3m2": 28}[format]).to(dtype)
+        scales = (largest / {"int8": 127, "int4": 8, **_LARGEST}[format]).to(dtype)
         return torch.where(scales == 0, 1, scales), None
     least, most = parts.amin(-1).clamp(max=0), parts.amax(-1).clamp(min=0)
     scales = ((most - least) / (2 ** BITS[format] - 1)).to(dtype)
@@ -179,10 +192,8 @@ def check_packed(
     bits: int,
 ) -> None:
     """Raise OpError unless tensors are a packed weight of that size."""
-    expect(bits in _FORMAT, op, "bits", bits, "8, 6 or 4")
+    format_of(op, codes, bits)
     expect(outputs >= 1, op, "outputs", outputs, "1 or more")
-    dtype = torch.int8 if bits == 8 else torch.int32
-    expect(codes.dtype == dtype, op, "codes", codes.dtype, dtype)
     blocks = -(-outputs // BLOCK)
     shape = f"shape {list(scales.shape)}"
     fits = scales.dim() == 3 and scales.shape[::2] == (blocks, BLOCK) and scales.shape[1] >= 1
@@ -196,6 +207,15 @@ def check_packed(
     if zeros is not None:
         expect(zeros.dtype == scales.dtype, op, "zeros", zeros.dtype, scales.dtype)
         expect_shape(op, "zeros", zeros, scales.shape)
+
+
+def format_of(op: str, codes: torch.Tensor, bits: int) -> str:
+    """The format of codes of so many bits. Raises OpError if there is none."""
+    expect(bits in BITS.values(), op, "bits", bits, "8, 6 or 4")
+    dtypes = {_codes_dtype(name): name for name, count in BITS.items() if count == bits}
+    allowed = " or ".join(map(str, dtypes))
+    expect(codes.dtype in dtypes, op, "codes", codes.dtype, allowed)
+    return dtypes[codes.dtype]
 
 
 def codes_shape(outputs: int, depth: int, bits: int) -> tuple[int, ...]:
@@ -216,10 +236,11 @@ def _blocked(t: torch.Tensor) -> torch.Tensor:
     return full.view(blocks, BLOCK, -1).transpose(1, 2).contiguous()
 
 
-def _packed(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """The codes of integers `[out, depth]`, int32, of which only the lowest `bits` count."""
+def _packed(values: torch.Tensor, format: str) -> torch.Tensor:
+    """The codes of integers `[out, depth]`, of which only as many low bits as a code has count."""
+    bits = BITS[format]
     out, depth = values.shape
-    codes = room(codes_shape(out, depth, bits), _codes_dtype(bits), values.device)
+    codes = room(codes_shape(out, depth, bits), _codes_dtype(format), values.device)
     blocked = _blocked(values)
     if bits == 8:
         return codes.copy_(blocked)
@@ -234,8 +255,8 @@ def _packed(values: torch.Tensor, bits: int) -> torch.Tensor:
     return codes.copy_(words.view_as(codes))
 
 
-def _codes_dtype(bits: int) -> torch.dtype:
-    return torch.int8 if bits == 8 else torch.int32
+def _codes_dtype(format: str) -> torch.dtype:
+    return {"int8": torch.int8, "fp8_e4m3": torch.uint8}.get(format, torch.int32)
 
 
 def unpack(
@@ -259,7 +280,7 @@ def unpack(
 def _values(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """What codes stand for, `[blocks, depth, 16]`."""
     if bits == 8:
-        return codes
+        return codes.view(torch.float8_e4m3fn) if codes.dtype is torch.uint8 else codes
     if bits == 4:
         shifts = torch.arange(28, -1, -4, device=codes.device, dtype=torch.int32).view(8, 1)
         # To the top of the word and down again: the sign comes along.

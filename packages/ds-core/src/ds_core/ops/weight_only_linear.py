@@ -45,8 +45,8 @@ def weight_only_linear(
         weight: of `[out, in]`, on x's device.
         bias: `[out]`, x's dtype, or None.
 
-    Returns `[..., out]` of x's dtype, summed in fp32. Differentiable in x and bias. With many rows
-    of bf16, weights may be rounded to bf16 before they are multiplied.
+    Returns `[..., out]` of x's dtype, summed in fp32. Differentiable in x and bias. With more
+    rows than a few, weights may be rounded to x's dtype before they are multiplied.
     Raises OpError for shapes or dtypes that do not fit.
     """
     depth = weight.shape[1]
@@ -66,7 +66,10 @@ def reference(
     outputs: int,
     bits: int,
 ) -> torch.Tensor:
-    """As `weight_only_linear`, with the fields of a `QuantizedWeight`; `bits` is 8, 6 or 4."""
+    """As `weight_only_linear`, with the fields of a `QuantizedWeight`; `bits` is 8, 6 or 4.
+
+    Of 8 bits codes are int8 for int8 and uint8 for fp8_e4m3, of which none may be NaN.
+    """
     _check(x, codes, scales, zeros, bias, outputs, bits)
     zeros = None if zeros is None else zeros.detach()
     weight = unpack(codes, scales.detach(), zeros, outputs, bits)
@@ -176,6 +179,8 @@ _CASES: tuple[tuple[tuple[int, ...], int, int, int, str, bool], ...] = (
     ((33,), 37, 64, 32, "int4", False),
     ((40,), 18, 48, 16, "fp6_e3m2", True),
     ((0,), 3, 32, 32, "int8", True),
+    ((3,), 50, 96, 32, "fp8_e4m3", True),
+    ((34,), 19, 32, 16, "fp8_e4m3", True),
 )
 
 
@@ -263,6 +268,8 @@ def benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
     for format, bits in BITS.items():
         shape = codes_shape(4096, 4096, bits)
         codes = room(shape, torch.int8 if bits == 8 else torch.int32, device).random_()
+        if format == "fp8_e4m3":
+            codes = codes.clamp_(min=0, max=126).view(torch.uint8)
         found.append((f"{format} 1x4096x4096", (x, codes, scales, None, None, 4096, bits)))
     return found
 

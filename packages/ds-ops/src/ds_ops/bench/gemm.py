@@ -43,6 +43,7 @@ def rows(seconds: float) -> Iterator[Row]:
             for out, depth in _LAYERS:
                 yield from _layer("int8", out, depth, 1, seconds)
                 yield from _layer("int4", out, depth, 1, seconds)
+            yield from _layer("fp8_e4m3", *_LAYERS[0], 1, seconds)
             yield from _layer("fp6_e3m2", *_LAYERS[0], 1, seconds)
             for num_rows in (8, 64):
                 yield from _layer("int8", *_LAYERS[0], num_rows, seconds)
@@ -85,7 +86,7 @@ def _layer(format: str, out: int, depth: int, num_rows: int, seconds: float) -> 
             timings,
             peer=name,
             error=error,
-            max_x_floor=1 / 0.7 if num_rows == 1 and format != "fp6_e3m2" else None,
+            max_x_floor=1 / 0.7 if num_rows == 1 and format.startswith("int") else None,
             min_x_peer=1.2 if num_rows == 1 and name in _TARGETS else None,
         )
 

@@ -32,6 +32,8 @@ OPS: Mapping[str, str] = MappingProxyType(
         "gated_activation": "gated_activation:gated_activation",
         "gated_activation_backward": "gated_activation:gated_activation_backward",
         "gated_activation_packed": "gated_activation:gated_activation_packed",
+        "weight_only_linear": "weight_only_linear:weight_only_linear",
+        "weight_only_linear_backward": "weight_only_linear:weight_only_linear_backward",
         "gated_activation_packed_backward": "gated_activation:gated_activation_packed_backward",
         "adam_step_": "optimizer_steps:adam_step_",
         "lion_step_": "optimizer_steps:lion_step_",

@@ -1,7 +1,7 @@
 """Cross-entropy, with its gradient in the same program: a row is read twice and written once.
 
-A target that is no class is an error, for which the host waits for the device. In a CUDA graph and
-in what torch.compile makes nothing can be waited for: the loss of such a row is then NaN.
+The host never waits for the device: loss and gradient of a target that is no class are NaN, and
+nothing outside the row is read for it. Only in the interpreter is that an error, as on CPUs.
 """
 
 from __future__ import annotations
@@ -68,10 +68,12 @@ def cross_entropy_row(
     lse = tl.log(exponentials) + tl.where(largest == float("-inf"), 0.0, largest)
     loss = lse - (1.0 - label_smoothing) * at_target - label_smoothing * sum_of_all / classes
     loss += z_loss * lse * lse
-    loss = tl.where((target >= 0) & (target < classes), loss, float("nan"))
+    known = (target >= 0) & (target < classes)
+    loss = tl.where(known, loss, float("nan"))
     tl.store(losses + row, tl.where(counts, loss, 0.0))
     if GRADIENT:
         factor = tl.load(scale + row) if SCALES else tl.load(scale)
+        factor = tl.where(known, factor, float("nan"))
         for start in range(0, classes, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = column < classes
@@ -157,7 +159,7 @@ def _rows(
     """The sum of losses times scale, after every row's kernel has run."""
     expect_plain(name, logits=logits, targets=targets, scale=scale)
     rows, classes = logits.shape
-    if not (tracing() or (logits.is_cuda and torch.cuda.is_current_stream_capturing())):
+    if logits.device.type == "cpu" and not tracing():
         check_targets(op.NAME, targets, classes, ignore_index)
     kernel = _SOFTCAP if softcap > 0 else _PLAIN
     config = kernel.config(name, logits.device, classes=classes)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from ds_core.ops.activation import activate
 from ds_core.ops.block_format import FORMATS
+from ds_core.ops.quantized_weight import unpack
 
 Calls = dict[str, Callable[[], object]]
 
@@ -157,6 +158,20 @@ def _evoformer(
     return {"torch": torchs}
 
 
+def _weight_only_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    outputs: int,
+    bits: int,
+) -> Calls:
+    """The same weight, not packed."""
+    dense = unpack(codes, scales, zeros, outputs, bits).to(x.dtype)
+    return {"F.linear": lambda: F.linear(x, dense, bias)}
+
+
 PEERS: Mapping[str, Callable[..., Calls]] = MappingProxyType(
     {
         "rms_norm": _rms_norm,
@@ -168,5 +183,6 @@ PEERS: Mapping[str, Callable[..., Calls]] = MappingProxyType(
         "cross_entropy": _cross_entropy,
         "quantize_blocks": _quantize_blocks,
         "fake_quantize": _fake_quantize,
+        "weight_only_linear": _weight_only_linear,
     }
 )

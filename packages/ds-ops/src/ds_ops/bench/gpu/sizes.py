@@ -13,6 +13,7 @@ import torch
 
 from ds_core.ops.arguments import randn
 from ds_core.ops.block_format import FORMATS
+from ds_core.ops.quantized_weight import BITS, codes_shape
 from ds_core.ops.rope import rope_tables
 
 Cases = list[tuple[str, tuple[Any, ...]]]
@@ -256,6 +257,40 @@ def _evoformer_backward(device: torch.device) -> Cases:
     return [(label, (q.flip(1).contiguous(), q, k, v, *rest))]
 
 
+def _quantized(
+    device: torch.device, out: int, depth: int, format: str
+) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """Codes, scales per 128 inputs, and no zeros."""
+    shape = codes_shape(out, depth, BITS[format])
+    if BITS[format] == 8:
+        dtype = torch.uint8 if format.startswith("fp") else torch.int8
+        codes = torch.randint(0, 127, shape, device=device, dtype=dtype)
+    else:
+        codes = torch.randint(-(1 << 31), (1 << 31) - 1, shape, device=device, dtype=torch.int32)
+    return codes, randn(device, _LOW, out // 16, depth // 128, 16), None
+
+
+def _weight_only_linear(device: torch.device) -> Cases:
+    found: Cases = []
+    for rows, out, depth, formats in (
+        (1, 28672, 8192, tuple(BITS)),
+        (16, 28672, 8192, ("int4",)),
+        (4096, 14336, 4096, ("int4", "fp8_e4m3")),
+    ):
+        x = randn(device, _LOW, rows, depth)
+        for format in formats:
+            packed = _quantized(device, out, depth, format)
+            label = f"{format} {rows}x{depth}x{out} bf16"
+            found.append((label, (x, *packed, None, out, BITS[format])))
+    return found
+
+
+def _weight_only_linear_backward(device: torch.device) -> Cases:
+    packed = _quantized(device, 14336, 4096, "int4")
+    grad = randn(device, _LOW, 4096, 14336)
+    return [("int4 4096x14336x4096 bf16", (grad, *packed, 4096, BITS["int4"]))]
+
+
 #: What is not here is measured at the sizes of `Op.benchmarks`.
 SIZES: Mapping[str, Callable[[torch.device], Cases]] = MappingProxyType(
     {
@@ -295,5 +330,7 @@ SIZES: Mapping[str, Callable[[torch.device], Cases]] = MappingProxyType(
         "sign_pack": _sign_pack,
         "sign_pack_feedback_": _sign_pack_feedback,
         "sign_unpack": _sign_unpack,
+        "weight_only_linear": _weight_only_linear,
+        "weight_only_linear_backward": _weight_only_linear_backward,
     }
 )

@@ -14,19 +14,19 @@ constexpr int64_t kFewRows = 32;
 // Elements of such a tile: about what the second-level cache holds.
 constexpr int64_t kTile = 1 << 18;
 
-WeightFormat format_of(int64_t bits) {
+WeightFormat format_of(const Tensor& codes, int64_t bits) {
   STD_TORCH_CHECK(bits == 8 || bits == 6 || bits == 4, kOp, ": bits: got ", bits,
                   ", expected 8, 6 or 4");
+  if (bits == 8 && codes.scalar_type() == ScalarType::Byte) return WeightFormat::fp8;
+  check_dtype(kOp, "codes", codes, bits == 8 ? ScalarType::Char : ScalarType::Int);
   return bits == 8 ? WeightFormat::int8 : bits == 4 ? WeightFormat::int4 : WeightFormat::fp6;
 }
 
 PackedWeight packed(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros,
                     int64_t outputs, int64_t depth, int64_t bits) {
-  const WeightFormat format = format_of(bits);
+  const WeightFormat format = format_of(codes, bits);
   check_plain(kOp, "codes", codes);
   check_plain(kOp, "scales", scales);
-  check_dtype(kOp, "codes", codes,
-              format == WeightFormat::int8 ? ScalarType::Char : ScalarType::Int);
   check_float(kOp, "scales", scales);
   STD_TORCH_CHECK(outputs >= 1, kOp, ": outputs: got ", outputs, ", expected 1 or more");
   const int64_t blocks = (outputs + kBlock - 1) / kBlock;
@@ -38,7 +38,7 @@ PackedWeight packed(const Tensor& codes, const Tensor& scales, const std::option
   STD_TORCH_CHECK(depth >= kBlock && depth % groups == 0 && depth / groups % kBlock == 0, kOp,
                   ": scales: ", groups, " groups do not divide ", depth,
                   " inputs into groups of a multiple of 16");
-  const int64_t words = format == WeightFormat::int8 ? depth * kBlock : depth * bits / 2;
+  const int64_t words = bits == 8 ? depth * kBlock : depth * bits / 2;
   STD_TORCH_CHECK(codes.numel() == blocks * words, kOp, ": codes: got shape ", shape_text(codes),
                   ", which is not that of ", outputs, " outputs of ", depth, " inputs in ", bits,
                   " bits");

@@ -4,6 +4,7 @@
 // the same input's weight for many outputs: no sum across lanes, and every byte is read in order.
 //
 //   codes int8  [blocks, depth, 16]       int8: code of output 16 * block + lane
+//   codes fp8   [blocks, depth, 16]       uint8: the same, of bytes of float8_e4m3fn, none NaN
 //   codes int4  [blocks, depth / 8, 16]   int32: 8 codes of 4 bits, two's complement, of
 //                                         consecutive inputs, the lowest bits first
 //   codes fp6   [blocks, depth / 16, 3, 16] int32: 16 codes of 6 bits of consecutive inputs as one
@@ -24,7 +25,7 @@ namespace ds {
 
 constexpr int kBlock = 16;
 
-enum class WeightFormat { int8, int4, fp6 };
+enum class WeightFormat { int8, int4, fp6, fp8 };
 
 struct PackedWeight {
   const void* codes;

@@ -54,6 +54,27 @@ struct Int8 {
   }
 };
 
+// e4m3: a sign, four bits of exponent with bias 7, three of mantissa; no infinity.
+struct Fp8 {
+  static constexpr int kStep = 8;
+  static constexpr int kStepBytes = kStep * kBlock;
+  static constexpr float kOffset = 0.0f;
+  static float divisor(int64_t) { return 1.0f; }
+
+  using Step = Int8::Step;
+  DS_INLINE Step open(const uint8_t* codes) { return Int8::open(codes); }
+  DS_INLINE F weights(const Step& step, int j, int lane) {
+    const U code = (U)widen_bytes(step.codes + j * kBlock + lane * kWidth);
+    const U sign = code & 0x80000000u, bits = code & 127u;
+    // As fp32 with the exponent's bias set right. Subnormals (below 8) then lack their hidden bit:
+    // (8 + m) / 1024 where m / 512 is meant. A product by a power of two would do it as well, but
+    // not where denormal numbers are flushed to zero.
+    const F value = (F)((bits << 20) + 0x3c000000u);
+    const F rest = (F)((U)((I)bits < 8) & (U)(value - 0.015625f));
+    return (F)((U)(value + rest) | sign);
+  }
+};
+
 struct Int4 {
   static constexpr int kStep = 8;
   static constexpr int kStepBytes = kBlock * 4;
@@ -310,7 +331,7 @@ void dequantize_as(const DequantizeBlocks& call, int64_t begin, int64_t end) {
 
 void prepare_rows(const PrepareRows& call, int64_t begin, int64_t end) {
   if (call.format == WeightFormat::int4) return prepare<Int4>(call, begin, end);
-  return prepare<Int8>(call, begin, end);  // and of fp6: neither divides
+  return prepare<Int8>(call, begin, end);  // and of floats: none of them divides
 }
 
 void weight_only_linear_blocks(const WeightOnlyLinear& call, int64_t begin, int64_t end) {
@@ -319,6 +340,8 @@ void weight_only_linear_blocks(const WeightOnlyLinear& call, int64_t begin, int6
       return blocks<Int8>(call, begin, end);
     case WeightFormat::int4:
       return blocks<Int4>(call, begin, end);
+    case WeightFormat::fp8:
+      return blocks<Fp8>(call, begin, end);
     default:
       return blocks<Fp6>(call, begin, end);
   }
@@ -330,6 +353,8 @@ void dequantize_blocks(const DequantizeBlocks& call, int64_t begin, int64_t end)
       return dequantize_as<Int8>(call, begin, end);
     case WeightFormat::int4:
       return dequantize_as<Int4>(call, begin, end);
+    case WeightFormat::fp8:
+      return dequantize_as<Fp8>(call, begin, end);
     default:
       return dequantize_as<Fp6>(call, begin, end);
   }
