@@ -77,3 +77,11 @@ def test_a_tile_that_the_compiler_lets_pass_is_refused(tmp_path):
     target = TARGETS["gfx942"]
     found = compiling.compiled(matrix_kernel.KERNEL, matrix_kernel.LARGE, target, tmp_path)
     assert "bytes of shared memory, there are 65536" in found.problem
+
+
+def test_scalar_registers_that_a_vector_register_holds_are_not_spilled():
+    told = "  .vgpr_count: 300\n  .sgpr_spill_count: 36\n  .vgpr_spill_count: {}\n"
+    told += "  .private_segment_fixed_size: {}\n"
+    assert compiling._of_gcn(told.format(0, 0)) == (300, 0)
+    assert compiling._of_gcn(told.format(3, 0)) == (300, 3)
+    assert compiling._of_gcn(told.format(0, 144)) == (300, 144)
