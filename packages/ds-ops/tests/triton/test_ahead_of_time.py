@@ -89,3 +89,11 @@ def test_a_product_is_rounded_before_a_sum(target, tmp_path):
     )
     assert apart.matrix == 1
     assert together.matrix == 0
+
+
+def test_scalar_registers_that_a_vector_register_holds_are_not_spilled():
+    told = "  .vgpr_count: 300\n  .sgpr_spill_count: 36\n  .vgpr_spill_count: {}\n"
+    told += "  .private_segment_fixed_size: {}\n"
+    assert compiling._of_gcn(told.format(0, 0)) == (300, 0)
+    assert compiling._of_gcn(told.format(3, 0)) == (300, 3)
+    assert compiling._of_gcn(told.format(0, 144)) == (300, 144)

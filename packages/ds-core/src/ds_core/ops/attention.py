@@ -198,17 +198,18 @@ def masked(
     """Both results of `[..., tokens, heads, d]`; seen: `[queries, keys]`, which each query sees."""
     queries, keys = (_by_head(t, q.shape[-2]) for t in (q, k))
     values = _by_head(v, q.shape[-2])
-    scores = (queries @ keys.transpose(-1, -2) * scale).masked_fill(~seen, -torch.inf)
+    scores = (queries @ keys.transpose(-1, -2) * scale).masked_fill(seen.logical_not(), -torch.inf)
     lowest = scores.new_full((*scores.shape[:-1], 1), -torch.inf)  # there may be no key
     top = torch.cat([lowest, scores.detach()], -1).amax(-1, keepdim=True)
     top = torch.where(top == -torch.inf, 0.0, top)
     weights = (scores - top).exp()
     total = weights.sum(-1, keepdim=True)
-    none = ~seen.any(-1)
+    none = seen.any(-1).logical_not()
     total = torch.where(none.unsqueeze(-1), 1.0, total)
     out = (weights / total @ values).transpose(-2, -3)
     lse = (top + total.log()).squeeze(-1)
-    return out.to(q.dtype).contiguous(), lse.masked_fill(none, -torch.inf)
+    out = out.to(q.dtype).clone(memory_format=torch.contiguous_format)
+    return out, lse.masked_fill(none, -torch.inf)
 
 
 def _by_head(t: torch.Tensor, heads: int) -> torch.Tensor:
@@ -259,9 +260,10 @@ def backward_reference(
     for rows, columns in sequences(q, k, query_starts, key_starts):
         own = slice(None) if query_starts is None else rows
         seen = visible(q[rows].shape[-3], k[columns].shape[-3], left, right, q.device)
+        of_lse = None if grad_lse is None else grad_lse[..., own]
+        logs, keys, values = lse[..., own], k[columns], v[columns]
         found = masked_backward(
-            *(grad[rows], None if grad_lse is None else grad_lse[..., own]),
-            *(q[rows], k[columns], v[columns], out[rows], lse[..., own], scale, seen),
+            grad[rows], of_lse, q[rows], keys, values, out[rows], logs, scale, seen
         )
         for result, at, part in zip((dq, dk, dv), (rows, columns, columns), found, strict=True):
             result[at] = part.to(result.dtype)
@@ -482,7 +484,7 @@ def example(
     most = [UNBOUNDED, UNBOUNDED]
     if isinstance(lengths, tuple):
         batch, *tokens = lengths
-        shapes = [(batch, count) for count in tokens]
+        shapes: list[tuple[int, ...]] = [(batch, count) for count in tokens]
     else:
         each = [[0, *side] for side in zip(*lengths, strict=True)] or [[0], [0]]
         shapes = [(sum(side),) for side in each]

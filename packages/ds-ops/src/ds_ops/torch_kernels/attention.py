@@ -48,7 +48,7 @@ def attention(
     if q.device.type != "cpu":
         if gpu.library(q, k, *rest) is not None:
             return gpu.forward(q, k, v, *rest)
-        return _plain(q, k, v, out, lse, *rest)
+        return _plain(q, k, v, *rest)
     check_starts(q, k, query_starts, key_starts, max_queries, max_keys)
     out.zero_()
     lse.fill_(-torch.inf)
@@ -92,8 +92,10 @@ def attention_backward(
     if grad_lse is not None or not on_cpu:
         return _plain_backward(grad, grad_lse, q, k, v, out, lse, *rest)
     if q.dtype is torch.float16:  # whose last bits would depend on the number of threads
-        widened = (t.float() for t in (q, k, v, out))
-        found = attention_backward(grad.float(), None, *widened, lse, *rest)
+        g, *widened = (t.float() for t in (grad, q, k, v, out))
+        found = attention_backward(
+            g, None, widened[0], widened[1], widened[2], widened[3], lse, *rest
+        )
         return found[0].half(), found[1].half(), found[2].half()
     dq.zero_()
     sums = [
@@ -157,8 +159,6 @@ def _plain(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
     query_starts: torch.Tensor | None,
     key_starts: torch.Tensor | None,
     scale: float,
@@ -168,11 +168,8 @@ def _plain(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """By products with all keys, of some queries at a time; looks at no value."""
     seen = _sight(q, k, query_starts, key_starts, left, right)
-    for part in _chunks(q, k):
-        own, logs = masked(q.narrow(-3, *part), k, v, scale, seen(*part))
-        out.narrow(-3, *part).copy_(own)
-        lse.narrow(-1, *part).copy_(logs)
-    return out, lse
+    found = [masked(q.narrow(-3, *part), k, v, scale, seen(*part)) for part in _chunks(q, k)]
+    return torch.cat([out for out, _ in found], -3), torch.cat([lse for _, lse in found], -1)
 
 
 def _plain_backward(
@@ -190,7 +187,7 @@ def _plain_backward(
     right: int,
     *most: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq = q.new_empty(q.shape)
+    parts = []
     dk, dv = (
         torch.zeros(t.shape, dtype=torch.promote_types(t.dtype, torch.float32), device=t.device)
         for t in (k, v)
@@ -201,18 +198,18 @@ def _plain_backward(
         of_lse = None if grad_lse is None else grad_lse.narrow(-1, *part)
         logs = lse.narrow(-1, *part)
         found = masked_backward(g, of_lse, queries, k, v, results, logs, scale, seen(*part))
-        dq.narrow(-3, *part).copy_(found[0])
-        dk += found[1]
-        dv += found[2]
+        parts.append(found[0].to(q.dtype))
+        dk, dv = dk + found[1], dv + found[2]
+    dq = torch.cat(parts, -3).clone(memory_format=torch.contiguous_format)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _chunks(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """The first query, and how many."""
+    """The first query, and how many; at least one chunk."""
     tokens = q.shape[-3]
     each = q.shape[:-3].numel() * q.shape[-2] * k.shape[-3]
     step = max(1, _SCORES // max(1, each))
-    for begin in range(0, tokens, step):
+    for begin in range(0, max(tokens, 1), step):
         yield begin, min(step, tokens - begin)
 
 
@@ -232,9 +229,9 @@ def _sight(
         ahead = column - row.narrow(0, *part).unsqueeze(1)
         found = of_column == of_row.narrow(0, *part).unsqueeze(1)
         if left != UNBOUNDED:
-            found &= ahead >= -left
+            found = found & (ahead >= -left)
         if right != UNBOUNDED:
-            found &= ahead <= right
+            found = found & (ahead <= right)
         return found
 
     return seen

@@ -473,7 +473,7 @@ def _kernel(
     """
     named = types(_TYPES, OF_LSE=True, PACKED=True, PADDED=True)
     named = {name: named[name] for name in function.arg_names if name in named}
-    instructions = MATRIX | {"sm_90": sm_90} if sm_90 else MATRIX
+    instructions = {**MATRIX, "sm_90": sm_90} if sm_90 else MATRIX
     return Kernel(function, configs, named, instructions, variant)
 
 
@@ -504,8 +504,11 @@ def attention(
     out, lse = op.fake(q, k, v, query_starts, key_starts, *numbers)
     call = _Call(q, k, v, query_starts, key_starts, *numbers)
     config = _OF_FORWARD.config(op.NAME, q.device, head=q.shape[-1])
+    grid = (call.tiles(call.queries, config.constants["M"]), q.shape[-2])
     launch(
-        *(_OF_FORWARD, config, (call.tiles(call.queries, config.constants["M"]), q.shape[-2])),
+        _OF_FORWARD,
+        config,
+        grid,
         *(q, k, v, out, lse, *call.arguments, *call.strides(q, k, v)),
         **call.constants(config),
     )
@@ -537,8 +540,11 @@ def attention_backward(
     head, strides = q.shape[-1], call.strides(grad, q, k, v)
     delta = torch.empty_like(lse)
     config = _OF_QUERIES.config("attention_backward", q.device, head=head)
+    grid = (call.tiles(call.queries, config.constants["M"]), q.shape[-2])
     launch(
-        *(_OF_QUERIES, config, (call.tiles(call.queries, config.constants["M"]), q.shape[-2])),
+        _OF_QUERIES,
+        config,
+        grid,
         *(grad, lse if grad_lse is None else grad_lse, q, k, v, out, lse, dq, delta),
         *(*call.arguments, *strides),
         OF_LSE=grad_lse is not None,
@@ -546,8 +552,11 @@ def attention_backward(
     )
     of_keys = _OF_KEYS if head <= 128 else _OF_WIDE_KEYS
     config = of_keys.config("attention_backward", q.device, head=head)
+    grid = (call.tiles(call.keys, config.constants["N"]), k.shape[-2])
     launch(
-        *(of_keys, config, (call.tiles(call.keys, config.constants["N"]), k.shape[-2])),
+        of_keys,
+        config,
+        grid,
         *(grad, q, k, v, lse, delta, dk, dv, *call.arguments, *strides),
         **call.constants(config),
     )
