@@ -43,7 +43,7 @@ _FASTER = MappingProxyType(
     {
         "adam": "fusedadam",
         "adamw": "fusedadam",
-        "adagrad": "cpuadagrad",
+        "adagrad": "fusedadagrad",
         "lamb": "fusedlamb",
         "lion": "fusedlion",
         "muon": "muon",
@@ -75,6 +75,7 @@ _INSTEAD = MappingProxyType(
         "cpuadagrad": '"adagrad"',
         "cpuadam": '"adamw"',
         "cpulion": '"lion"',
+        "fusedadagrad": '"adagrad"',
         "fusedadam": '"adamw"',
         "fusedlamb": '"lamb"',
         "fusedlion": '"lion"',

@@ -44,8 +44,8 @@ KNOWN_PROVIDERS: dict[Seam, dict[str, str]] = {
     "sharding": {"zero_optimization": "ds-zero"},
     "optimizers": dict.fromkeys(
         (
-            *("adam8bit", "cpuadagrad", "cpuadam", "cpulion", "fusedadam", "fusedlamb"),
-            *("fusedlion", "fusedsgd"),
+            *("adam8bit", "cpuadagrad", "cpuadam", "cpulion", "fusedadagrad", "fusedadam"),
+            *("fusedlamb", "fusedlion", "fusedsgd"),
         ),
         "ds-ops",
     ),

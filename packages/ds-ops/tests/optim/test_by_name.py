@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ds_core
 import ds_ops
@@ -61,7 +62,8 @@ def build(name: str, params: dict[str, Any] | None = None, over: Any = None, **o
         ("DeepSpeedCPULion", {}, ds_ops.CPULion),
         ("Lamb", {}, ds_ops.FusedLamb),
         ("FusedLamb", {}, ds_ops.FusedLamb),
-        ("Adagrad", {}, ds_ops.CPUAdagrad),
+        ("Adagrad", {}, ds_ops.FusedAdagrad),
+        ("FusedAdagrad", {}, ds_ops.FusedAdagrad),
         ("DeepSpeedCPUAdagrad", {}, ds_ops.CPUAdagrad),
         ("Muon", {}, ds_ops.Muon),
         ("Adam8bit", {}, ds_ops.Adam8bit),
@@ -112,6 +114,14 @@ def test_torchs_is_built_where_only_the_reference_could_run(monkeypatch: pytest.
     assert type(build("adamw")) is torch.optim.AdamW
     assert type(build("FusedAdam")) is ds_ops.FusedAdam
     assert type(build("adamw", {"bias_correction": False})) is ds_ops.FusedAdam
+
+
+@pytest.mark.parametrize("name", ["adam", "adagrad", "lion", "lamb", "muon"])
+def test_what_does_it_faster_is_for_gpus_too(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ops, "available", lambda op, device_type: {"triton": None})
+    with FakeTensorMode():
+        over = [("layer.weight", nn.Parameter(torch.ones(4, 4, device="cuda")))]
+        assert type(build(name, over=over)).__module__.startswith("ds_ops.optim")
 
 
 def test_torchs_in_place_of_a_kernel_that_is_missing_is_told_or_refused(
