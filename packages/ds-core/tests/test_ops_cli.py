@@ -66,7 +66,12 @@ class FakeTools:
         return {"compiler": "fake++ 1.0"}
 
     def kernels(self):
-        return [KernelSource("rms_norm", "triton", "a1b2c3", "never run on a GPU")]
+        never = "never run on a GPU"
+        return [
+            KernelSource("rms_norm", "triton", "a1b2c3", never),
+            KernelSource("rope", "triton", "d4e5f6", never),
+            KernelSource("rms_norm_backward", "triton", "a1b2c3", never),
+        ]
 
     def build(self, architectures, *, everything, into_package):
         self.built.append((list(architectures), everything, into_package))
@@ -74,6 +79,9 @@ class FakeTools:
 
     def benchmarks(self):
         return ["norms", "optim"]
+
+    def unmeasured(self):
+        return {"gpu": "there is no GPU"}
 
     def bench(self, families, *, seconds, only, as_json):
         self.measured.append((list(families), seconds, only, as_json))
@@ -122,8 +130,7 @@ def test_the_report_shows_who_computes_and_why_not(package, ds):
     package(Fake("best", reason="no compiler; install one"), Fake("next"))
     code, shown = ds("report")
     assert code == 0
-    assert row_of(shown).split() == ["rms_norm", "cpu", "next", "cached", "-", "best", "[1];",
-                                     "reference", "on", "request"]  # fmt: skip
+    assert row_of(shown).split() == ["rms_norm", "cpu", "next", "cached", "-", "best", "[1]"]
     assert "[1]  no compiler; install one" in shown
     assert "fake++ 1.0" in shown
     assert "Slower than it could be: best on cpu: no compiler; install one" in shown
@@ -145,12 +152,23 @@ def test_kernels_for_gpus_are_told_with_where_their_source_ran(package, ds):
     package(Fake("best"))
     shown = ds("report")[1]
     assert "Kernels for GPUs" in shown
-    assert "rms_norm  triton  a1b2c3  never run on a GPU" in shown
-    (found,) = json.loads(ds("report", "--json")[1])["kernels"]
+    assert "triton  a1b2c3  never run on a GPU  rms_norm, rms_norm_backward\n" in shown
+    assert "triton  d4e5f6  never run on a GPU  rope\n" in shown
+    found, *_ = json.loads(ds("report", "--json")[1])["kernels"]
     assert found == {
         "op": "rms_norm", "implementation": "triton", "source": "a1b2c3",
         "ran": "never run on a GPU",
     }  # fmt: skip
+
+
+def test_what_computes_on_request_is_told_except_for_the_reference(package, ds):
+    """Which always can."""
+    package(Fake("best"), Fake("other"), Fake("third"))
+    assert row_of(ds("report")[1]).endswith("-           other, third on request")
+    row = next(
+        row for row in json.loads(ds("report", "--json")[1])["rows"] if row["op"] == "rms_norm"
+    )
+    assert row["others"] == ["other", "third", "reference"]
 
 
 def test_a_device_without_kernels_is_told(package, ds, monkeypatch):
@@ -251,8 +269,9 @@ def test_a_damaged_record_of_checks_is_as_none(package, ds, tmp_path):
         (("check", "no_op"), "there is no op 'no_op'"),
         (("check", "rms_norm", "--impl", "none"), "no implementation 'none' of these ops can run"),
         (("bench", "norm"), "no family 'norm'; there are norms, optim"),
+        (("bench", "gpu"), "ds ops bench gpu: there is no GPU"),
     ],
-    ids=["op", "implementation", "family"],
+    ids=["op", "implementation", "family", "family that cannot be measured"],
 )
 def test_names_that_do_not_exist_are_errors(package, ds, words, message):
     package(Fake("some"))

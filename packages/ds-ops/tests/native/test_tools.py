@@ -83,6 +83,7 @@ def test_families_of_benchmarks_are_the_modules_that_have_rows():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_kernels_for_gpus_are_measured_where_there_is_one():
     assert "gpu" not in Tools().benchmarks()
+    assert Tools().unmeasured() == {"gpu": "torch finds no GPU here"}
     with pytest.raises(OpError, match="ds ops bench gpu: torch finds no GPU here"):
         Tools().bench(["gpu"], seconds=0.0, only="", as_json=True)
 

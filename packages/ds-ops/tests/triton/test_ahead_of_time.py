@@ -67,6 +67,17 @@ def test_the_command_compiles_for_a_gpu(name):
     assert "compile for gfx942" in line
 
 
+def test_a_long_compilation_says_how_far_it_is(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(compiling, "compiled", lambda *cell: cell)
+    monkeypatch.setattr(compiling, "_PATIENCE_SECONDS", -1.0)
+    count = len(compiling.compiled_for(TARGETS["sm_90"], tmp_path))
+    assert f"compiled {count} of {count} kernels and configs for sm_90" in caplog.messages[-1]
+    caplog.clear()
+    monkeypatch.setattr(compiling, "_PATIENCE_SECONDS", 60.0)
+    compiling.compiled_for(TARGETS["sm_90"], tmp_path)
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_product_of_matrices_becomes_the_targets_instruction(target, tmp_path):
     found = compiling.compiled(matrix_kernel.KERNEL, matrix_kernel.FITS, TARGETS[target], tmp_path)

@@ -29,7 +29,6 @@ class OpRow:
         state: "python", "prebuilt", "cached", "will build" or "jit".
         unavailable: those that cannot run there, each with why.
         missed: the names of those among them that are meant for such devices, and would be better.
-        rest: those that compute, in this order, the calls that it does not take.
         others: those that could, were they asked for by name.
         problem: why none can be chosen, or the chosen one will fail; empty if all is well.
         checked: what `ds ops check` found last; empty if it never ran.
@@ -180,19 +179,23 @@ def render(findings: OpFindings) -> str:
         why = []
         for name, reason in row.unavailable.items():
             why.append(f"{name} [{reasons.setdefault(reason, len(reasons) + 1)}]")
-        if row.others:
-            why.append(f"{', '.join(row.others)} on request")
+        others = [name for name in row.others if name != REFERENCE]
+        if others:
+            why.append(f"{', '.join(others)} on request")
         state = row.state or "none"
         by = ", else ".join((row.implementation, *row.rest))
         body.append((row.op, row.device, by, state, row.checked or "-", "; ".join(why)))
-    header = ("op", "on", "by", "state", "last check", "not")
+    header = ("op", "on", "by", "state", "last check", "not by")
     parts = ["".join(f"{line}\n" for line in findings.advice), table("", body, header=header)]
     if reasons:
         parts.append(table("Why not", [(f"[{n}]", reason) for reason, n in reasons.items()]))
     if findings.kernels:
-        told = [(kernel.op, kernel.implementation, kernel.source, kernel.ran)
-                for kernel in findings.kernels]  # fmt: skip
-        parts.append(table("Kernels for GPUs", told, header=("op", "by", "source", "")))
+        sources: dict[tuple[str, str, str], list[str]] = {}
+        for kernel in findings.kernels:
+            group = (kernel.implementation, kernel.source, kernel.ran)
+            sources.setdefault(group, []).append(kernel.op)
+        told = [(*group, ", ".join(of)) for group, of in sources.items()]
+        parts.append(table("Kernels for GPUs", told, header=("by", "source", "", "ops")))
     if findings.facts:
         parts.append(table("Here", findings.facts.items()))
     return "\n".join(parts)

@@ -25,11 +25,14 @@ def tools() -> list[OpTools]:
 def tools_for(families: Sequence[str]) -> list[tuple[OpTools, list[str]]]:
     """Who measures these families of benchmarks; all, if none is named.
 
-    Raises OpError for a family that nobody has.
+    Raises OpError for a family that nobody has, or that cannot be measured here.
     """
     offered = [(tool, list(tool.benchmarks())) for tool in tools()]
     known = [family for _, own in offered for family in own]
+    why_not = {family: why for tool, _ in offered for family, why in tool.unmeasured().items()}
     for family in families:
+        if family not in known and family in why_not:
+            raise OpError(f"ds ops bench {family}: {why_not[family]}")
         if family not in known:
             raise OpError(f"ds ops bench: no family {family!r}; there are {', '.join(known)}")
     chosen = [

@@ -176,7 +176,10 @@ class OpTools(Protocol):
         """
 
     def benchmarks(self) -> Sequence[str]:
-        """The families that `bench` measures."""
+        """The families that `bench` measures here."""
+
+    def unmeasured(self) -> Mapping[str, str]:
+        """The families that `bench` cannot measure here, each with why."""
 
     def bench(self, families: Sequence[str], *, seconds: float, only: str, as_json: bool) -> bool:
         """Measure and print families; whether every target was reached.

@@ -10,10 +10,12 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import logging
 import os
 import re
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,9 @@ from ds_ops.triton_kernels import catalog
 from ds_ops.triton_kernels.kernel import Config, Kernel
 from ds_ops.triton_kernels.targets import TARGETS, Target
 
+logger = logging.getLogger(__name__)
+
+_PATIENCE_SECONDS = 15.0
 _SPILLED = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _VECTOR_REGISTERS = re.compile(r"\.vgpr_count:\s+(\d+)")
@@ -91,8 +96,19 @@ def cells(*names: str) -> Iterator[tuple[Kernel, Config, Target]]:
 
 
 def compiled_for(target: Target, folder: Path) -> list[Compiled]:
-    """Every kernel with every config, compiled for a target. Raises BuildError as `compiled`."""
-    return [compiled(*cell, folder) for cell in cells(target.name)]
+    """Every kernel with every config, compiled for a target. Raises BuildError as `compiled`.
+
+    Says how far it is, as a warning, where that takes long: nothing else is seen for minutes.
+    """
+    found, waiting = [], list(cells(target.name))
+    told = time.perf_counter()
+    for cell in waiting:
+        found.append(compiled(*cell, folder))
+        if time.perf_counter() - told > _PATIENCE_SECONDS:
+            told = time.perf_counter()
+            text = "compiled %d of %d kernels and configs for %s; what is compiled is kept in %s"
+            logger.warning(text, len(found), len(waiting), target.name, folder)
+    return found
 
 
 def compiled(kernel: Kernel, config: Config, target: Target, folder: Path) -> Compiled:
