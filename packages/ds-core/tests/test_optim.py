@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from ds_core.errors import OptimizerError
 from ds_core.optim import Lamb, Lion, Muon
 
 
@@ -128,3 +129,8 @@ def test_a_parameter_says_itself_whether_muon_takes_it():
 def test_arguments_out_of_range_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build([nn.Parameter(torch.ones(1))])
+
+
+def test_muon_without_parameters_is_refused():
+    with pytest.raises(OptimizerError, match="Muon: params: got none"):
+        Muon([])

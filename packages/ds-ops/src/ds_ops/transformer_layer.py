@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ds_core.errors import ConfigError, OpError
+from ds_core.ops.arguments import expect, expect_tensors
 from ds_core.ops.bias_activation import bias_activation
 from ds_core.ops.layer_norm import layer_norm
 
@@ -138,6 +139,11 @@ class TransformerLayer(torch.nn.Module):
         initial_biases: Sequence[torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(config, TransformerLayerConfig):
+            told = type(config).__name__
+            raise ConfigError(
+                f"TransformerLayer: config: got {told}, expected a TransformerLayerConfig"
+            )
         config.check()
         self.config = config
         hidden, inter = config.hidden_size, config.intermediate_size
@@ -212,6 +218,8 @@ class TransformerLayer(torch.nn.Module):
             head_mask, layer_head_mask, encoder_hidden_states, encoder_attention_mask,
                 past_key_value, output_attentions, grads: there for callers that pass them empty;
                 other values are an OpError, for the layer does not have what they ask for.
+
+        Raises OpError for shapes or dtypes that do not fit.
         """
         _expect_empty(
             head_mask=head_mask,
@@ -222,11 +230,31 @@ class TransformerLayer(torch.nn.Module):
             output_attentions=output_attentions,
             grads=grads,
         )
+        self._check(hidden_states, attention_mask)
         if attention_mask is not None and attention_mask.dtype != torch.bool:
             attention_mask = attention_mask.to(hidden_states.dtype)
         forward = self._normalized_before if self.config.pre_layer_norm else self._normalized_after
         found = forward(hidden_states, attention_mask)
         return (found,) if self.config.return_tuple else found
+
+    def _check(self, x: torch.Tensor, mask: torch.Tensor | None) -> None:
+        op, hidden, dtype = "TransformerLayer", self.config.hidden_size, self.attn_qkvw.dtype
+        expect_tensors(op, hidden_states=x)
+        fits = x.dim() == 3 and x.shape[2] == hidden
+        shape = f"shape {list(x.shape)}"
+        expect(fits, op, "hidden_states", shape, f"[batch, length, {hidden}]")
+        if not torch.is_autocast_enabled(x.device.type):
+            expect(x.dtype == dtype, op, "hidden_states", x.dtype, f"{dtype}, as the weights")
+        if mask is None:
+            return
+        added = mask.is_floating_point() or mask.dtype == torch.bool
+        wanted = "floats, which are added to the scores, or bool"
+        expect(added, op, "attention_mask", mask.dtype, wanted)
+        scores = (len(x), self.config.heads, x.shape[1], x.shape[1])
+        pairs = zip(reversed(mask.shape), reversed(scores), strict=False)
+        fits = mask.dim() <= 4 and all(own in (1, size) for own, size in pairs)
+        shape = f"shape {list(mask.shape)}"
+        expect(fits, op, "attention_mask", shape, f"what can be broadcast to {list(scores)}")
 
     def _normalized_before(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         invertible = self.config.normalize_invertible

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ds_core.ops.arguments import expect
+from ds_core.ops.arguments import expect, expect_shape
 from ds_core.ops.quantized_weight import QuantizedWeight, quantize_weight
 from ds_core.ops.registry import run
 
@@ -23,6 +23,8 @@ class WeightOnlyLinear(nn.Module):
     Args:
         weight: what `quantize_weight` returned; its tensors are kept, not copied.
         bias: `[out]` in the dtype of the x to come, or None.
+
+    Raises OpError for other weights, or a bias of another shape.
     """
 
     codes: torch.Tensor
@@ -31,6 +33,11 @@ class WeightOnlyLinear(nn.Module):
 
     def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> None:
         super().__init__()
+        packed = isinstance(weight, QuantizedWeight)
+        told = type(weight).__name__
+        expect(packed, "WeightOnlyLinear", "weight", told, "what quantize_weight returned")
+        if bias is not None:
+            expect_shape("WeightOnlyLinear", "bias", bias, weight.shape[:1])
         self.out_features, self.in_features = weight.shape
         self.format, self.group, self.bits = weight.format, weight.group, weight.bits
         self.register_buffer("codes", weight.codes)
@@ -54,6 +61,9 @@ class WeightOnlyLinear(nn.Module):
 
         The bias is shared with `linear`. Raises OpError for what does not fit.
         """
+        given = isinstance(linear, nn.Linear)
+        told = type(linear).__name__
+        expect(given, "WeightOnlyLinear.from_linear", "linear", told, "a torch.nn.Linear")
         weight = quantize_weight(
             linear.weight, format, group=group, symmetric=symmetric, scale_dtype=scale_dtype
         )

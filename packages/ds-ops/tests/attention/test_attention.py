@@ -180,3 +180,19 @@ def test_a_nan_is_not_hidden():
     out = ds_ops.attention(q, k, v)
     assert out[0, 3, 1].isnan().all()
     assert out[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": None}, "q: got None, expected a tensor"),
+        ({"v": [1.0]}, r"v: got \[1.0\], expected a tensor"),
+        ({"q": torch.tensor(1.0)}, "q: got a scalar"),
+        ({"window": "all"}, "window: got all, expected a pair"),
+        ({"window": (1, 2, 3)}, r"window: got \(1, 2, 3\), expected a pair"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused(change: dict[str, object], message: str) -> None:
+    given = {name: torch.ones(1, 4, 2, 16) for name in "qkv"} | change
+    with pytest.raises(OpError, match=f"attention: {message}"):
+        ds_ops.attention(**given)

@@ -149,3 +149,30 @@ def test_bad_input_is_refused_without_biases_too() -> None:
     x = torch.ones(2, 3, 4, 8)
     with pytest.raises(OpError, match=r"q: got shape \[2, 3, 4, 8\], expected \[batch, N_seq"):
         ds_ops.evoformer_attention(x, x, x)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((None,), "k: got None, expected a tensor"),
+        (
+            (
+                torch.ones(1, 2, 3, 1, 8),
+                torch.ones(1, 2, 3, 1, 8),
+                [torch.ones(1, 2, 3, 1, 8), torch.ones(1, 2, 3, 1, 8)],
+            ),
+            r"bias1: got \[tensor",
+        ),
+        (
+            (torch.ones(1, 2, 3, 1, 8), torch.ones(1, 2, 3, 1, 8), None, None, torch.nan),
+            "scale: got nan, expected a finite number",
+        ),
+    ],
+)
+def test_what_is_of_another_kind_is_refused(args: tuple[object, ...], message: str) -> None:
+    """Such as the original's list of biases."""
+    given = dict(zip(("k", "v", "bias1", "bias2", "scale"), args, strict=False))
+    with pytest.raises(OpError, match=f"evoformer_attention: {message}"):
+        ds_ops.evoformer_attention(
+            torch.ones(1, 2, 3, 1, 8), **{"v": torch.ones(1, 2, 3, 1, 8), **given}
+        )

@@ -7,7 +7,7 @@ import torch
 
 import ds_ops
 from ds_core import ops
-from ds_core.errors import DsError
+from ds_core.errors import DsError, OpError
 from ds_core.testing.contracts import OpContract
 
 FP8 = torch.float8_e4m3fn
@@ -69,3 +69,14 @@ def test_scales_may_have_any_shape() -> None:
     one = torch.tensor(2.0)
     twice = ds_ops.scaled_mm(a, b, one, one, out_dtype=torch.float32)
     torch.testing.assert_close(twice, 4 * (a.float() @ b.float()))
+
+
+def test_what_is_of_another_kind_is_refused() -> None:
+    a, b = torch.ones(4, 16).to(torch.float8_e4m3fn), torch.ones(16, 8).to(torch.float8_e4m3fn)
+    one, ends = torch.ones(()), torch.tensor([4], dtype=torch.int32)
+    with pytest.raises(OpError, match=r"scaled_mm: scale_a: got 1\.0, expected a tensor"):
+        ds_ops.scaled_mm(a, b, 1.0, one)
+    with pytest.raises(OpError, match="grouped_mm_fp8: offsets: got None, expected a tensor"):
+        ds_ops.grouped_mm_fp8(a, b[None], torch.ones(4), torch.ones(1, 8), None)
+    with pytest.raises(OpError, match=r"scale_b: got torch\.float32, expected torch\.float64"):
+        ds_ops.grouped_mm_fp8(a, b[None], torch.ones(4).double(), torch.ones(1, 8), ends)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import ds_ops
 from ds_core.errors import OpError
 from ds_ops import WeightOnlyLinear, weight_only_linear
 
@@ -72,3 +73,27 @@ def test_it_compiles_without_breaks() -> None:
     x = torch.randn(3, 128)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_what_is_of_another_kind_is_refused():
+    w = ds_ops.quantize_weight(torch.ones(16, 128))
+    made = "WeightOnlyLinear"
+    for call, message in (
+        (lambda: ds_ops.WeightOnlyLinear(torch.ones(16, 128)), f"{made}: weight: got Tensor"),
+        (lambda: ds_ops.WeightOnlyLinear(w, torch.ones(3)), f"{made}: bias: got shape \\[3\\]"),
+        (
+            lambda: ds_ops.WeightOnlyLinear.from_linear(nn.ReLU()),
+            "linear: got ReLU, expected a torch",
+        ),
+        (
+            lambda: ds_ops.weight_only_linear(torch.ones(128), torch.ones(16, 128)),
+            "weight: got Tensor",
+        ),
+        (
+            lambda: ds_ops.quantize_weight(torch.ones(16, 128, device="meta")),
+            "w: got .* data .meta.",
+        ),
+        (lambda: ds_ops.quantize_weight([1.0]), "w: got \\[1.0\\], expected a tensor"),
+    ):
+        with pytest.raises(OpError, match=message):
+            call()

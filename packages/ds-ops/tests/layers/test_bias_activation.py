@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import ds_ops
 from ds_core import ops
+from ds_core.errors import OpError
 from ds_core.ops.bias_activation import ACTIVATIONS
 from ds_core.testing.contracts import OpContract
 
@@ -61,3 +62,8 @@ def test_inputs_may_lie_otherwise_in_memory() -> None:
     x, bias = torch.randn(6, 4), torch.randn(8)[::2]
     found = ds_ops.bias_activation(x.t().contiguous().t(), bias, "relu")
     assert torch.equal(found, (x + bias).relu())
+
+
+def test_no_bias_is_refused() -> None:
+    with pytest.raises(OpError, match="bias_activation: bias: got None, expected a tensor"):
+        ds_ops.bias_activation(torch.ones(2, 4), None)

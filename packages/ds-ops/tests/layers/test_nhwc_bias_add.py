@@ -39,3 +39,8 @@ def test_a_bias_of_nothing_is_refused() -> None:
     x = torch.ones(1, 4, 2, 2)
     with pytest.raises(OpError, match="other_bias: got a tensor, expected None"):
         ds_ops.nhwc_bias_add(x, torch.ones(4), None, torch.ones(4))
+
+
+def test_no_bias_is_refused() -> None:
+    with pytest.raises(OpError, match="nhwc_bias_add: bias: got None, expected a tensor"):
+        ds_ops.nhwc_bias_add(torch.ones(1, 4, 2, 2), None)

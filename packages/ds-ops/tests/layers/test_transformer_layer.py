@@ -252,3 +252,38 @@ def test_it_compiles_into_one_graph(options: tuple[str, ...]) -> None:
     torch.testing.assert_close(found, expected)
     for mine, plain in zip(gradients(found, x), gradients(expected, x), strict=True):
         torch.testing.assert_close(mine, plain)
+
+
+@pytest.mark.parametrize(
+    ("x", "mask", "message"),
+    [
+        (
+            torch.ones(7, 24),
+            None,
+            r"hidden_states: got shape \[7, 24\], expected \[batch, length, 24",
+        ),
+        (torch.ones(2, 7, 16), None, r"hidden_states: got shape \[2, 7, 16\]"),
+        (
+            torch.ones(2, 7, 24).half(),
+            None,
+            "hidden_states: got torch.float16, expected torch.float32",
+        ),
+        (torch.ones(2, 7, 24), torch.ones(2, 1, 1, 6), r"attention_mask: got shape \[2, 1, 1, 6\]"),
+        (torch.ones(2, 7, 24), torch.ones(1, 2, 1, 1, 7), "attention_mask: got shape"),
+        (torch.ones(2, 7, 24), torch.ones(2, 1, 1, 7).long(), "attention_mask: got torch.int64"),
+        (None, None, "hidden_states: got None, expected a tensor"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(x: Any, mask: Any, message: str) -> None:
+    with pytest.raises(OpError, match=f"TransformerLayer: {message}"):
+        layer()(x, mask)
+
+
+def test_autocast_chooses_the_dtype() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer()(torch.ones(2, 7, 24)).shape == (2, 7, 24)
+
+
+def test_a_dict_is_no_config() -> None:
+    with pytest.raises(ConfigError, match="config: got dict, expected a TransformerLayerConfig"):
+        TransformerLayer({"hidden_size": 24})

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import ds_ops
-from ds_core.errors import DsError
+from ds_core.errors import DsError, OpError
 from ds_core.ops import cross_entropy as module
 from ds_core.testing.contracts import OpContract
 
@@ -107,3 +107,8 @@ def test_bad_calls_say_what_is_wrong() -> None:
         ds_ops.cross_entropy(logits, torch.arange(2))
     with pytest.raises(RuntimeError, match="targets: got 5 at index 2, expected 0 to 4"):
         ds_ops.cross_entropy(logits, torch.tensor([0, -100, 5]))
+
+
+def test_a_scalar_is_refused():
+    with pytest.raises(OpError, match="cross_entropy: logits: got a scalar"):
+        ds_ops.cross_entropy(torch.tensor(1.0), torch.tensor(0))

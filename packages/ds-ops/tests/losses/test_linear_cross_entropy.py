@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds_ops
+from ds_core.errors import OpError
 from ds_core.ops.loss_arguments import reduction_scale
 from ds_core.testing.contracts import OpContract
 from ds_ops.torch_kernels.linear_cross_entropy import linear_cross_entropy
@@ -174,3 +175,10 @@ def test_it_compiles_as_one_graph() -> None:
         found.append((loss.detach(), hidden.grad, weight.grad))
     for eager, compiled in zip(*found, strict=True):
         torch.testing.assert_close(eager, compiled)
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_a_chunk_of_nothing_is_refused(chunk):
+    x, targets = torch.ones(4, 8), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(OpError, match=f"chunk: got {chunk}, expected None, or 1 or more"):
+        ds_ops.linear_cross_entropy(x, x, targets, chunk=chunk)

@@ -11,6 +11,7 @@ from torch import nn
 
 import ds_ops
 from ds_core import fused, ops
+from ds_core.errors import OptimizerError
 from ds_core.ops.adam8bit_step import encoded
 from ds_ops.optim.fused_optimizer import FusedOptimizer
 
@@ -146,3 +147,15 @@ def test_a_gradient_scaler_s_flag_stays_on_the_device_if_no_steps_are_counted(va
     param.grad = normal(2)
     optimizer.step()
     assert torch.equal(param, normal(1)) is (value == 1.0)
+
+
+@pytest.mark.parametrize("name", ["found_inf", "grad_scale"])
+@pytest.mark.parametrize("value", [torch.ones(3), torch.ones((), device="meta")])
+def test_what_is_not_one_number_is_refused(name, value):
+    p = torch.nn.Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    with pytest.raises(
+        OptimizerError, match=f"step: {name}: got shape .* expected one number on cpu"
+    ):
+        ds_ops.FusedAdam([p]).step(**{name: value})
+    assert torch.equal(p, torch.ones(4))

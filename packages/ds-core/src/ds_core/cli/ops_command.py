@@ -58,8 +58,9 @@ def ops_build(
     arch: Annotated[
         list[str] | None,
         typer.Option(
-            help="Build for these, with commas between them; default: this machine. For a GPU, which "
-            "need not be here, such as sm_90 or gfx942, every kernel is compiled, once, in minutes."
+            help="Build for these, with commas between them; default: this machine. For a GPU such "
+            "as sm_90 or gfx942, which need not be here, every kernel is compiled, once, in "
+            "minutes."
         ),
     ] = None,
     into_package: Annotated[

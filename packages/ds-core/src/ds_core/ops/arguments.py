@@ -18,6 +18,13 @@ def expect(condition: bool, op: str, argument: str, got: Any, expected: Any) -> 
         raise OpError(f"{op}: {argument}: got {_shown(got)}, expected {_shown(expected)}")
 
 
+def expect_tensors(op: str, **given: Any) -> None:
+    """Raise OpError unless each is a tensor."""
+    for argument, value in given.items():
+        if not isinstance(value, torch.Tensor):
+            expect(False, op, argument, value, "a tensor")
+
+
 def expect_float(op: str, argument: str, t: torch.Tensor) -> None:
     """Raise OpError unless `t` is fp32, bf16, fp16 or, for the reference, float64."""
     expect(t.dtype in (*FLOATS, torch.float64), op, argument, t.dtype, "a float dtype")

@@ -20,6 +20,7 @@ from ds_core.ops.arguments import (
     expect_float,
     expect_like,
     expect_shape,
+    expect_tensors,
     expect_together,
     randn,
     wide,
@@ -115,6 +116,8 @@ def attention(
     Raises OpError for shapes, dtypes, starts or numbers that do not fit; starts on a GPU are not
     looked at.
     """
+    expect_tensors(NAME, q=q, k=k, v=v)
+    expect(q.dim() >= 1, NAME, "q", "a scalar", "[batch, queries, heads, d]")
     if query_starts is not None and key_starts is None:
         key_starts = query_starts
     left, right = _bounds(causal, window)
@@ -136,6 +139,8 @@ def _bounds(causal: bool, window: int | tuple[int, int] | None) -> tuple[int, in
         wanted = "a pair (left, right), or with causal=True a number of 1 or more"
         expect(causal and window >= 1, NAME, "window", window, wanted)
         return window - 1, 0
+    pair = isinstance(window, tuple | list) and len(window) == 2
+    expect(pair, NAME, "window", window, "a pair (left, right)")
     left, right = window
     expect(min(left, right) >= UNBOUNDED, NAME, "window", window, "numbers of -1 (all) or more")
     return left, 0 if causal else right

@@ -14,6 +14,7 @@ from ds_core.ops.arguments import (
     expect_float,
     expect_like,
     expect_shape,
+    expect_tensors,
     expect_together,
     randn,
     unaligned,
@@ -36,6 +37,7 @@ def bias_activation(x: torch.Tensor, bias: torch.Tensor, activation: str = "gelu
     Differentiable in x and bias; the backward keeps nothing but the inputs, and sums the gradient
     of the bias in fp32 in a fixed order. Raises OpError for shapes or dtypes that do not fit.
     """
+    expect_tensors(NAME, x=x, bias=bias)
     y: torch.Tensor = run(NAME, x.contiguous(), bias.contiguous(), activation)
     return y
 

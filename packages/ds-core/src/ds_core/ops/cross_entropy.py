@@ -56,8 +56,9 @@ def cross_entropy(
     would have to wait for, loss and gradient of such a row are NaN instead.
     """
     expect(reduction in REDUCTIONS, NAME, "reduction", reduction, " or ".join(REDUCTIONS))
+    expect(logits.dim() >= 1, NAME, "logits", "a scalar", "[..., classes]")
     shape = targets.shape
-    fits = logits.dim() >= 1 and logits.shape[:-1] == shape
+    fits = logits.shape[:-1] == shape
     expect(fits, NAME, "targets", f"shape {list(shape)}", list(logits.shape[:-1]))
     flat = logits.contiguous().flatten(0, -2) if logits.dim() > 1 else logits.unsqueeze(0)
     targets = targets.contiguous().view(-1)

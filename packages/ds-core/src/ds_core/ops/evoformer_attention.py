@@ -20,6 +20,7 @@ from ds_core.ops.arguments import (
     expect_float,
     expect_like,
     expect_shape,
+    expect_tensors,
     expect_together,
     randn,
     unaligned,
@@ -60,7 +61,12 @@ def evoformer_attention(
 
     Raises OpError for shapes, dtypes and devices that do not fit.
     """
+    expect_tensors(NAME, q=q, k=k, v=v)
+    given = {"bias1": bias1, "bias2": bias2}
+    expect_tensors(NAME, **{name: bias for name, bias in given.items() if bias is not None})
+    expect(q.dim() >= 1, NAME, "q", "a scalar", "[batch, N_seq, N_res, heads, d]")
     scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
+    expect(-math.inf < scale < math.inf, NAME, "scale", scale, "a finite number")
     if bias1 is None and bias2 is None:
         _check(q, k, v, None, None)
         queries, keys, values = (t.transpose(2, 3) for t in (q, k, v))

@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 
-from ds_core.ops.arguments import FLOATS, expect, expect_shape, expect_together, randn, wide_dtype
+from ds_core.ops.arguments import (
+    FLOATS,
+    expect,
+    expect_shape,
+    expect_tensors,
+    expect_together,
+    randn,
+    wide_dtype,
+)
 from ds_core.ops.grouped_mm import ends
 from ds_core.ops.registry import run
 from ds_core.ops.tolerance import CLASS
@@ -43,6 +51,7 @@ def grouped_mm_fp8(
     Returns `[tokens, n]` of that dtype, summed in fp32; rows behind the last expert's are 0. It has
     no gradient. Raises OpError for shapes, dtypes or offsets that do not fit.
     """
+    expect_tensors(NAME, a=a, b=b, scale_a=scale_a, scale_b=scale_b, offsets=offsets)
     scales = (scale_a.contiguous(), scale_b.contiguous())
     out: torch.Tensor = run(NAME, a.contiguous(), b, *scales, offsets, out_dtype)
     return out
@@ -94,7 +103,8 @@ def check_scale(
 ) -> None:
     """Raise OpError unless a scale is fp32, or float64 for the reference, and of that shape."""
     fits = scale.dtype == dtype == wide_dtype(dtype)
-    expect(fits, op, argument, scale.dtype, torch.float32)
+    # The reference takes float64, of all scales.
+    expect(fits, op, argument, scale.dtype, wide_dtype(dtype))
     expect_shape(op, argument, scale, shape)
 
 

@@ -68,8 +68,10 @@ def linear_cross_entropy(
     would have to wait for, loss and gradients that such a token has a part in are NaN instead.
     """
     expect(reduction in REDUCTIONS, NAME, "reduction", reduction, " or ".join(REDUCTIONS))
+    expect(hidden.dim() >= 1, NAME, "hidden", "a scalar", "[..., d]")
+    expect(chunk is None or chunk >= 1, NAME, "chunk", chunk, "None, or 1 or more")
     shape = targets.shape
-    fits = hidden.dim() >= 1 and hidden.shape[:-1] == shape
+    fits = hidden.shape[:-1] == shape
     expect(fits, NAME, "targets", f"shape {list(shape)}", list(hidden.shape[:-1]))
     flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     targets = targets.contiguous().view(-1)

@@ -18,6 +18,7 @@ from ds_core.ops.arguments import (
     expect_float,
     expect_like,
     expect_shape,
+    expect_tensors,
     expect_together,
     randn,
     wide,
@@ -43,6 +44,7 @@ def nhwc_bias_add(
     channels_last memory. Differentiable in all of them; gradients of biases are summed in fp32.
     Raises OpError for shapes or dtypes that do not fit.
     """
+    expect_tensors(NAME, activation=activation, bias=bias)
     if activation.dim() == 4:
         activation = activation.contiguous(memory_format=torch.channels_last)
     if other is not None and other.dim() == 4:

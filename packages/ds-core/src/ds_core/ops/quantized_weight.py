@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 import torch
 
-from ds_core.ops.arguments import FLOATS, expect, expect_shape, expect_together
+from ds_core.ops.arguments import FLOATS, expect, expect_shape, expect_tensors, expect_together
 
 #: Outputs that are packed side by side, and what the size of a group is a multiple of.
 BLOCK = 16
@@ -128,6 +128,8 @@ def quantize_weight(
 
     Raises OpError for what does not fit.
     """
+    expect_tensors(_OP, w=w)
+    expect(w.device.type != "meta", _OP, "w", "a tensor without data (meta)", "one with data")
     expect(w.dtype in FLOATS, _OP, "w", w.dtype, "torch.float32, torch.bfloat16 or torch.float16")
     expect(w.dim() == 2 and w.numel() > 0, _OP, "w", f"shape {list(w.shape)}", "[out, in]")
     expect(format in BITS, _OP, "format", format, ", ".join(BITS))

@@ -34,9 +34,8 @@ def rope(
         interleaved: pairs are neighbours (GPT-J), not r / 2 apart (NeoX, Llama).
         in_place: change x itself, and return it; for inference only.
 
-    Returns x's shape and dtype. Differentiable in x, not in the tables; the backward
-    rotates back. Raises OpError for
-    shapes or dtypes that do not fit.
+    Returns x's shape and dtype. Differentiable in x, not in the tables; the backward rotates
+    back. Raises OpError for shapes or dtypes that do not fit.
     """
     expect(layout in ("bshd", "bhsd"), NAME, "layout", layout, "'bshd' or 'bhsd'")
     heads_first = layout == "bhsd"

@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 
-from ds_core.ops.arguments import FLOATS, compact, expect, expect_shape, expect_together, randn
+from ds_core.ops.arguments import (
+    FLOATS,
+    compact,
+    expect,
+    expect_shape,
+    expect_tensors,
+    expect_together,
+    randn,
+)
 from ds_core.ops.grouped_mm_fp8 import FP8, check_scale, fp8, turned
 from ds_core.ops.registry import run
 from ds_core.ops.tolerance import CLASS
@@ -37,6 +45,7 @@ def scaled_mm(
     Returns `[m, n]` of that dtype, summed in fp32. It has no gradient.
     Raises OpError for shapes or dtypes that do not fit.
     """
+    expect_tensors(NAME, a=a, b=b, scale_a=scale_a, scale_b=scale_b)
     scales = (scale_a.reshape(-1), scale_b.reshape(-1))
     out: torch.Tensor = run(NAME, a.contiguous(), b, *scales, compact(bias), out_dtype)
     return out

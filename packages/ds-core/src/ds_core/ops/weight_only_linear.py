@@ -12,6 +12,7 @@ from ds_core.ops.arguments import (
     expect,
     expect_float,
     expect_shape,
+    expect_tensors,
     expect_together,
     randn,
     unaligned,
@@ -49,6 +50,9 @@ def weight_only_linear(
     rows than a few, weights may be rounded to x's dtype before they are multiplied.
     Raises OpError for shapes or dtypes that do not fit.
     """
+    expect_tensors(NAME, x=x)
+    packed_weight = isinstance(weight, QuantizedWeight)
+    expect(packed_weight, NAME, "weight", type(weight).__name__, "what quantize_weight returned")
     depth = weight.shape[1]
     fits = x.dim() >= 1 and x.shape[-1] == depth
     expect(fits, NAME, "x", f"shape {list(x.shape)}", f"[..., {depth}]")

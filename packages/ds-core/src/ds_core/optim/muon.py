@@ -76,6 +76,8 @@ class Muon(Optimizer):
             }
             _check(settings)
             groups.append({"params": matrices, **settings})
+        if not matrices and not others:
+            raise OptimizerError("Muon: params: got none, expected pairs of name and parameter")
         self._rest: Optimizer | None = None
         if others:
             rate = lr if adam_lr is None else adam_lr

@@ -72,6 +72,7 @@ class Request:
             return None
         found = self._known.get((name, param.device))
         if found is None:
+            _check_scalar(name, value, param)
             if not isinstance(value, torch.Tensor):
                 value = param.new_full((), value, dtype=torch.float32)
             elif value.device != param.device:
@@ -435,6 +436,17 @@ class FusedOptimizer(Optimizer, ABC):
             return value.detach().to(param.device, copy=True)
         adopted = torch.empty_like(param, dtype=self._state_dtype(group))
         return adopted.copy_(value)
+
+
+def _check_scalar(name: str, value: torch.Tensor | float, param: torch.Tensor) -> None:
+    """Raise OptimizerError unless it is one number, and known where the parameter is."""
+    if isinstance(value, torch.Tensor):
+        lost = value.device.type == "meta" != param.device.type
+        if value.numel() != 1 or lost:
+            raise OptimizerError(
+                f"step: {name}: got shape {list(value.shape)} on {value.device}, expected one "
+                f"number on {param.device}"
+            )
 
 
 def flat(t: torch.Tensor) -> torch.Tensor:
