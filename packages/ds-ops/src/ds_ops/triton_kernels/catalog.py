@@ -24,6 +24,7 @@ OPS: Mapping[str, str] = MappingProxyType(
         "gated_activation_backward": "gated_activation:gated_activation_backward",
         "gated_activation_packed": "gated_activation:gated_activation_packed",
         "gated_activation_packed_backward": "gated_activation:gated_activation_packed_backward",
+        "paged_attention": "paged_attention:paged_attention",
     }
 )
 
