@@ -5,7 +5,7 @@ once for all of them. Which sequence a tile is for is worked out on the device f
 into how many parts the keys are cut from shapes alone: the host waits for nothing, and a CUDA graph
 holds for other lengths. Decode moves the cache once: 16 rows, the least a matrix instruction takes,
 by 64 keys, and keys cut so that twice as many programs run as there are processors. Prefill
-computes: 128 rows, or 64 where the heads are wide, re-use each key that often.
+computes: a tile re-uses each key 64 or 128 times.
 """
 
 from __future__ import annotations
@@ -79,6 +79,8 @@ def paged_attention_tile(
     parts,
     FORMAT: tl.constexpr,
     CAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    FULL: tl.constexpr,
     K_SCALED: tl.constexpr,
     V_SCALED: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -88,7 +90,7 @@ def paged_attention_tile(
 ):
     """M rows of one key-value head; with SPLIT over one of `parts` parts of their keys.
 
-    SPLIT: sums of values, not yet divided, with the maxima of scores and the sums of weights go
+    FULL: a head has HEAD elements. SPLIT: sums of values, not yet divided, with the maxima of scores and the sums of weights go
     to memory in fp32, `[tokens, heads, parts, head_size]` and `[tokens, heads, parts]`.
     """
     head = tl.program_id(0) % kv_heads
@@ -113,7 +115,9 @@ def paged_attention_tile(
     at = out_row[:, None] * head_size + column[None, :]
     rows = tl.load(q + at, mask=there[:, None] & used[None, :], other=0.0)
 
-    needed = tl.maximum(length - queries + first_row // group - window + 1, 0)
+    needed = 0
+    if WINDOWED:
+        needed = tl.maximum(length - queries + first_row // group - window + 1, 0)
     stop = length - queries + tl.minimum((first_row + M - 1) // group, queries - 1) + 1
     start = needed // N * N
     if SPLIT:
@@ -136,25 +140,26 @@ def paged_attention_tile(
         number = tl.load(table + page, mask=inside & (page < width), other=-1)
         known = inside & (number >= 0) & (number < pages)
         place = number.to(tl.int64) * page_stride + key % page_size * token_stride
-        key_tile = tl.load(
-            k + place[None, :] + column[:, None], mask=known[None, :] & used[:, None], other=0
-        )
+        key_mask = known[None, :] if FULL else known[None, :] & used[:, None]
+        key_tile = tl.load(k + place[None, :] + column[:, None], mask=key_mask, other=0)
         if FORMAT:
             key_tile = widened(key_tile, rows.dtype, FORMAT)
         score = tl.dot(rows, key_tile, input_precision="ieee") * factor
         if CAPPED:
             score = softcap * (2.0 / (1.0 + tl.exp(-2.0 * score / softcap)) - 1.0)
-        score = tl.where(known[None, :], score * _LOG2_E, float("nan"))
-        seen = (key[None, :] <= position[:, None]) & (key[None, :] > position[:, None] - window)
-        score = tl.where(seen & inside[None, :], score, float("-inf"))
+        # Keys outside of [needed, stop) are seen by no row.
+        lost = tl.where(inside & (number < 0) | (number >= pages), float("nan"), 0.0)
+        seen = key[None, :] <= position[:, None]
+        if WINDOWED:
+            seen = seen & (key[None, :] > position[:, None] - window)
+        score = tl.where(seen, score * _LOG2_E + lost[None, :], float("-inf"))
         larger = tl.maximum(largest, tl.max(score, axis=1))
         base = tl.where(larger == float("-inf"), 0.0, larger)
         share = tl.exp2(score - base[:, None])
         kept = tl.exp2(largest - base)
         weight = weight * kept + tl.sum(share, axis=1)
-        value_tile = tl.load(
-            v + place[:, None] + column[None, :], mask=known[:, None] & used[None, :], other=0
-        )
+        value_mask = known[:, None] if FULL else known[:, None] & used[None, :]
+        value_tile = tl.load(v + place[:, None] + column[None, :], mask=value_mask, other=0)
         if FORMAT:
             value_tile = widened(value_tile, rows.dtype, FORMAT)
         total = total * kept[:, None]
@@ -217,15 +222,27 @@ def paged_attention_combine(
     tl.store(out + row * head_size + column, result, mask=column < head_size)
 
 
+_AMD = ("gfx942",)
+_NVIDIA = ("sm_80", "sm_90", "sm_100")
+# On gfx942 masks take scalar registers, of which there are few: 16 keys at a time.
 _TILES = (
-    Config({"HEAD": 128, "M": 128, "N": 64}, {"head size": 128}, warps=8, stages=2),
-    Config({"HEAD": 256, "M": 64, "N": 32}, {"head size": 256}, warps=4, stages=2),
+    Config({"HEAD": 128, "M": 64, "N": 64}, {"head size": 128}, 8, 2, ("sm_80",)),
+    Config({"HEAD": 128, "M": 128, "N": 64}, {"head size": 128}, 8, 2, ("sm_90", "sm_100")),
+    Config({"HEAD": 128, "M": 64, "N": 16}, {"head size": 128}, 4, 1, _AMD),
+    Config({"HEAD": 256, "M": 64, "N": 32}, {"head size": 256}, 8, 2, _NVIDIA),
+    Config({"HEAD": 256, "M": 32, "N": 16}, {"head size": 256}, 4, 1, _AMD),
 )
 _FEW = (
-    Config({"HEAD": 128, "M": 16, "N": 64}, {"head size": 128}, warps=4, stages=3),
-    Config({"HEAD": 256, "M": 16, "N": 32}, {"head size": 256}, warps=4, stages=3),
+    Config({"HEAD": 128, "M": 16, "N": 64}, {"head size": 128}, 4, 3, _NVIDIA),
+    Config({"HEAD": 128, "M": 16, "N": 32}, {"head size": 128}, 4, 1, _AMD),
+    Config({"HEAD": 256, "M": 16, "N": 32}, {"head size": 256}, 4, 3, _NVIDIA),
+    Config({"HEAD": 256, "M": 16, "N": 16}, {"head size": 256}, 4, 1, _AMD),
 )
-_WIDE = (Config({"HEAD": 256, "M": 16, "N": 16}, {"head size": 256}, warps=4, stages=2),)
+_WIDE = (
+    Config({"HEAD": 128, "M": 32, "N": 32}, {"head size": 128}, 4, 1, _NVIDIA),
+    Config({"HEAD": 128, "M": 32, "N": 16}, {"head size": 128}, 4, 1, _AMD),
+    Config({"HEAD": 256, "M": 16, "N": 16}, {"head size": 256}, 4, 1),
+)
 _SHAPES = {
     "*i32": "table lengths starts",
     "*fp32": "k_scale v_scale sums maxima weights",
@@ -247,15 +264,17 @@ def _kernel(
     small = MATRIX | dict.fromkeys(("sm_90", "sm_100"), MATRIX["sm_80"])
     needed = {"fp32": {}, "bf16": small if configs is _FEW else MATRIX}[element]
     scaled = {"K_SCALED": cache == "u8", "V_SCALED": cache == "u8"}
-    given = types(by_type, FORMAT=int(cache == "u8"), **scaled, **constants)
+    given = types(by_type, FORMAT=int(cache == "u8"), FULL=element != "fp32", **scaled, **constants)
     return Kernel(paged_attention_tile, configs, given, needed, variant)
 
 
-_PREFILL = _kernel("prefill", _TILES, "bf16", "bf16", CAPPED=True, SPLIT=False)
-_PREFILL_FP8 = _kernel("prefill_fp8", _TILES, "bf16", "u8", CAPPED=False, SPLIT=False)
-_DECODE = _kernel("decode", _FEW, "bf16", "bf16", CAPPED=False, SPLIT=True)
-_DECODE_FP8 = _kernel("decode_fp8", _FEW, "bf16", "u8", CAPPED=False, SPLIT=True)
-_FP32 = _kernel("fp32", _WIDE, "fp32", "fp32", CAPPED=True, SPLIT=True)
+_PREFILL = _kernel("prefill", _TILES, "bf16", "bf16", CAPPED=True, WINDOWED=True, SPLIT=False)
+_PREFILL_FP8 = _kernel(
+    "prefill_fp8", _TILES, "bf16", "u8", CAPPED=False, WINDOWED=False, SPLIT=False
+)
+_DECODE = _kernel("decode", _FEW, "bf16", "bf16", CAPPED=False, WINDOWED=False, SPLIT=True)
+_DECODE_FP8 = _kernel("decode_fp8", _FEW, "bf16", "u8", CAPPED=False, WINDOWED=False, SPLIT=True)
+_FP32 = _kernel("fp32", _WIDE, "fp32", "fp32", CAPPED=True, WINDOWED=True, SPLIT=True)
 _COMBINE = Kernel(
     paged_attention_combine,
     (Config({"PARTS": 8, "HEAD": 256}, {"head size": 256}, warps=4),),
@@ -324,6 +343,8 @@ def paged_attention(
         *(scale, softcap or 0.0, parts),
         FORMAT=fp8,
         CAPPED=softcap is not None,
+        WINDOWED=window is not None,
+        FULL=head_size == config.constants["HEAD"],
         K_SCALED=k_scale is not None,
         V_SCALED=v_scale is not None,
         SPLIT=parts > 1,
