@@ -39,8 +39,8 @@ def rope_write_kv_cache(
     What `rope` of q and of k and then `write_kv_cache` do, with each number read and written once.
 
     Args:
-        q: `[tokens, heads, d]`, fp32, bf16 or fp16; changed. May be a slice of a larger tensor, such
-            as q, k and v in one, whose last dimension is contiguous.
+        q: `[tokens, heads, d]`, fp32, bf16 or fp16; changed. May be a slice of a larger tensor,
+            such as q, k and v in one, whose last dimension is contiguous.
         k, v: `[tokens, kv_heads, d]`, q's dtype; not changed. May be slices as q; kv_heads may be
             any number.
         cos, sin: `[places, r / 2]`, any float dtype, as `rope_tables` makes them for the positions

@@ -25,6 +25,7 @@ OPS: Mapping[str, str] = MappingProxyType(
         "gated_activation_packed": "gated_activation:gated_activation_packed",
         "gated_activation_packed_backward": "gated_activation:gated_activation_packed_backward",
         "paged_attention": "paged_attention:paged_attention",
+        "sample_tokens": "sample_tokens:sample_tokens",
         "write_kv_cache_": "kv_cache:write_kv_cache_",
         "rope_write_kv_cache_": "kv_cache:rope_write_kv_cache_",
     }

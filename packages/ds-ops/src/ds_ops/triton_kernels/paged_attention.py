@@ -90,8 +90,9 @@ def paged_attention_tile(
 ):
     """M rows of one key-value head; with SPLIT over one of `parts` parts of their keys.
 
-    FULL: a head has HEAD elements. SPLIT: sums of values, not yet divided, with the maxima of scores and the sums of weights go
-    to memory in fp32, `[tokens, heads, parts, head_size]` and `[tokens, heads, parts]`.
+    FULL: a head has HEAD elements. SPLIT: sums of values, not yet divided, with the maxima of
+    scores and the sums of weights go to memory in fp32, `[tokens, heads, parts, head_size]` and
+    `[tokens, heads, parts]`.
     """
     head = tl.program_id(0) % kv_heads
     tile = tl.program_id(0) // kv_heads
@@ -255,11 +256,9 @@ _SHAPES = {
 def _kernel(
     variant: str, configs: tuple[Config, ...], element: str, cache: str, **constants: bool | int
 ) -> Kernel:
-    by_type = {f"*{element}": "q out", **_SHAPES}
-    if cache == element:
-        by_type[f"*{element}"] += " k v"
-    else:
-        by_type[f"*{cache}"] = "k v"
+    by_type = dict(_SHAPES)
+    for kind, names in ((f"*{element}", "q out"), (f"*{cache}", "k v")):
+        by_type[kind] = f"{by_type.get(kind, '')} {names}"
     # Small tiles are multiplied by the instructions that sm_80 has.
     small = MATRIX | dict.fromkeys(("sm_90", "sm_100"), MATRIX["sm_80"])
     needed = {"fp32": {}, "bf16": small if configs is _FEW else MATRIX}[element]
