@@ -40,6 +40,10 @@ TORCH: Mapping[str, TorchKernel] = MappingProxyType(
         "linear_cross_entropy": TorchKernel("linear_cross_entropy:linear_cross_entropy"),
         "grouped_mm": TorchKernel("grouped_mm:grouped_mm", ("cpu",)),
         "grouped_mm_backward": TorchKernel("grouped_mm:grouped_mm_backward", ("cpu",)),
+        "paged_attention": TorchKernel(
+            "paged_attention:paged_attention", ("cuda",), 150, "paged_attention:partly"
+        ),
+        "sample_tokens": TorchKernel("sample_tokens:sample_tokens", ("cpu",)),
         "rope_write_kv_cache_": TorchKernel("rope_write_kv_cache:rope_write_kv_cache_", ("cpu",)),
     }
 )

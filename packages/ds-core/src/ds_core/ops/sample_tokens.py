@@ -116,7 +116,8 @@ def reference(
     x = scaled(z, temperature)
     kept = support(z, x, top_k, top_p, min_p)
     kept.scatter_(1, first.unsqueeze(1), True)
-    score = x - exponential(seeds, positions, z.shape[1]).log().to(x.dtype)
+    ids = torch.arange(z.shape[1], device=z.device)
+    score = x - exponential(seeds, positions, ids).log().to(x.dtype)
     drawn = first_largest(score, kept)
     tokens = torch.where(temperature > 0, drawn, first)
     return tokens, log_probability(logits, tokens)
@@ -176,10 +177,10 @@ def support(
     return torch.zeros_like(alive).scatter_(1, order, alive)
 
 
-def exponential(seeds: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Tensor:
-    """Numbers of an exponential distribution, `[rows, count]`, fp32, never 0."""
+def exponential(seeds: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Numbers of an exponential distribution, `[rows, tokens]`, fp32, never 0."""
     keys = _mixed(_mixed(seeds) + positions)
-    x = torch.arange(count, device=seeds.device) * 0x9E3779B9 & _MASK32
+    x = tokens * 0x9E3779B9 & _MASK32
     x = (x + (keys & _MASK32).unsqueeze(1)) & _MASK32
     x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK32
     x = (x ^ (x >> 15) ^ (keys >> 32 & _MASK32).unsqueeze(1)) * 0x846CA68B & _MASK32
@@ -200,7 +201,7 @@ def _signed(bits: int) -> int:
 
 
 def first_largest(x: torch.Tensor, among: torch.Tensor | None = None) -> torch.Tensor:
-    """The first of the largest elements of each row, `[rows]`; of those only, if `among` is given."""
+    """The first of the largest elements of each row, `[rows]`; `among`: of those only."""
     ids = torch.arange(x.shape[1], device=x.device)
     if among is None:
         return torch.where(x == x.amax(1, keepdim=True), ids, x.shape[1]).amin(1)

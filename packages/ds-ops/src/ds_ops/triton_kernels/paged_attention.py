@@ -240,7 +240,7 @@ _FEW = (
     Config({"HEAD": 256, "M": 16, "N": 16}, {"head size": 256}, 4, 1, _AMD),
 )
 _WIDE = (
-    Config({"HEAD": 128, "M": 32, "N": 32}, {"head size": 128}, 4, 1, _NVIDIA),
+    Config({"HEAD": 128, "M": 32, "N": 32}, {"head size": 128}, 8, 1, _NVIDIA),
     Config({"HEAD": 128, "M": 32, "N": 16}, {"head size": 128}, 4, 1, _AMD),
     Config({"HEAD": 256, "M": 16, "N": 16}, {"head size": 256}, 4, 1),
 )

@@ -287,7 +287,7 @@ _NO_VALUES = types(
 _PENALIZE = Kernel(penalize, (Config({"BLOCK": 1024}, warps=4),), _NO_VALUES)
 _SAMPLE = Kernel(
     sample_row,
-    (Config({"BLOCK": 512}, {"vocabulary": 4096}, warps=4), Config({"BLOCK": 2048}, warps=8)),
+    (Config({"BLOCK": 512}, {"vocabulary": 4096}, warps=4), Config({"BLOCK": 2048}, warps=16)),
     types(
         {
             "*bf16": "logits",
