@@ -13,6 +13,7 @@ from typing import Any
 from ds_core.ops import library as torch_library
 from ds_core.seams import Implementation
 from ds_ops import _env
+from ds_ops.cuda_kernels import library as cuda_library
 from ds_ops.native import library, sources
 from ds_ops.triton_kernels import catalog, launching, targets
 
@@ -78,6 +79,37 @@ class Cpp:
     def bind(self, namespace: str, device_type: str) -> None:
         """Register the kernel, building the library first."""
         library.bind(self.op, namespace, "CPU")
+
+
+class Cuda:
+    """A kernel of the CUDA library; Triton's is preferred, until a measurement says otherwise."""
+
+    name = "cuda"
+    priority = 90
+    devices: tuple[str, ...] = ("cuda",)
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+
+    def unavailable(self, device_type: str) -> str | None:
+        """Why it cannot run there; builds nothing."""
+        return cuda_library.unavailable(device_type)
+
+    def state(self, device_type: str) -> str:
+        """Either "prebuilt", "cached" or "will build"."""
+        return cuda_library.state()
+
+    def partly(self) -> Callable[..., str | None] | None:
+        """Always None."""
+        return None
+
+    def traced(self) -> Callable[..., Any] | None:
+        """Always None."""
+        return None
+
+    def bind(self, namespace: str, device_type: str) -> None:
+        """Register the kernel, building the library first."""
+        cuda_library.bind(self.op, namespace, "CUDA")
 
 
 class Torch:
@@ -169,4 +201,5 @@ def implementations() -> list[Implementation]:
     found: list[Implementation] = [Cpp(op) for op in sources.ops()]
     found += [Torch(op, kernel) for op, kernel in TORCH.items()]
     found += [Triton(op) for op in catalog.OPS]
+    found += [Cuda(op) for op in cuda_library.ops()]
     return found

@@ -1,4 +1,4 @@
-"""Every kernel in Triton on a GPU: the reference, races, CUDA graphs, torch.compile.
+"""Every kernel for GPUs on a GPU: the reference, races, CUDA graphs, torch.compile.
 
 `nox -s gpu` writes down which sources passed: `ds ops report` tells of them.
 """
@@ -13,7 +13,7 @@ import torch
 
 from ds_core import ops
 from ds_core.testing.contracts import OpContract
-from ds_ops.triton_kernels import catalog, gpu_runs
+from ds_ops import gpu_runs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,13 +25,13 @@ REPEATS = 20
 
 
 class OnGpu(OpContract):
-    """An op by its Triton kernel, on a GPU."""
+    """An op by one of its kernels, on a GPU."""
 
     devices = ("cuda",)
-    implementations = ("triton",)
 
-    def __init__(self, op):
-        self.op = op
+    def __init__(self, kernel):
+        self.kernel, self.op = kernel, kernel.op
+        self.implementations = (kernel.implementation,)
 
     def first(self):
         """A case of the widest option, and what computes it."""
@@ -40,16 +40,16 @@ class OnGpu(OpContract):
 
 @pytest.fixture(scope="module")
 def passed():
-    """Ops that passed everything; written down in the end, if there is a place for it."""
-    found = dict.fromkeys(catalog.OPS, 0)
+    """What passed everything; written down in the end, if there is a place for it."""
+    found = dict.fromkeys(gpu_runs.kernels(), 0)
     yield found
     folder = os.environ.get("DS_GPU_RESULTS")
-    whole = [op for op, tests in found.items() if tests == 4]
+    whole = [kernel for kernel, tests in found.items() if tests == 4]
     if folder and whole:
         gpu_runs.record(whole, torch.cuda.get_device_name(), Path(folder))
 
 
-@pytest.fixture(params=sorted(catalog.OPS))
+@pytest.fixture(params=gpu_runs.kernels(), ids=lambda kernel: kernel.key)
 def contract(request):
     return OnGpu(request.param)
 
@@ -68,7 +68,7 @@ def test_it_computes_what_the_reference_does(contract, passed):
     if ops.get(contract.op).autograd is not None:
         contract.test_gradients_equal_the_reference()
     contract.test_bad_arguments_are_refused_by_name()
-    passed[contract.op] += 1
+    passed[contract.kernel] += 1
 
 
 def test_it_computes_the_same_every_time(contract, passed):
@@ -83,7 +83,7 @@ def test_it_computes_the_same_every_time(contract, passed):
                 for one, other in zip(found, before, strict=True)
             )
         before = found
-    passed[contract.op] += 1
+    passed[contract.kernel] += 1
 
 
 def test_a_graph_replays_it(contract, passed):
@@ -100,7 +100,7 @@ def test_a_graph_replays_it(contract, passed):
     torch.cuda.synchronize()
     for one, other in zip([*found, *tensors(own)], expected, strict=True):
         assert torch.equal(one.nan_to_num(), other.nan_to_num())
-    passed[contract.op] += 1
+    passed[contract.kernel] += 1
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
@@ -108,11 +108,11 @@ def test_compiled_it_is_the_same(contract, passed):
     _, args = contract.first()
 
     def call(*values):
-        return ops.run(contract.op, *values)
+        return ops.run(contract.op, *values, impl=contract.kernel.implementation)
 
     direct, own = copies(args), copies(args)
     expected = [*tensors(call(*direct)), *tensors(direct)]
     found = [*tensors(torch.compile(call, fullgraph=True)(*own)), *tensors(own)]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, equal_nan=True)
-    passed[contract.op] += 1
+    passed[contract.kernel] += 1
