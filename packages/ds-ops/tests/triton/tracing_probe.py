@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 
 import ds_ops
 from ds_core import ops
-from ds_ops.triton_kernels import norms, targets
+from ds_ops.triton_kernels import norms, paged_attention, targets
 
 
 class Driver:
@@ -43,14 +43,33 @@ def graph_of(function, *shapes):
     raise AssertionError("no graph")
 
 
+def who(name):
+    """Who computes an op on a GPU: the last takes every call."""
+    choice = ops.choose(name, "cuda")
+    return [each.name for each in (choice.implementation, *choice.rest)]
+
+
+def decode(q, k, v):
+    """One token of one long sequence, as it is written, attended to and drawn."""
+    shapes = ((1, 64), (1,), (2,))
+    lists = (torch.zeros(shape, device="cuda", dtype=torch.int32) for shape in shapes)
+    caches = (torch.zeros(64, 16, 2, 128, device="cuda").to(torch.float8_e4m3fn) for _ in "kv")
+    k_cache, v_cache = caches
+    tables = (torch.zeros(9, 64, device="cuda") for _ in range(2))
+    place = torch.zeros(1, device="cuda", dtype=torch.int64)
+    ds_ops.rope_write_kv_cache(q, k, v, *tables, place, k_cache, v_cache, place)
+    out = ds_ops.paged_attention(q, k_cache, v_cache, *lists)
+    return ds_ops.sample_tokens(out.flatten(1), seeds=1, positions=2, top_k=5, top_p=0.5)[0]
+
+
 def main():
     targets.architecture = lambda *_: "sm_90"
-    norms.processors = lambda _: 132
+    norms.processors = paged_attention.processors = lambda _: 132
     triton.runtime.driver.set_active(Driver())
     backward = (torch.ops.ds_ops, "rms_norm_backward")
     ops.define(backward[1])
     found = {
-        "chosen": {name: ops.choose(name, "cuda").implementation.name for name in ops.names()},
+        "chosen": {name: who(name) for name in ops.names()},
         "block": graph_of(lambda x, w: ds_ops.swiglu(ds_ops.rms_norm(x, w), x), (4, 64), (64,)),
         "backward": graph_of(
             lambda g, x, w, s: getattr(*backward).default(g, x, w, s.float(), None)[0],
@@ -60,6 +79,7 @@ def main():
             lambda x, c: ds_ops.rope(x, c, c, in_place=True), (1, 4, 2, 32), (4, 8)
         ),
     }
+    found["decode"] = graph_of(decode, (1, 8, 128), (1, 2, 128), (1, 2, 128))
     print(json.dumps(found))
 
 

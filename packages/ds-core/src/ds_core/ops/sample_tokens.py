@@ -18,6 +18,7 @@ from ds_core.ops.arguments import (
     expect_together,
     randn,
     wide,
+    wide_dtype,
 )
 from ds_core.ops.registry import run
 from ds_core.ops.tolerance import CLASS
@@ -275,7 +276,7 @@ def fake(
     penalties = (repetition, presence, frequency, output_counts, prompt_mask)
     check(logits, *settings, *penalties)
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    return tokens, torch.empty_like(tokens, dtype=wide(logits[:0]).dtype)
+    return tokens, torch.empty_like(tokens, dtype=wide_dtype(logits.dtype))
 
 
 def settings(
@@ -301,10 +302,10 @@ def settings(
 def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     """Every setting alone and mixed by row; equal logits; penalties; one token, one row, none."""
 
-    def made(rows: int, vocabulary: int, *args: float, **kwargs: Any) -> tuple[Any, ...]:
+    def made(rows: int, vocabulary: int, *args: Any) -> tuple[Any, ...]:
         return (
             randn(device, dtype, rows, vocabulary) * 2,
-            *settings(device, rows, *args, **kwargs),
+            *settings(device, rows, *args),
         )
 
     def of(values: list[float], kind: torch.dtype = torch.float32) -> torch.Tensor:
@@ -392,13 +393,16 @@ def benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
     return [
         (
             f"{rows}x128256 {label}",
-            (randn(device, torch.bfloat16, rows, 128256), *settings(device, rows, *given)),
+            (
+                randn(device, torch.bfloat16, rows, 128256),
+                *settings(device, rows, heat, top_k, top_p),
+            ),
         )
         for rows in (64, 8)
-        for label, given in (
-            ("greedy", (0.0,)),
-            ("temperature", (0.8,)),
-            ("top-k 50, top-p 0.9", (0.8, 50, 0.9)),
+        for label, heat, top_k, top_p in (
+            ("greedy", 0.0, 0, 1.0),
+            ("temperature", 0.8, 0, 1.0),
+            ("top-k 50, top-p 0.9", 0.8, 50, 0.9),
         )
     ]
 

@@ -224,15 +224,14 @@ def rope_write_kv_cache_(
     v_scale: torch.Tensor | None = None,
 ) -> None:
     """As `ds_core.ops.rope_write_kv_cache.reference`; on a GPU positions are not looked at."""
-    tables = (cos, sin, positions)
-    rest = (k_cache, v_cache, slots, interleaved, k_scale, v_scale)
-    rope_op.fake(q, k, v, *tables, *rest)
+    tables, caches = (cos, sin, positions), (k_cache, v_cache, slots)
+    rope_op.fake(q, k, v, *tables, *caches, interleaved, k_scale, v_scale)
     expect_plain(rope_op.NAME, cos=cos, sin=sin, positions=positions)
     if slots.device.type == "cpu":
         rope_op.check_positions(positions, cos)
         op.check_slots(rope_op.NAME, slots, k_cache)
     kernel = _NEIGHBOURS if interleaved else _HALVES
-    _write(rope_op.NAME, kernel, q, k, v, tables, *rest)
+    _write(rope_op.NAME, kernel, q, k, v, tables, *caches, interleaved, k_scale, v_scale)
 
 
 def _write(

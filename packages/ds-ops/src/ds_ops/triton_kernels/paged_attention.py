@@ -260,7 +260,7 @@ def _kernel(
     for kind, names in ((f"*{element}", "q out"), (f"*{cache}", "k v")):
         by_type[kind] = f"{by_type.get(kind, '')} {names}"
     # Small tiles are multiplied by the instructions that sm_80 has.
-    small = MATRIX | dict.fromkeys(("sm_90", "sm_100"), MATRIX["sm_80"])
+    small = dict(MATRIX) | dict.fromkeys(("sm_90", "sm_100"), MATRIX["sm_80"])
     needed = {"fp32": {}, "bf16": small if configs is _FEW else MATRIX}[element]
     scaled = {"K_SCALED": cache == "u8", "V_SCALED": cache == "u8"}
     given = types(by_type, FORMAT=int(cache == "u8"), FULL=element != "fp32", **scaled, **constants)

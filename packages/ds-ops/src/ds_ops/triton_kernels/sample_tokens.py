@@ -279,12 +279,15 @@ def _top_p(z_row, vocabulary, divisor, base, least, limit, bound, equals, BLOCK:
     return found, tl.where(found == bound, tl.minimum(wanted, equals), wanted)
 
 
-_NO_VALUES = types(
-    {"*bf16": "logits", "*fp32": "repetition presence frequency out", "*i32": "counts"},
-    REPEATED=True, PRESENT=True, FREQUENT=True, COUNTED=True, PROMPTED=True,
-    prompt="*u8", vocabulary="i32:16",
-)  # fmt: skip
-_PENALIZE = Kernel(penalize, (Config({"BLOCK": 1024}, warps=4),), _NO_VALUES)
+_ALL = dict.fromkeys(("REPEATED", "PRESENT", "FREQUENT", "COUNTED", "PROMPTED"), True)
+_ROWS = {
+    "*bf16": "logits",
+    "*fp32": "repetition presence frequency out",
+    "*i32": "counts",
+    "*u8": "prompt",
+    "i32:16": "vocabulary",
+}
+_PENALIZE = Kernel(penalize, (Config({"BLOCK": 1024}, warps=4),), types(_ROWS, **_ALL))
 _SAMPLE = Kernel(
     sample_row,
     (Config({"BLOCK": 512}, {"vocabulary": 4096}, warps=4), Config({"BLOCK": 2048}, warps=16)),
