@@ -5,7 +5,7 @@ once for all of them. Which sequence a tile is for is worked out on the device f
 into how many parts the keys are cut from shapes alone: the host waits for nothing, and a CUDA graph
 holds for other lengths. Decode moves the cache once: 16 rows, the least a matrix instruction takes,
 by 64 keys, and keys cut so that twice as many programs run as there are processors. Prefill
-computes: a tile re-uses each key 64 or 128 times.
+computes: a tile re-uses each key 32 to 128 times.
 """
 
 from __future__ import annotations
@@ -230,7 +230,8 @@ _TILES = (
     Config({"HEAD": 128, "M": 64, "N": 64}, {"head size": 128}, 8, 2, ("sm_80",)),
     Config({"HEAD": 128, "M": 128, "N": 64}, {"head size": 128}, 8, 2, ("sm_90", "sm_100")),
     Config({"HEAD": 128, "M": 64, "N": 16}, {"head size": 128}, 4, 1, _AMD),
-    Config({"HEAD": 256, "M": 64, "N": 32}, {"head size": 256}, 8, 2, _NVIDIA),
+    Config({"HEAD": 256, "M": 32, "N": 32}, {"head size": 256}, 8, 2, ("sm_80",)),
+    Config({"HEAD": 256, "M": 64, "N": 32}, {"head size": 256}, 8, 2, ("sm_90", "sm_100")),
     Config({"HEAD": 256, "M": 32, "N": 16}, {"head size": 256}, 4, 1, _AMD),
 )
 _FEW = (
