@@ -25,7 +25,8 @@ class TorchKernel:
     Attributes:
         function: "module:function" below `ds_ops.torch_kernels`.
         devices: kinds of device that it is for; empty: all.
-        priority: 50 loses against our kernels (100), 150 wins against them.
+        priority: 50 loses against our kernels, 150 wins against them; 95 loses against those in C++
+            (100) and wins against those in Triton (90).
         partly: "module:function" that says of a call why it is not taken, or None; empty: all are.
     """
 
@@ -35,17 +36,32 @@ class TorchKernel:
     partly: str = ""
 
 
+_BOTH = ("cpu", "cuda")
+
 #: Ops that torch computes as well as we could, or that only it computes somewhere.
 TORCH: Mapping[str, TorchKernel] = MappingProxyType(
     {
         "linear_cross_entropy": TorchKernel("linear_cross_entropy:linear_cross_entropy"),
-        "grouped_mm": TorchKernel("grouped_mm:grouped_mm", ("cpu",)),
-        "grouped_mm_backward": TorchKernel("grouped_mm:grouped_mm_backward", ("cpu",)),
         "paged_attention": TorchKernel(
             "paged_attention:paged_attention", ("cuda",), 150, "paged_attention:partly"
         ),
         "sample_tokens": TorchKernel("sample_tokens:sample_tokens", ("cpu",)),
         "rope_write_kv_cache_": TorchKernel("rope_write_kv_cache:rope_write_kv_cache_", ("cpu",)),
+        **{
+            f"{name}_step_": TorchKernel(
+                f"optimizer_steps:{name}_step_", ("cuda",), 50, f"optimizer_steps:{name}_refusal"
+            )
+            for name in ("adam", "adagrad", "sgd")
+        },
+        "grouped_mm": TorchKernel("grouped_mm:grouped_mm", _BOTH, 95, "grouped_mm:partly"),
+        "grouped_mm_backward": TorchKernel(
+            "grouped_mm:grouped_mm_backward", _BOTH, 95, "grouped_mm:partly"
+        ),
+        "grouped_mm_fp8": TorchKernel("fp8:grouped_mm_fp8", _BOTH, 95, "fp8:grouped_partly"),
+        "scaled_mm": TorchKernel("fp8:scaled_mm", _BOTH, 95, "fp8:scaled_partly"),
+        "fake_quantize": TorchKernel(
+            "fake_quantize:fake_quantize", ("cpu",), partly="fake_quantize:why_not"
+        ),
     }
 )
 
@@ -85,7 +101,7 @@ class Cuda:
     """A kernel of the CUDA library; Triton's is preferred, until a measurement says otherwise."""
 
     name = "cuda"
-    priority = 90
+    priority = 80
     devices: tuple[str, ...] = ("cuda",)
 
     def __init__(self, op: str) -> None:
@@ -158,7 +174,7 @@ class Triton:
     def __init__(self, op: str) -> None:
         self.op = op
         interprets = _env.triton_interprets()
-        self.priority = 1 if interprets else 100
+        self.priority = 1 if interprets else 90
         self.devices: tuple[str, ...] = ("cpu",) if interprets else ("cuda",)
 
     def unavailable(self, device_type: str) -> str | None:
@@ -172,8 +188,9 @@ class Triton:
         return "jit"
 
     def partly(self) -> Callable[..., str | None] | None:
-        """Always None: a call that no config covers is an error which names those that exist."""
-        return None
+        """As `catalog.PARTLY` says; a call that no config covers is an error that names those."""
+        where = catalog.PARTLY.get(self.op)
+        return _function("triton_kernels", where) if where else None
 
     def traced(self) -> Callable[..., Any] | None:
         """The kernel, which launches are part of a graph in."""

@@ -14,7 +14,7 @@ import triton.language as tl
 from ds_core.ops import kv_cache as op
 from ds_core.ops import rope_write_kv_cache as rope_op
 from ds_core.ops.arguments import expect
-from ds_ops.triton_kernels.fp8 import FORMATS, narrowed
+from ds_ops.triton_kernels.fp8_bits import FORMATS, narrowed
 from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain, types
 from ds_ops.triton_kernels.launching import launch
 

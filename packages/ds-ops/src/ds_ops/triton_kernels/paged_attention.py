@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ds_core.ops import paged_attention as op
 from ds_core.ops.arguments import expect
-from ds_ops.triton_kernels.fp8 import FORMATS, widened
+from ds_ops.triton_kernels.fp8_bits import FORMATS, widened
 from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain, types
 from ds_ops.triton_kernels.launching import launch
 from ds_ops.triton_kernels.targets import MATRIX, processors

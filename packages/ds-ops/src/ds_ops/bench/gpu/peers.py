@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ds_core.ops.block_format import FORMATS
+
 Calls = dict[str, Callable[[], object]]
 
 
@@ -105,6 +107,28 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, *rest: Any) -> C
     return found
 
 
+def _to_bytes(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = x.view(-1, block).float()
+    scale = rows.abs().amax(1, keepdim=True) * (1 / 127)
+    return (rows * (1 / scale)).round().to(torch.int8).view(torch.uint8).view(x.shape), scale
+
+
+def _quantize_blocks(x: torch.Tensor, number: int, block: int, *rest: Any) -> Calls:
+    if number != FORMATS["int8"].number:
+        return {}
+    return {"torch.compile": lambda: _compiled(_to_bytes)(x, block)}
+
+
+def _there_and_back(x: torch.Tensor, bits: int, groups: int) -> torch.Tensor:
+    rows = x.view(groups, -1).float()
+    scale = rows.abs().amax(1, keepdim=True) / ((1 << (bits - 1)) - 1)
+    return ((rows / scale).round() * scale).to(x.dtype).view(x.shape)
+
+
+def _fake_quantize(x: torch.Tensor, limits: Any, bits: int, groups: int, *rest: Any) -> Calls:
+    return {"torch.compile": lambda: _compiled(_there_and_back)(x, bits, groups)}
+
+
 PEERS: Mapping[str, Callable[..., Calls]] = MappingProxyType(
     {
         "rms_norm": _rms_norm,
@@ -112,5 +136,7 @@ PEERS: Mapping[str, Callable[..., Calls]] = MappingProxyType(
         "gated_activation": _gated_activation,
         "rope": _rope,
         "cross_entropy": _cross_entropy,
+        "quantize_blocks": _quantize_blocks,
+        "fake_quantize": _fake_quantize,
     }
 )
