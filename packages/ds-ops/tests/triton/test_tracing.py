@@ -41,8 +41,8 @@ def seen():
 
 def test_every_op_with_a_kernel_is_computed_by_it_on_a_gpu(seen):
     shared = {"grouped_mm", "grouped_mm_backward", "grouped_mm_fp8", "scaled_mm", "paged_attention"}
-    several = dict.fromkeys(shared, ["torch", "triton"])
-    several |= dict.fromkeys(catalog.PARTLY, ["triton", "reference"])
+    several = {op: ["torch", "triton"] for op in shared}
+    several |= {op: ["triton", "reference"] for op in catalog.PARTLY}
     for op in catalog.OPS:
         assert seen["chosen"][op] == several.get(op, ["triton"]), op
 
