@@ -230,7 +230,7 @@ _TILES = (
     Config({"HEAD": 128, "M": 64, "N": 64}, {"head size": 128}, 8, 2, ("sm_80",)),
     Config({"HEAD": 128, "M": 128, "N": 64}, {"head size": 128}, 8, 2, ("sm_90", "sm_100")),
     Config({"HEAD": 128, "M": 64, "N": 16}, {"head size": 128}, 4, 1, _AMD),
-    Config({"HEAD": 256, "M": 32, "N": 32}, {"head size": 256}, 8, 2, ("sm_80",)),
+    Config({"HEAD": 256, "M": 64, "N": 32}, {"head size": 256}, 8, 1, ("sm_80",)),
     Config({"HEAD": 256, "M": 64, "N": 32}, {"head size": 256}, 8, 2, ("sm_90", "sm_100")),
     Config({"HEAD": 256, "M": 32, "N": 16}, {"head size": 256}, 4, 1, _AMD),
 )
