@@ -68,6 +68,8 @@ _HOMES = {
     "moe_permute": "ds_core.ops.moe_permute",
     "moe_unpermute": "ds_core.ops.moe_permute",
     "paged_attention": "ds_core.ops.paged_attention",
+    "rope_write_kv_cache": "ds_core.ops.rope_write_kv_cache",
+    "sample_tokens": "ds_core.ops.sample_tokens",
     "write_kv_cache": "ds_core.ops.kv_cache",
 }
 

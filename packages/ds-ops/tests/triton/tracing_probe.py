@@ -17,6 +17,7 @@ from ds_ops.triton_kernels import (
     bias_activation,
     evoformer_attention,
     norms,
+    paged_attention,
     targets,
     weight_only_linear,
 )
@@ -114,9 +115,28 @@ def quantized_backward(grad, scales):
     return ops.run("weight_only_linear_backward", grad, codes, scales, None, 2048, 8)
 
 
+def decode(q, k, v):
+    """One token of one long sequence, as it is written, attended to and drawn."""
+    shapes = ((1, 64), (1,), (2,))
+    lists = (torch.zeros(shape, device="cuda", dtype=torch.int32) for shape in shapes)
+    caches = (torch.zeros(64, 16, 2, 128, device="cuda").to(torch.float8_e4m3fn) for _ in "kv")
+    k_cache, v_cache = caches
+    tables = (torch.zeros(9, 64, device="cuda") for _ in range(2))
+    place = torch.zeros(1, device="cuda", dtype=torch.int64)
+    ds_ops.rope_write_kv_cache(q, k, v, *tables, place, k_cache, v_cache, place)
+    out = ds_ops.paged_attention(q, k_cache, v_cache, *lists)
+    return ds_ops.sample_tokens(out.flatten(1), seeds=1, positions=2, top_k=5, top_p=0.5)[0]
+
+
 def main():
     targets.architecture = lambda *_: "sm_90"
-    for module in (bias_activation, evoformer_attention, norms, weight_only_linear):
+    for module in (
+        bias_activation,
+        evoformer_attention,
+        norms,
+        paged_attention,
+        weight_only_linear,
+    ):
         module.processors = lambda _: 132
     triton.runtime.driver.set_active(Driver())
     backward = (torch.ops.ds_ops, "rms_norm_backward")
@@ -163,6 +183,7 @@ def main():
         ),
         "step": graph_of(step, *[(64,)] * 5),
         "lamb": graph_of(lamb, *[(64,)] * 4),
+        "decode": graph_of(decode, (1, 8, 128), (1, 2, 128), (1, 2, 128)),
     }
     print(json.dumps(found))
 
