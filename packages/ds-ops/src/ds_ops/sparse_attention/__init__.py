@@ -1,0 +1,1 @@
+"""Block-sparse attention: layouts, and modules that attend by them."""
