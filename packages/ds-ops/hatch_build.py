@@ -21,7 +21,7 @@ class PlatformHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called before the wheel is made."""
         # An editable installation uses the sources as they are.
-        if version == "editable" or not any(Path(self.root, BUILT).glob("*/libds_ops_cpu.so")):
+        if version == "editable" or not any(Path(self.root, BUILT).glob("*/libds_ops.so")):
             return
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["pure_python"] = False

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ds_core import ops
+from ds_core.cli import ops_report
 from ds_core.errors import OpError
 from ds_core.ops import library, registry
 from ds_core.seams import Implementation
@@ -22,15 +23,18 @@ class Fake:
 
     op = "rms_norm"
 
-    def __init__(self, name, reason=None, priority=10, devices=(), factor=2.0):
+    def __init__(self, name, reason=None, priority=10, devices=(), factor=2.0, refuses=None):
         self.name, self.reason, self.priority, self.devices = name, reason, priority, devices
-        self.factor, self.bound = factor, []
+        self.factor, self.bound, self.refuses = factor, [], refuses
 
     def unavailable(self, device_type):
         return self.reason
 
     def state(self, device_type):
         return "python"
+
+    def partly(self):
+        return self.refuses
 
     def traced(self):
         return None
@@ -50,11 +54,11 @@ def installed(monkeypatch):
 
     def install(*implementations):
         monkeypatch.setattr(registry, "_installed", lambda: implementations)
-        for function in (registry.select, registry._warn_once):
+        for function in (registry._selected, registry._warn_once):
             function.cache_clear()
 
     yield install
-    for function in (registry.select, registry._warn_once):
+    for function in (registry._selected, registry._warn_once):
         function.cache_clear()
 
 
@@ -89,6 +93,44 @@ def test_the_highest_priority_that_can_run_is_chosen(installed):
     ]
 
 
+def small(x, *others):
+    """Why a call is not taken: rows of more than two elements."""
+    return None if x.shape[-1] <= 2 else f"x: rows of {x.shape[-1]}, up to 2 are taken"
+
+
+@pytest.fixture
+def shared(installed, monkeypatch):
+    """A "fast" that takes small rows only, and a "wide" that takes all."""
+    # Bound once in a process: a namespace of this test's own.
+    monkeypatch.setattr(library, "NAMESPACE", "ds_ops_sharing")
+    fast = Fake("fast", priority=50, factor=2.0, refuses=small)
+    wide = Fake("wide", priority=10, factor=3.0)
+    installed(fast, wide, Fake("last", priority=1))
+    return fast
+
+
+def test_calls_that_one_does_not_take_go_to_the_next(shared):
+    choice = ops.choose("rms_norm", "cpu")
+    assert choice.implementation.name == "fast"
+    assert [impl.name for impl in choice.rest] == ["wide"]
+    x = torch.randn(2, 3, requires_grad=True)
+    found = ops.run("rms_norm", x, torch.ones(3), 0.0)[0]
+    assert torch.equal(found, 3 * x)
+    found.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(call(), 2 * X)
+
+
+def test_one_that_is_named_refuses_what_it_does_not_take(shared):
+    with pytest.raises(OpError, match=r"'rms_norm' does not take .* by fast: x: rows of 3, up to"):
+        ops.run("rms_norm", torch.ones(1, 3), torch.ones(3), 0.0, impl="fast")
+
+
+def test_the_report_names_all_that_share_an_op(shared):
+    row = next(row for row in ops_report.op_rows() if row.op == "rms_norm")
+    assert (row.implementation, row.rest, row.others) == ("fast", ("wide",), ("last", "reference"))
+
+
 @pytest.mark.filterwarnings("error")
 def test_one_that_is_meant_for_other_devices_is_not_missed(installed, monkeypatch):
     installed(Fake("of_cpu", "no compiler", devices=("cpu",)))
@@ -102,7 +144,7 @@ def test_one_that_is_meant_for_other_devices_is_not_missed(installed, monkeypatc
 def test_one_that_cannot_run_is_passed_over_with_one_warning(installed, recwarn):
     installed(Fake("missing", "no compiler"))
     for _ in range(2):
-        registry.select.cache_clear()  # as if for another op
+        registry._selected.cache_clear()  # as if for another op
         assert ops.select("rms_norm", "cpu").name == "reference"
     (warning,) = recwarn
     assert warning.category is RuntimeWarning

@@ -32,6 +32,9 @@ class Fake:
             raise self._state
         return self._state
 
+    def partly(self):
+        return None
+
     def traced(self):
         return None
 
@@ -95,7 +98,7 @@ def package(monkeypatch, tmp_path):
         return tools
 
     yield install
-    registry.select.cache_clear()
+    registry._selected.cache_clear()
 
 
 @pytest.fixture

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from ds_core.ops import library as torch_library
@@ -13,13 +16,32 @@ from ds_ops import _env
 from ds_ops.native import library, sources
 from ds_ops.triton_kernels import catalog, launching, targets
 
-#: Ops that torch computes as well as we could: kernel by name, as "module:function" below
-#: `ds_ops.torch_kernels`, and the kinds of device that it runs on (empty: all).
-TORCH: dict[str, tuple[str, tuple[str, ...]]] = {
-    "linear_cross_entropy": ("linear_cross_entropy:linear_cross_entropy", ()),
-    "grouped_mm": ("grouped_mm:grouped_mm", ("cpu",)),
-    "grouped_mm_backward": ("grouped_mm:grouped_mm_backward", ("cpu",)),
-}
+
+@dataclass(frozen=True)
+class TorchKernel:
+    """How torch's own kernels compute an op.
+
+    Attributes:
+        function: "module:function" below `ds_ops.torch_kernels`.
+        devices: kinds of device that it is for; empty: all.
+        priority: 50 loses against our kernels (100), 150 wins against them.
+        partly: "module:function" that says of a call why it is not taken, or None; empty: all are.
+    """
+
+    function: str
+    devices: tuple[str, ...] = ()
+    priority: int = 50
+    partly: str = ""
+
+
+#: Ops that torch computes as well as we could, or that only it computes somewhere.
+TORCH: Mapping[str, TorchKernel] = MappingProxyType(
+    {
+        "linear_cross_entropy": TorchKernel("linear_cross_entropy:linear_cross_entropy"),
+        "grouped_mm": TorchKernel("grouped_mm:grouped_mm", ("cpu",)),
+        "grouped_mm_backward": TorchKernel("grouped_mm:grouped_mm_backward", ("cpu",)),
+    }
+)
 
 
 class Cpp:
@@ -40,6 +62,10 @@ class Cpp:
         """Either "prebuilt", "cached" or "will build"."""
         return library.state()
 
+    def partly(self) -> Callable[..., str | None] | None:
+        """Always None."""
+        return None
+
     def traced(self) -> Callable[..., Any] | None:
         """Always None."""
         return None
@@ -54,9 +80,9 @@ class Torch:
 
     name = "torch"
 
-    def __init__(self, op: str, kernel: str, devices: tuple[str, ...], priority: int = 50) -> None:
-        self.op, self.priority = op, priority
-        self.devices, self._kernel = devices, kernel
+    def __init__(self, op: str, kernel: TorchKernel) -> None:
+        self.op, self._kernel = op, kernel
+        self.priority, self.devices = kernel.priority, kernel.devices
 
     def unavailable(self, device_type: str) -> str | None:
         """Always None: it runs wherever it is meant to."""
@@ -66,15 +92,21 @@ class Torch:
         """Always "python": nothing is built."""
         return "python"
 
+    def partly(self) -> Callable[..., str | None] | None:
+        """What its row names."""
+        return self._refusal
+
+    @cached_property
+    def _refusal(self) -> Callable[..., str | None] | None:
+        return _function("torch_kernels", self._kernel.partly) if self._kernel.partly else None
+
     def traced(self) -> Callable[..., Any] | None:
         """Always None."""
         return None
 
     def bind(self, namespace: str, device_type: str) -> None:
         """Register the kernel."""
-        module, _, function = self._kernel.partition(":")
-        found = getattr(importlib.import_module(f"ds_ops.torch_kernels.{module}"), function)
-        kernel: Callable[..., Any] = found
+        kernel = _function("torch_kernels", self._kernel.function)
         torch_library.bind_python(self.op, namespace, device_type, kernel)
 
 
@@ -102,6 +134,10 @@ class Triton:
         """Always "jit": Triton keeps what it compiled in a cache of its own."""
         return "jit"
 
+    def partly(self) -> Callable[..., str | None] | None:
+        """Always None: a call that no config covers is an error which names those that exist."""
+        return None
+
     def traced(self) -> Callable[..., Any] | None:
         """The kernel, which launches are part of a graph in."""
         return None if _env.triton_interprets() else launching.traced(self._function())
@@ -111,15 +147,21 @@ class Triton:
         torch_library.bind_python(self.op, namespace, device_type, self._function())
 
     def _function(self) -> Callable[..., Any]:
-        module, _, function = catalog.OPS[self.op].partition(":")
-        found = getattr(importlib.import_module(f"ds_ops.triton_kernels.{module}"), function)
-        kernel: Callable[..., Any] = found
-        return kernel
+        return _function("triton_kernels", catalog.OPS[self.op])
+
+
+def _function(package: str, where: str) -> Callable[..., Any]:
+    """What "module:function" names in a package of ds_ops."""
+    module, _, function = where.partition(":")
+    found: Callable[..., Any] = getattr(
+        importlib.import_module(f"ds_ops.{package}.{module}"), function
+    )
+    return found
 
 
 def implementations() -> list[Implementation]:
     """Every implementation of ds-ops. Builds and imports nothing."""
     found: list[Implementation] = [Cpp(op) for op in sources.ops()]
-    found += [Torch(op, kernel, devices) for op, (kernel, devices) in TORCH.items()]
+    found += [Torch(op, kernel) for op, kernel in TORCH.items()]
     found += [Triton(op) for op in catalog.OPS]
     return found

@@ -79,7 +79,7 @@ class Tools:
         compiler = toolchain.find_compiler()
         if compiler is None:
             raise BuildError(f"ds ops build: {toolchain.missing()}")
-        library = build.build(compiler, cache.root())
+        library = build.build(sources.recipe(compiler), cache.root())
         if into_package:
             library = _into_package(library)
         meta = cache.read_meta(library.parent)

@@ -118,7 +118,7 @@ def test_torchs_in_place_of_a_kernel_that_is_missing_is_told_or_refused(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(Cpp, "unavailable", lambda self, device_type: "no compiler at all")
-    registry.select.cache_clear()
+    registry._selected.cache_clear()
     registry._warn_once.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="slower than they could: cpp: no compiler at all"):
@@ -127,7 +127,7 @@ def test_torchs_in_place_of_a_kernel_that_is_missing_is_told_or_refused(
         with pytest.raises(OpError, match="no compiler at all; DS_OPS_FALLBACK=error"):
             build("adamw")
     finally:
-        registry.select.cache_clear()
+        registry._selected.cache_clear()
         registry._warn_once.cache_clear()
 
 

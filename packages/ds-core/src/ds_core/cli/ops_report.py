@@ -29,9 +29,11 @@ class OpRow:
         state: "python", "prebuilt", "cached", "will build" or "jit".
         unavailable: those that cannot run there, each with why.
         missed: the names of those among them that are meant for such devices, and would be better.
+        rest: those that compute, in this order, the calls that it does not take.
         others: those that could, were they asked for by name.
         problem: why none can be chosen, or the chosen one will fail; empty if all is well.
         checked: what `ds ops check` found last; empty if it never ran.
+        rest: those that compute, in this order, the calls that it does not take.
     """
 
     op: str
@@ -43,6 +45,7 @@ class OpRow:
     others: tuple[str, ...] = ()
     problem: str = ""
     checked: str = ""
+    rest: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,14 +111,17 @@ def _row(op: str, device: str, known: dict[tuple[str, str, str], Check], version
     except DsError as error:
         return OpRow(op, device, unavailable=unavailable, problem=_one_line(error))
     chosen, missed = choice.implementation, tuple(choice.passed)
-    others = tuple(n for n in offered if n != chosen.name and n not in unavailable)
+    rest = tuple(impl.name for impl in choice.rest)
+    others = tuple(n for n in offered if n not in (chosen.name, *rest, *unavailable))
     state, problem = "", ""
     try:
         state = chosen.state(device)
     except DsError as error:
         state, problem = "cannot build", _one_line(error)
     checked = _told(known.get((op, chosen.name, device)), version)
-    return OpRow(op, device, chosen.name, state, unavailable, missed, others, problem, checked)
+    return OpRow(
+        op, device, chosen.name, state, unavailable, missed, others, problem, checked, rest
+    )
 
 
 def _told(check: Check | None, version: str) -> str:
@@ -177,9 +183,8 @@ def render(findings: OpFindings) -> str:
         if row.others:
             why.append(f"{', '.join(row.others)} on request")
         state = row.state or "none"
-        body.append(
-            (row.op, row.device, row.implementation, state, row.checked or "-", "; ".join(why))
-        )
+        by = ", else ".join((row.implementation, *row.rest))
+        body.append((row.op, row.device, by, state, row.checked or "-", "; ".join(why)))
     header = ("op", "on", "by", "state", "last check", "not")
     parts = ["".join(f"{line}\n" for line in findings.advice), table("", body, header=header)]
     if reasons:

@@ -25,8 +25,8 @@ NAMESPACE = "ds_ops"
 #: Makes an implementation the kernel of an op: (op name, namespace, device type).
 Binder = Callable[[str, str, str], None]
 
-#: What of an op a compiler may look into: (op name, device type) to a function, or None.
-Tracer = Callable[[str, str], Callable[..., Any] | None]
+#: What of a call a compiler may look into: (op name, its arguments) to a function, or None.
+Tracer = Callable[[str, tuple[Any, ...]], Callable[..., Any] | None]
 
 #: Held while an op is defined or bound.
 lock = threading.RLock()
@@ -83,7 +83,7 @@ def _rule(name: str, trace: Tracer) -> Callable[..., Any]:
     def rule(
         mode: Any, operator: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        seen = trace(name, device_type_of((*args, *kwargs.values())))
+        seen = trace(name, (*args, *kwargs.values()))
         if seen is None:
             return mode.__torch_dispatch__(operator, types, args, kwargs)
         with mode:

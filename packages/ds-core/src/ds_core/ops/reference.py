@@ -28,6 +28,10 @@ class Reference:
     def state(self, device_type: str) -> str:
         return "python"
 
+    def partly(self) -> Callable[..., str | None] | None:
+        """Always None: it takes every call."""
+        return None
+
     def traced(self) -> Callable[..., Any] | None:
         return None
 

@@ -117,10 +117,33 @@ class Choice:
     Attributes:
         implementation: that was chosen.
         passed: better ones that are meant for such devices and cannot run here, each with why.
+        rest: those that compute, in this order, the calls that it does not take; none if it was
+            asked for by name.
     """
 
     implementation: Implementation
     passed: Mapping[str, str]
+    rest: tuple[Implementation, ...] = ()
+
+    def for_call(self, args: tuple[Any, ...]) -> Implementation:
+        """Who computes a call with these arguments. Raises OpError if none takes it."""
+        reasons = []
+        for candidate in (self.implementation, *self.rest):
+            reason = _refusal(candidate, args)
+            if reason is None:
+                return candidate
+            reasons.append(f"{candidate.name}: {reason}")
+        name = self.implementation.op
+        raise OpError(
+            f"op {name!r} does not take these arguments by {'; '.join(reasons)}; name another of "
+            f"its implementations, such as DS_OPS_IMPL={name}=reference, or none"
+        )
+
+
+def _refusal(impl: Implementation, args: tuple[Any, ...]) -> str | None:
+    """Why an implementation does not take a call, or None."""
+    refuses = impl.partly()
+    return None if refuses is None else refuses(*args)
 
 
 def choose(name: str, device_type: str, impl: str | None = None) -> Choice:
@@ -141,13 +164,18 @@ def choose(name: str, device_type: str, impl: str | None = None) -> Choice:
     if asked is not None:
         return Choice(_by_name(name, device_type, asked, offered), {})
     passed: dict[str, str] = {}
+    able: list[Implementation] = []
     for candidate in offered:
         if not _is_for(candidate, device_type):
             continue
         reason = candidate.unavailable(device_type)
         if reason is None:
-            break
-        passed[candidate.name] = reason
+            able.append(candidate)
+            if candidate.partly() is None:
+                break
+        else:
+            passed[candidate.name] = reason
+    candidate = able[0]
     if passed and _env.ops_fallback() == "error":
         told = "; ".join(f"{other}: {reason}" for other, reason in passed.items())
         raise OpError(
@@ -155,20 +183,38 @@ def choose(name: str, device_type: str, impl: str | None = None) -> Choice:
             f"{candidate.name!r} in its place: mend that, or name it by "
             f"DS_OPS_IMPL={name}={candidate.name}"
         )
-    return Choice(candidate, passed)
+    return Choice(candidate, passed, tuple(able[1:]))
 
 
-@cache
 def select(name: str, device_type: str, impl: str | None = None) -> Implementation:
     """As `choose`, once per op and kind of device: says what was chosen, and warns if it is slow.
 
     Raises OpError as `choose` does.
     """
+    return _selected(name, device_type, impl).implementation
+
+
+@cache
+def _selected(name: str, device_type: str, impl: str | None = None) -> Choice:
     chosen = choose(name, device_type, impl)
-    logger.info("op %s on %s: %s", name, device_type, chosen.implementation.name)
+    by = ", else ".join(each.name for each in (chosen.implementation, *chosen.rest))
+    logger.info("op %s on %s: %s", name, device_type, by)
     for other, reason in chosen.passed.items():
         _warn_once(device_type, f"{other}: {reason}")
-    return chosen.implementation
+    return chosen
+
+
+def _bind(name: str, namespace: str, device_type: str, impl: str | None) -> None:
+    """Register the kernel of an op; where several share its calls, one that asks who takes each."""
+    chosen = _selected(name, device_type, impl)
+    if impl is not None or chosen.implementation.partly() is None:
+        chosen.implementation.bind(namespace, device_type)
+        return
+
+    def shared(*args: Any) -> Any:
+        return _call(name, library.namespace_of(chosen.for_call(args).name), args)
+
+    library.bind_python(name, namespace, device_type, shared)
 
 
 def _by_name(
@@ -211,8 +257,10 @@ def run(name: str, *args: Any, impl: str | None = None) -> Any:
         args: its arguments, as its schema has them; the first tensor decides the device.
         impl: by which implementation; None: by the one that was chosen.
     """
-    namespace = library.namespace_of(impl or (_named(_used, name) if _used else None))
-    return _call(name, namespace, args)
+    named = impl or (_named(_used, name) if _used else None)
+    if named is not None:
+        _selected(name, library.device_type_of(args), named).for_call(args)
+    return _call(name, library.namespace_of(named), args)
 
 
 def _call(name: str, namespace: str, args: tuple[Any, ...]) -> Any:
@@ -227,15 +275,17 @@ def define(name: str, namespace: str = library.NAMESPACE) -> bool:
     impl = namespace.removeprefix(library.NAMESPACE).removeprefix("_") or None
 
     def bind(op: str, namespace: str, device_type: str) -> None:
-        select(op, device_type, impl).bind(namespace, device_type)
+        _bind(op, namespace, device_type, impl)
 
-    def trace(op: str, device_type: str) -> Callable[..., Any] | None:
-        return select(op, device_type, impl).traced()
+    def trace(op: str, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+        return _selected(op, library.device_type_of(args), impl).for_call(args).traced()
 
     def call(op: str, *args: Any) -> Any:
         # A gradient that the named implementation does not have is computed by the chosen one.
-        has = impl is None or any(other.name == impl for other in implementations(op))
-        return _call(op, namespace if has else library.NAMESPACE, args)
+        own = impl is None or any(
+            other.name == impl and _refusal(other, args) is None for other in implementations(op)
+        )
+        return _call(op, namespace if own else library.NAMESPACE, args)
 
     with library.lock:
         if (name, namespace) not in _defined:

@@ -106,6 +106,14 @@ class Implementation(Protocol):
     def state(self, device_type: str) -> str:
         """What using it would take: "python", "prebuilt", "cached", "will build" or "jit"."""
 
+    def partly(self) -> Callable[..., str | None] | None:
+        """None if it computes every call that the op allows, as most do.
+
+        Else a function of a call's arguments, also of wrong ones, that says why it does not take
+        them, or None if it does. Looks at shapes, dtypes and strides, never at values. What it does
+        not take is computed by the next one that can run.
+        """
+
     def traced(self) -> Callable[..., Any] | None:
         """The kernel as `torch.compile` may look into it, made of operators and kernels in Triton.
 

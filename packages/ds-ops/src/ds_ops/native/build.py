@@ -7,14 +7,14 @@ import fcntl
 import json
 import logging
 import os
-import re
-import shlex
+import platform
 import shutil
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -22,15 +22,35 @@ import torch
 
 from ds_core.errors import BuildError
 from ds_ops import _env
-from ds_ops.native import cache, sources
-from ds_ops.native.toolchain import Compiler
+from ds_ops.native import cache
 
 logger = logging.getLogger(__name__)
 
 _SHOWN_LINES = 40
 
 
-def build(compiler: Compiler, folder: Path) -> Path:
+@dataclass(frozen=True)
+class Recipe:
+    """What a library is built from, and how.
+
+    Attributes:
+        what: its kernels, in a message: "the C++ kernels".
+        sources: a digest of sources and flags; with `tool`, the name of what is built.
+        tool: the compiler's version.
+        command: the compiler, as a message has it.
+        plan: the text of build.ninja, whose product is `cache.LIBRARY`.
+        remedy: what to do if it does not build.
+    """
+
+    what: str
+    sources: str
+    tool: str
+    command: str
+    plan: str
+    remedy: str
+
+
+def build(recipe: Recipe, folder: Path) -> Path:
     """The library in `folder`, built unless it is there and whole.
 
     Many processes may ask at once: the one that gets the lock builds, the others wait for it. A
@@ -38,39 +58,39 @@ def build(compiler: Compiler, folder: Path) -> Path:
 
     Raises BuildError with the command, the compiler's first lines and the log's path.
     """
-    key = cache.key(sources.digest(), compiler.version)
+    key = cache.key(recipe.sources, recipe.tool)
     place = folder / key
     library = place / cache.LIBRARY
     try:
-        with _locked(folder / f"{key}.lock"):
+        with _locked(folder / f"{key}.lock", recipe.what):
             if not cache.is_whole(library):
-                _make(compiler, place, folder / f"{key}.log")
+                _make(recipe, place, folder / f"{key}.log")
     except OSError as error:
         raise BuildError(
-            f"the C++ kernels cannot be built in {folder}: {error}; set DS_OPS_CACHE to a folder "
+            f"{recipe.what} cannot be built in {folder}: {error}; set DS_OPS_CACHE to a folder "
             f"on a local disk with room for 200 MB"
         ) from error
     return library
 
 
-def _make(compiler: Compiler, place: Path, log: Path) -> None:
+def _make(recipe: Recipe, place: Path, log: Path) -> None:
     """Build beside `place`, and rename to it when all is done."""
     for left in place.parent.glob(f"{place.name}.tmp-*"):  # by a builder that was killed
         shutil.rmtree(left, ignore_errors=True)
     begin = time.perf_counter()
     # A warning, because nothing else explains why a program stands still for so long.
     logger.warning(
-        "building the C++ kernels of ds-ops with %s into %s; this takes up to a minute, once",
-        *(compiler.version, place),
+        "building %s of ds-ops with %s into %s; this takes up to a minute, once",
+        *(recipe.what, recipe.tool, place),
     )
     made = Path(tempfile.mkdtemp(prefix=f"{place.name}.tmp-", dir=place.parent))
     try:
-        _compile(compiler, made, log)
+        _compile(recipe, made, log)
         seconds = time.perf_counter() - begin
         meta = {
-            "sources": sources.digest(),
-            "compiler": compiler.version,
-            "machine": sources.machine(),
+            "sources": recipe.sources,
+            "compiler": recipe.tool,
+            "machine": platform.machine(),
             "torch": torch.__version__,
             "seconds": round(seconds, 1),
             "bytes": (made / cache.LIBRARY).stat().st_size,
@@ -84,11 +104,11 @@ def _make(compiler: Compiler, place: Path, log: Path) -> None:
     finally:
         shutil.rmtree(made, ignore_errors=True)
         shutil.rmtree(made.with_name(f"{place.name}.tmp-damaged"), ignore_errors=True)
-    logger.info("built the C++ kernels in %.0f s", seconds)
+    logger.info("built %s in %.0f s", recipe.what, seconds)
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, what: str) -> Iterator[None]:
     """Hold a lock that ends with this process, however it ends."""
     limit = _env.build_timeout_s()
     with open(path, "a+", encoding="utf-8") as file:
@@ -100,13 +120,12 @@ def _locked(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if not waits:
-                    logger.info("waiting for %s, which builds the C++ kernels", _holder(file))
+                    logger.info("waiting for %s, which builds %s", _holder(file), what)
                 waits = True
                 if time.monotonic() > deadline:
                     raise BuildError(
                         f"waited {limit:.0f} s for the lock {path}, held by {_holder(file)}, which "
-                        f"builds the C++ kernels; look at that process, or raise "
-                        f"DS_OPS_BUILD_TIMEOUT"
+                        f"builds {what}; look at that process, or raise DS_OPS_BUILD_TIMEOUT"
                     ) from None
                 time.sleep(0.05)
         file.truncate(0)
@@ -120,10 +139,10 @@ def _holder(file: IO[str]) -> str:
     return file.read().strip() or "another process"
 
 
-def _compile(compiler: Compiler, folder: Path, log: Path) -> None:
+def _compile(recipe: Recipe, folder: Path, log: Path) -> None:
     """Run ninja in `folder`; only the library stays."""
-    (folder / "build.ninja").write_text(_plan(compiler), encoding="utf-8")
-    command = [_ninja(), "-j", str(len(os.sched_getaffinity(0)))]
+    (folder / "build.ninja").write_text(recipe.plan, encoding="utf-8")
+    command = [_ninja(recipe.what), "-j", str(len(os.sched_getaffinity(0)))]
     done = subprocess.run(
         command,
         cwd=folder,
@@ -136,56 +155,28 @@ def _compile(compiler: Compiler, folder: Path, log: Path) -> None:
     )
     log.write_text(done.stdout, encoding="utf-8")
     if done.returncode != 0:
-        raise BuildError(_failure(compiler, done.stdout, log))
+        raise BuildError(_failure(recipe, done.stdout, log))
     for path in folder.iterdir():
         if path.name != cache.LIBRARY:
             path.unlink()
 
 
-def _ninja() -> str:
+def _ninja(what: str) -> str:
     try:
         import ninja
     except ImportError:
         raise BuildError(
-            "the C++ kernels of ds-ops are built with ninja, which is not installed: "
-            "pip install ninja"
+            f"{what} of ds-ops are built with ninja, which is not installed: pip install ninja"
         ) from None
     return str(Path(ninja.BIN_DIR) / "ninja")
 
 
-def _plan(compiler: Compiler) -> str:
-    """The text of build.ninja."""
-    headers, libraries = sources.torch_folders()
-    # Quoted for the shell, with ninja's own signs escaped.
-    command, csrc, include, lib = (
-        text.replace("$", "$$")
-        for text in (
-            str(compiler),
-            *(shlex.quote(str(p)) for p in (sources.CSRC, headers, libraries)),
-        )
-    )
-    compile_ = f"{command} $flags -I{csrc} -isystem {include}"
-    compile_ += f" -ffile-prefix-map={csrc}=ds_ops -MD -MF $out.d -c $in -o $out"
-    flags = " ".join(sources.link_flags())
-    lines = [
-        f"rule compile\n  command = {compile_}\n  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = {command} $in -o $out {flags} -L{lib} -ltorch_cpu",
-    ]
-    units = sources.units()
-    for unit in units:
-        source = re.sub(r"([$: ])", r"$\1", str(sources.CSRC / unit.source))
-        lines.append(f"build {unit.object}: compile {source}\n  flags = {' '.join(unit.flags)}")
-    lines.append(f"build {cache.LIBRARY}: link {' '.join(unit.object for unit in units)}")
-    return "\n".join(lines) + "\n"
-
-
-def _failure(compiler: Compiler, output: str, log: Path) -> str:
+def _failure(recipe: Recipe, output: str, log: Path) -> str:
     lines = output.splitlines()
     failed = [index for index, line in enumerate(lines) if line.startswith("FAILED:")]
     shown = lines[failed[0] if failed else 0 :][:_SHOWN_LINES]
     return (
-        f"the C++ kernels did not build with {compiler.version} ({compiler}):\n"
+        f"{recipe.what} did not build with {recipe.tool} ({recipe.command}):\n"
         + "\n".join(f"    {line}" for line in shown)
-        + f"\n  whole output: {log}\n  what to do: mend what it names, or set CXX to another "
-        f"compiler (g++ >= 11 or clang++ >= 14), or do without by DS_OPS_IMPL='*=reference'"
+        + f"\n  whole output: {log}\n  what to do: {recipe.remedy}"
     )

@@ -16,7 +16,7 @@ from ds_ops import _env
 
 logger = logging.getLogger(__name__)
 
-LIBRARY = "libds_ops_cpu.so"
+LIBRARY = "libds_ops.so"
 META = "meta.json"
 #: Libraries that came in the wheel, one folder each.
 PREBUILT = Path(__file__).resolve().parent.parent / "_lib"

@@ -77,7 +77,7 @@ def ensure() -> Path:
     compiler = toolchain.find_compiler()
     if compiler is None:
         raise BuildError(f"the C++ kernels of ds-ops: {toolchain.missing()}")
-    return build(compiler, cache.root())
+    return build(sources.recipe(compiler), cache.root())
 
 
 def load() -> ctypes.CDLL:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +20,9 @@ from types import MappingProxyType
 import torch
 
 from ds_ops import _env
+from ds_ops.native import cache as built
+from ds_ops.native.build import Recipe
+from ds_ops.native.toolchain import Compiler
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
@@ -115,7 +119,7 @@ def ops() -> tuple[str, ...]:
 
 def link_flags() -> tuple[str, ...]:
     """Of the one shared library."""
-    return ("-shared", "-Wl,-soname,libds_ops_cpu.so", "-Wl,--gc-sections", *_sanitizer_flags())
+    return ("-shared", "-Wl,-soname,libds_ops.so", "-Wl,--gc-sections", *_sanitizer_flags())
 
 
 def torch_folders() -> tuple[Path, Path]:
@@ -145,3 +149,46 @@ def _sanitizer_flags() -> tuple[str, ...]:
     if _env.sanitizer() is None:
         return ()
     return ("-fsanitize=address", "-fno-omit-frame-pointer", "-g")
+
+
+def recipe(compiler: Compiler) -> Recipe:
+    """How the library is built."""
+    return Recipe(
+        what="the C++ kernels",
+        sources=digest(),
+        tool=compiler.version,
+        command=str(compiler),
+        plan=_plan(compiler),
+        remedy="mend what it names, or set CXX to another compiler (g++ >= 11 or clang++ >= 14), "
+        "or do without by DS_OPS_IMPL='*=reference'",
+    )
+
+
+def _plan(compiler: Compiler) -> str:
+    """The text of build.ninja."""
+    headers, libraries = torch_folders()
+    command = str(compiler).replace("$", "$$")
+    csrc, include, lib = map(quoted, (CSRC, headers, libraries))
+    compile_ = f"{command} $flags -I{csrc} -isystem {include}"
+    compile_ += f" -ffile-prefix-map={csrc}=ds_ops -MD -MF $out.d -c $in -o $out"
+    linked = " ".join(link_flags())
+    lines = [
+        f"rule compile\n  command = {compile_}\n  depfile = $out.d\n  deps = gcc",
+        f"rule link\n  command = {command} $in -o $out {linked} -L{lib} -ltorch_cpu",
+    ]
+    found = units()
+    for unit in found:
+        source = escaped(CSRC / unit.source)
+        lines.append(f"build {unit.object}: compile {source}\n  flags = {' '.join(unit.flags)}")
+    lines.append(f"build {built.LIBRARY}: link {' '.join(unit.object for unit in found)}")
+    return "\n".join(lines) + "\n"
+
+
+def quoted(path: Path) -> str:
+    """A path for a command in build.ninja: quoted for the shell, with ninja's own signs escaped."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
+def escaped(path: Path) -> str:
+    """A path as a name in build.ninja."""
+    return re.sub(r"([$: ])", r"$\1", str(path))

@@ -25,7 +25,8 @@ class OpContract:
         compiled: whether it is also run through `torch.library.opcheck` and `torch.compile`,
             which take seconds: do so for one op of a family.
 
-    An implementation that cannot run on a device is skipped there, with its reason.
+    An implementation that cannot run on a device is skipped there, with its reason; one that takes
+    only some calls is tested on those, and must take one.
     """
 
     op: str
@@ -46,6 +47,15 @@ class OpContract:
         assert all(isinstance(impl, Implementation) and impl.op == self.op for impl in offered)
         names = [impl.name for impl in offered]
         assert len(set(names)) == len(names), f"names clash: {names}"
+
+    def test_one_that_takes_only_some_calls_takes_one(self) -> None:
+        for device in self.devices:
+            for name, _ in self._runnable(device):
+                refusal = self._refusal(name)
+                if refusal is not None:
+                    kinds = self._op().dtypes
+                    given = [a for t in kinds for a in self.cases(torch.device(device), t)]
+                    assert any(refusal(*args) is None for args in given), f"{name} takes no case"
 
     def test_results_equal_the_reference(self) -> None:
         op = self._op()
@@ -89,7 +99,9 @@ class OpContract:
 
     def test_bad_arguments_are_refused_by_name(self) -> None:
         for device in self.devices:
-            for _, compute in self._runnable(device):
+            for name, compute in self._runnable(device):
+                if self._refusal(name) is not None:
+                    continue  # what it refuses is computed, or refused, by the next
                 for message, args in self._op().refused(torch.device(device)):
                     with pytest.raises((DsError, RuntimeError), match=message):
                         compute(*args)
@@ -107,6 +119,11 @@ class OpContract:
     def cases(self, device: torch.device, dtype: torch.dtype) -> Sequence[tuple[Any, ...]]:
         """The arguments that it is tested on: those of the op, unless a test adds some."""
         return self._op().cases(device, dtype)
+
+    def _refusal(self, name: str) -> Callable[..., str | None] | None:
+        """What says which calls an implementation does not take; None if it takes all."""
+        offered = {impl.name: impl for impl in ops.implementations(self.op)}
+        return offered[name].partly()
 
     def _op(self) -> Op:
         return ops.get(self.op)
@@ -130,8 +147,11 @@ class OpContract:
         op = self._op()
         for device in self.devices:
             for name, compute in self._runnable(device):
+                refusal = self._refusal(name)
                 for dtype in op.dtypes:
                     for index, args in enumerate(self.cases(torch.device(device), dtype)):
+                        if refusal is not None and refusal(*args) is not None:
+                            continue
                         shapes = [tuple(a.shape) for a in args if torch.is_tensor(a)]
                         where = f"{op.name} by {name} on {device}, {dtype}, case {index} {shapes}"
                         yield where, compute, args
