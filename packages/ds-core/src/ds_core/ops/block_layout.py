@@ -129,14 +129,14 @@ def _list(fine: torch.Tensor, unit: int, hidden: str) -> torch.Tensor:
     bits = (seen.int() << torch.arange(parts, dtype=torch.int32)[:, None]).sum(2)
     full, some = clear.all(2), bits > 0
     rank = torch.where(full, 0, torch.where(some, 1, 2)).to(torch.uint8)
-    order = rank.argsort(2, stable=True)
+    order = torch.argsort(rank, dim=2, stable=True)
     entries = (order << PART_BITS) | bits.gather(2, order)
     entries = pad(entries, (0, -count % parts))
     groups = -(-some.sum(2) // parts)
     taken = torch.arange(entries.shape[2]) < groups[..., None] * parts
     lengths = (groups * parts).flatten()
     begins = (lengths.cumsum(0) - lengths).view(heads, tiles)
-    longest = groups.argsort(1, descending=True, stable=True)
+    longest = torch.argsort(groups, dim=1, descending=True, stable=True)
     heavy = (groups > 2 * groups.float().mean(1, keepdim=True)).sum(1).amax() if tiles else 0
     tables = (longest, begins, full.sum(2) // parts, groups)
     flat = [torch.as_tensor([int(heavy)]), *(t.flatten() for t in tables), entries[taken]]

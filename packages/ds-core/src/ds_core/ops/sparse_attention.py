@@ -208,9 +208,9 @@ def reference(
     options = Options(*rest)
     options.check(q, k, v)
     scores = _scores(q, k, options)
-    lse = scores.logsumexp(-1) if q.numel() else scores.sum(-1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
-    return torch.empty_like(q).copy_(weights @ wide(v)), lse
+    alone = (scores == -torch.inf).all(-1, keepdim=True)
+    weights = scores.masked_fill(alone, 0.0).softmax(-1).masked_fill(alone, 0.0)
+    return torch.empty_like(q).copy_(weights @ wide(v)), scores.detach().logsumexp(-1)
 
 
 def backward_reference(
@@ -418,14 +418,14 @@ def benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
     found: list[tuple[str, tuple[Any, ...]]] = []
     for block, dtype in ((64, torch.float32), (64, torch.bfloat16), (16, torch.bfloat16)):
         layout = BlockLayout(pattern(2048 // block), block)
-        args = example(device, dtype, (1, 8, 2048, 64), layout)
-        found.append((f"1x8x2048x64 blocks of {block} {str(dtype)[6:]}", args))
+        args = example(device, dtype, (1, 4, 2048, 64), layout)
+        found.append((f"1x4x2048x64 blocks of {block} {str(dtype)[6:]}", args))
     return found
 
 
 def backward_benchmarks(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
     found = []
-    for label, args in benchmarks(device):
+    for label, args in benchmarks(device)[1:2]:
         out, lse = reference(*args)
         grad = randn(device, out.dtype, *out.shape, seed=7)
         found.append((label, (grad, *args[:3], out, lse, *args[3:])))

@@ -24,6 +24,8 @@ OPS: Mapping[str, str] = MappingProxyType(
         "gated_activation_backward": "gated_activation:gated_activation_backward",
         "gated_activation_packed": "gated_activation:gated_activation_packed",
         "gated_activation_packed_backward": "gated_activation:gated_activation_packed_backward",
+        "sparse_attention": "sparse_attention:sparse_attention",
+        "sparse_attention_backward": "sparse_attention:sparse_attention_backward",
     }
 )
 
