@@ -40,6 +40,16 @@ TORCH: Mapping[str, TorchKernel] = MappingProxyType(
         "linear_cross_entropy": TorchKernel("linear_cross_entropy:linear_cross_entropy"),
         "grouped_mm": TorchKernel("grouped_mm:grouped_mm", ("cpu",)),
         "grouped_mm_backward": TorchKernel("grouped_mm:grouped_mm_backward", ("cpu",)),
+        "sparse_attention": TorchKernel(
+            "sparse_attention:sparse_attention",
+            ("cpu", "cuda"),
+            partly="sparse_attention:partly",
+        ),
+        "sparse_attention_backward": TorchKernel(
+            "sparse_attention:sparse_attention_backward",
+            ("cpu", "cuda"),
+            partly="sparse_attention:partly",
+        ),
     }
 )
 

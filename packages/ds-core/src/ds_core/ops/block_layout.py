@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -75,6 +77,10 @@ class BlockLayout:
                     self._ready.popitem(last=False)
             blocks, rows, columns = self._ready[device]
         return blocks, rows, columns
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles hold the layout; what was made from it is made again."""
+        return partial(BlockLayout, causal=self.causal), (self.blocks, self.block)
 
     def __repr__(self) -> str:
         heads, count, _ = self.blocks.shape

@@ -302,9 +302,7 @@ def _backward(call: Callable[..., Any], ctx: Any, grad: torch.Tensor | None, _: 
 def pattern(blocks: int, heads: int = 1) -> torch.Tensor:
     """A layout of windows, a global column and row, a block far off, and a row without any."""
     place = torch.arange(blocks)
-    found = torch.stack(
-        [(place[:, None] - place).abs() <= (head + 1) % 3 for head in range(heads)]
-    )
+    found = torch.stack([(place[:, None] - place).abs() <= (head + 1) % 3 for head in range(heads)])
     found[:, :, 0] = True
     found[:, blocks // 2] = True
     found[:, -1, blocks // 3] = True
@@ -324,7 +322,7 @@ def example(
     pair_mask: str = "",
 ) -> tuple[Any, ...]:
     """The op's arguments for q of a shape; rpe: its batch and heads; masks: "add" or "mul"."""
-    batch, heads, tokens, d = shape
+    batch, _, tokens, d = shape
     q, k, v = (randn(device, dtype, *shape, seed=seed) for seed in range(3))
     bias = randn(device, dtype, *rpe, tokens, tokens, seed=3) if rpe else None
     keys = pairs = None

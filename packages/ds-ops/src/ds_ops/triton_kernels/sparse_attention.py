@@ -1,7 +1,7 @@
 """Attention over the blocks of a layout, forward and backward, for blocks of 16 tokens and more.
 
-A program has a tile of 64 queries (or keys, for dK and dV) and walks along the list of what sees it
-or is seen (`ds_core.ops.block_layout`): units of 16 to 64 tokens, gathered into tiles of 64, so that
+A program has a tile of 64 queries (or keys, for dK and dV) and walks along the list of what it sees
+(or what sees it; `ds_core.ops.block_layout`): units of 16 to 64 tokens, gathered into tiles, so that
 products are as large as matrix instructions want them and columns of narrow blocks cost what they
 are. Groups that every row sees whole come first and need no mask. Long rows begin first; the others
 of one head run beside each other and share its keys in the cache. No program adds to what another
@@ -14,6 +14,7 @@ half of what an H200's matrix units ask for at their peak and what a gathered ti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,13 +57,14 @@ def _work(plan, tiles, heads, layout_heads, pairs):
 
 
 @triton.jit
-def _gathered(entries, group, UNIT: tl.constexpr, SIZE: tl.constexpr):
-    """Of a group: where its tokens are, and which parts of the tile see each of them."""
-    place = tl.arange(0, SIZE)
-    if UNIT == SIZE:
-        entry = tl.load(entries + group)
-        return (entry >> _SHIFT) * UNIT + place, entry + place * 0
-    entry = tl.load(entries + group * (SIZE // UNIT) + place // UNIT)
+def _gathered(entries, step, UNIT: tl.constexpr, STEP: tl.constexpr):
+    """Of a step along a list: where its tokens are, and which parts of the tile see each."""
+    place = tl.arange(0, STEP)
+    if UNIT >= STEP:
+        entry = tl.load(entries + step // (UNIT // STEP))
+        first = (entry >> _SHIFT) * UNIT + step % (UNIT // STEP) * STEP
+        return first + place, entry + place * 0
+    entry = tl.load(entries + step * (STEP // UNIT) + place // UNIT)
     return (entry >> _SHIFT) * UNIT + place % UNIT, entry
 
 
@@ -125,13 +127,14 @@ def _hidden(scores, entry, part, query, key, CAUSAL: tl.constexpr):
 
 @triton.jit
 def _attend(
-    peak, total, sums, q, k, v, entries, group, row, there, stride, column, inside, factor,
+    peak, total, sums, q, k, v, entries, step, row, there, stride, column, inside, factor,
     rpe, rpe_row, padding, mask, mask_row,
     RPE: tl.constexpr, PADDING: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    UNIT: tl.constexpr, SIZE: tl.constexpr, EXACT: tl.constexpr, HIDES: tl.constexpr,
+    UNIT: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, EXACT: tl.constexpr,
+    HIDES: tl.constexpr,
 ):  # fmt: skip
-    """One group of keys more: peak and total of the exponentials, sums of the values."""
-    key, entry = _gathered(entries, group, UNIT, SIZE)
+    """A step of keys more: peak and total of the exponentials, sums of the values."""
+    key, entry = _gathered(entries, step, UNIT, STEP)
     keys = _rows(k, key, stride, column, there, inside, False, EXACT)
     scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * factor
     scores = _biased(
@@ -160,6 +163,7 @@ def sparse_forward(
     rpe_batch, rpe_head, rpe_row, padding_batch, mask_row, factor,
     RPE: tl.constexpr, PADDING: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     UNIT: tl.constexpr, HEAD: tl.constexpr, EXACT: tl.constexpr, SIZE: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries: `softmax(q k^T * scale + bias) v` and the logarithm of its sum.
 
@@ -178,18 +182,18 @@ def sparse_forward(
     peak = tl.full((SIZE,), float("-inf"), tl.float32)
     total = tl.zeros((SIZE,), tl.float32)
     sums = tl.zeros((SIZE, HEAD), tl.float32)
-    for group in range(0, full):
+    for step in range(full * (SIZE // STEP)):
         peak, total, sums = _attend(
-            peak, total, sums, own, k + first, v + first, entries, group, row, there, stride,
+            peak, total, sums, own, k + first, v + first, entries, step, row, there, stride,
             column, inside, factor, rpe, rpe_row, padding, mask, mask_row,
-            RPE, PADDING, MASK, CAUSAL, UNIT, SIZE, EXACT, False,
+            RPE, PADDING, MASK, CAUSAL, UNIT, SIZE, STEP, EXACT, False,
         )  # fmt: skip
     if UNIT < SIZE or CAUSAL:
-        for group in range(full, groups):
+        for step in range(full * (SIZE // STEP), groups * (SIZE // STEP)):
             peak, total, sums = _attend(
-                peak, total, sums, own, k + first, v + first, entries, group, row, there, stride,
+                peak, total, sums, own, k + first, v + first, entries, step, row, there, stride,
                 column, inside, factor, rpe, rpe_row, padding, mask, mask_row,
-                RPE, PADDING, MASK, CAUSAL, UNIT, SIZE, EXACT, True,
+                RPE, PADDING, MASK, CAUSAL, UNIT, SIZE, STEP, EXACT, True,
             )  # fmt: skip
     result = sums / tl.where(total == 0, 1.0, total)[:, None]
     at = out + batch * out_batch + head * out_head + row.to(tl.int64)[:, None] * out_row
@@ -201,13 +205,14 @@ def sparse_forward(
 
 @triton.jit
 def _query_gradient(
-    sums, q, grad, level, delta, k, v, entries, group, row, there, stride, column, inside, factor,
+    sums, q, grad, level, delta, k, v, entries, step, row, there, stride, column, inside, factor,
     rpe, rpe_row, padding, mask, mask_row,
     RPE: tl.constexpr, PADDING: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    UNIT: tl.constexpr, SIZE: tl.constexpr, EXACT: tl.constexpr, HIDES: tl.constexpr,
+    UNIT: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, EXACT: tl.constexpr,
+    HIDES: tl.constexpr,
 ):  # fmt: skip
-    """One group of keys more in the sums of dS k."""
-    key, entry = _gathered(entries, group, UNIT, SIZE)
+    """A step of keys more in the sums of dS k."""
+    key, entry = _gathered(entries, step, UNIT, STEP)
     keys = _rows(k, key, stride, column, there, inside, False, EXACT)
     values = _rows(v, key, stride, column, there, inside, False, EXACT)
     scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * factor
@@ -238,6 +243,7 @@ def sparse_backward_queries(
     rpe_batch, rpe_head, rpe_row, padding_batch, mask_row, factor, scale,
     RPE: tl.constexpr, PADDING: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     UNIT: tl.constexpr, HEAD: tl.constexpr, EXACT: tl.constexpr, SIZE: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """A tile of dQ, and of delta, the sums of grad * out that keys and values need."""
     pair, tile, entries, full, groups = _work(plan, tiles, heads, layout_heads, programs // tiles)
@@ -258,18 +264,18 @@ def sparse_backward_queries(
     tl.store(delta + at, inner, mask=there)
     level = _level(lse, at, there)
     sums = tl.zeros((SIZE, HEAD), tl.float32)
-    for group in range(0, full):
+    for step in range(full * (SIZE // STEP)):
         sums = _query_gradient(
-            sums, own, arrived, level, inner, k + first, v + first, entries, group, row, there,
+            sums, own, arrived, level, inner, k + first, v + first, entries, step, row, there,
             stride, column, inside, factor, rpe, rpe_row, padding, mask, mask_row,
-            RPE, PADDING, MASK, CAUSAL, UNIT, SIZE, EXACT, False,
+            RPE, PADDING, MASK, CAUSAL, UNIT, SIZE, STEP, EXACT, False,
         )  # fmt: skip
     if UNIT < SIZE or CAUSAL:
-        for group in range(full, groups):
+        for step in range(full * (SIZE // STEP), groups * (SIZE // STEP)):
             sums = _query_gradient(
-                sums, own, arrived, level, inner, k + first, v + first, entries, group, row, there,
+                sums, own, arrived, level, inner, k + first, v + first, entries, step, row, there,
                 stride, column, inside, factor, rpe, rpe_row, padding, mask, mask_row,
-                RPE, PADDING, MASK, CAUSAL, UNIT, SIZE, EXACT, True,
+                RPE, PADDING, MASK, CAUSAL, UNIT, SIZE, STEP, EXACT, True,
             )  # fmt: skip
     to = dq + second + row.to(tl.int64)[:, None] * out_row + column[None, :]
     tl.store(to, (sums * scale).to(dq.dtype.element_ty), mask=there[:, None] & inside[None, :])
@@ -277,13 +283,14 @@ def sparse_backward_queries(
 
 @triton.jit
 def _key_gradients(
-    key_sums, value_sums, k, v, q, grad, lse, delta, entries, group, key, there, stride, out_row,
+    key_sums, value_sums, k, v, q, grad, lse, delta, entries, step, key, there, stride, out_row,
     column, inside, factor, rpe, rpe_row, padding, mask, mask_row,
     RPE: tl.constexpr, PADDING: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    UNIT: tl.constexpr, SIZE: tl.constexpr, EXACT: tl.constexpr, HIDES: tl.constexpr,
+    UNIT: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, EXACT: tl.constexpr,
+    HIDES: tl.constexpr,
 ):  # fmt: skip
-    """One group of queries more in the sums of dS^T q and P^T grad."""
-    row, entry = _gathered(entries, group, UNIT, SIZE)
+    """A step of queries more in the sums of dS^T q and P^T grad."""
+    row, entry = _gathered(entries, step, UNIT, STEP)
     queries = _rows(q, row, stride, column, there, inside, False, EXACT)
     arrived = _rows(grad, row, out_row, column, there, inside, False, EXACT)
     scores = tl.dot(k, tl.trans(queries), input_precision="ieee") * factor
@@ -311,6 +318,7 @@ def sparse_backward_keys(
     rpe_batch, rpe_head, rpe_row, padding_batch, mask_row, factor, scale,
     RPE: tl.constexpr, PADDING: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     UNIT: tl.constexpr, HEAD: tl.constexpr, EXACT: tl.constexpr, SIZE: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """A tile of dK and dV; scores and weights are turned, keys by queries."""
     pair, tile, entries, full, groups = _work(plan, tiles, heads, layout_heads, programs // tiles)
@@ -329,20 +337,20 @@ def sparse_backward_keys(
     values = _rows(v + first, key, stride, column, there, inside, True, EXACT)
     key_sums = tl.zeros((SIZE, HEAD), tl.float32)
     value_sums = tl.zeros((SIZE, HEAD), tl.float32)
-    for group in range(0, full):
+    for step in range(full * (SIZE // STEP)):
         key_sums, value_sums = _key_gradients(
             key_sums, value_sums, keys, values, q + first, grad + second, lse, delta, entries,
-            group, key, there, stride, out_row, column, inside, factor,
+            step, key, there, stride, out_row, column, inside, factor,
             rpe, rpe_row, padding, mask, mask_row,
-            RPE, PADDING, MASK, CAUSAL, UNIT, SIZE, EXACT, False,
+            RPE, PADDING, MASK, CAUSAL, UNIT, SIZE, STEP, EXACT, False,
         )  # fmt: skip
     if UNIT < SIZE or CAUSAL:
-        for group in range(full, groups):
+        for step in range(full * (SIZE // STEP), groups * (SIZE // STEP)):
             key_sums, value_sums = _key_gradients(
                 key_sums, value_sums, keys, values, q + first, grad + second, lse, delta, entries,
-                group, key, there, stride, out_row, column, inside, factor,
+                step, key, there, stride, out_row, column, inside, factor,
                 rpe, rpe_row, padding, mask, mask_row,
-                RPE, PADDING, MASK, CAUSAL, UNIT, SIZE, EXACT, True,
+                RPE, PADDING, MASK, CAUSAL, UNIT, SIZE, STEP, EXACT, True,
             )  # fmt: skip
     to = second + key.to(tl.int64)[:, None] * out_row + column[None, :]
     kept = there[:, None] & inside[None, :]
@@ -350,7 +358,25 @@ def sparse_backward_keys(
     tl.store(dv + to, value_sums.to(dv.dtype.element_ty), mask=kept)
 
 
-_CONFIGS = (Config({"SIZE": TILE}, {"head size": _MAX_HEAD}, warps=4, stages=2),)
+_NEW, _OLD = ("sm_90", "sm_100"), ("sm_80", "gfx942")
+
+
+def _config(step: int, targets: tuple[str, ...], warps: int = 4, up_to: int = _MAX_HEAD) -> Config:
+    """Steps of so many tokens along a list, for heads of some size at most."""
+    return Config({"SIZE": TILE, "STEP": step}, {"head size": up_to}, warps, targets=targets)
+
+
+#: What a step holds in registers is why it is not a tile everywhere: scores, bias and addresses.
+_STEPS = (_config(64, _NEW), _config(32, _OLD))
+_NARROW_STEPS = (_config(64, _NEW, up_to=64), _config(32, _OLD, up_to=64))
+_TURNED = (
+    *(_config(64, ("sm_100",)), _config(32, ("sm_90",), 8)),
+    *(_config(16, ("sm_80",), 8), _config(32, ("gfx942",))),
+)
+_NARROW_TURNED = (
+    _config(64, _NEW, up_to=64),
+    *(_config(16, ("sm_80",), 8, up_to=64), _config(32, ("gfx942",), up_to=64)),
+)
 _SIZES = {
     "i32": "layout_heads tiles programs heads",
     "i32:16": "tokens width stride_batch stride_head stride out_batch out_head out_row "
@@ -374,20 +400,47 @@ _KEYS_TYPES = {
 }
 
 
-def _kernel(function: Any, by_type: dict[str, str]) -> tuple[Kernel, Kernel]:
-    """For wide heads and blocks without masks, and for narrow ones with every option."""
+@dataclass(frozen=True)
+class _Variants:
+    """A function as it is compiled for calls of three kinds.
+
+    Attributes:
+        plain: wide blocks, seen whole, without bias and masks.
+        narrow, wide: every option, for heads of 64 at most and for wider ones.
+    """
+
+    plain: Kernel
+    narrow: Kernel
+    wide: Kernel
+
+    def choose(self, options: op.Options, d: int) -> Kernel:
+        """The kernel for a call."""
+        extra = (options.rpe, options.key_padding_mask, options.attn_mask)
+        if unit_of(options.block) == TILE and not options.causal and extra == (None,) * 3:
+            return self.plain
+        return self.narrow if d <= 64 else self.wide
+
+
+def _variants(
+    function: Any, by_type: dict[str, str], narrow: tuple[Config, ...], wide: tuple[Config, ...]
+) -> _Variants:
     plain = types(by_type, RPE=0, PADDING=0, MASK=0, CAUSAL=0, UNIT=64, HEAD=128, EXACT=1)
-    every = types(by_type, RPE=1, PADDING=1, MASK=2, CAUSAL=1, UNIT=16, HEAD=64, EXACT=1)
-    return (
-        Kernel(function, _CONFIGS, plain, MATRIX, "plain"),
-        Kernel(function, _CONFIGS, every, MATRIX, "masked"),
+    every = types(by_type, RPE=1, PADDING=1, MASK=2, CAUSAL=1, UNIT=16, EXACT=1)
+    return _Variants(
+        Kernel(function, _STEPS, plain, MATRIX, "plain"),
+        Kernel(function, narrow, {**every, "HEAD": 64}, MATRIX, "masked"),
+        Kernel(function, wide, {**every, "HEAD": 128}, MATRIX, "masked_wide"),
     )
 
 
-_FORWARD = _kernel(sparse_forward, _FORWARD_TYPES)
-_QUERIES = _kernel(sparse_backward_queries, _QUERIES_TYPES)
-_KEYS = _kernel(sparse_backward_keys, _KEYS_TYPES)
-KERNELS = (*_FORWARD, *_QUERIES, *_KEYS)
+_FORWARD = _variants(sparse_forward, _FORWARD_TYPES, _NARROW_STEPS, _STEPS)
+_QUERIES = _variants(sparse_backward_queries, _QUERIES_TYPES, _NARROW_STEPS, _STEPS)
+_KEYS = _variants(sparse_backward_keys, _KEYS_TYPES, _NARROW_TURNED, _TURNED)
+KERNELS = tuple(
+    kernel
+    for each in (_FORWARD, _QUERIES, _KEYS)
+    for kernel in (each.plain, each.narrow, each.wide)
+)
 
 
 def sparse_attention(
@@ -398,7 +451,7 @@ def sparse_attention(
     options = op.Options(*rest)
     _expect(q, options)
     q, k, v = _alike(q, k, v)
-    _launch(_FORWARD[0], options.rows, options, q, out, (q, k, v, out, lse))
+    _launch(_FORWARD, options.rows, options, q, out, (q, k, v, out, lse))
     return out, lse
 
 
@@ -420,9 +473,9 @@ def sparse_attention_backward(
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     tensors = (grad, q, k, v, out, lse, delta, dq)
-    _launch(_QUERIES[0], options.rows, options, q, dq, tensors, options.scale)
+    _launch(_QUERIES, options.rows, options, q, dq, tensors, options.scale)
     tensors = (grad, q, k, v, lse, delta, dk, dv)
-    _launch(_KEYS[0], options.columns, options, q, dq, tensors, options.scale)
+    _launch(_KEYS, options.columns, options, q, dq, tensors, options.scale)
     return dq, dk, dv
 
 
@@ -452,7 +505,7 @@ def _strided_as(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _launch(
-    kernel: Kernel,
+    variants: _Variants,
     plan: torch.Tensor,
     options: op.Options,
     q: torch.Tensor,
@@ -462,6 +515,7 @@ def _launch(
 ) -> None:
     """Run a kernel for every tile; q, out: whose strides inputs and results have."""
     batch, heads, tokens, d = q.shape
+    kernel = variants.choose(options, d)
     config = kernel.config(op.NAME, q.device, **{"head size": d})
     tiles = blocks(tokens, config.constants["SIZE"])
     programs = batch * heads * tiles
