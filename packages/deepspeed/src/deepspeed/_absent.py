@@ -94,13 +94,18 @@ ABSENT: Mapping[str, str] = {
     ),
     **_below(
         "deepspeed.ops",
-        "aio compile csrc deepspeed4science gds pin_memory quantizer random_ltd sparse_attention "
-        "triton_ops",
+        "aio compile csrc deepspeed4science gds pin_memory quantizer random_ltd triton_ops",
         "ds_ops has the kernels and optimizers, ds_ops.aio the file I/O; `ds ops report` lists "
         "them",
     ),
     "deepspeed.ops.fp_quantizer": "use ds_ops.weight_only",
     "deepspeed.ops.op_builder": "operators are built at first use: `ds ops report` lists them",
+    **_below(
+        "deepspeed.ops.sparse_attention",
+        "matmul softmax trsrc",
+        "use SparseSelfAttention of deepspeed.ops.sparse_attention, which computes both in one "
+        "kernel",
+    ),
     "deepspeed.ops.transformer": FUSED_LAYERS,
     **_below("deepspeed.profiling", "config constants", _INTERNAL),
     **_below(

@@ -1,4 +1,4 @@
-"""Optimizers that step in one pass over memory: `ds_ops.optim` by the original's names."""
+"""Optimizers that step in one pass over memory, and sparse attention: ds_ops by original names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from deepspeed._names import names_of
 __getattr__, __dir__ = names_of(
     __name__,
     {},
-    submodules=("adagrad", "adam", "fp_quantizer", "lamb", "lion", "op_builder", "transformer"),
+    submodules=(
+        *("adagrad", "adam", "fp_quantizer", "lamb", "lion", "op_builder", "sparse_attention"),
+        "transformer",
+    ),
     missing={
         "DeepSpeedTransformerLayer": FUSED_LAYERS,
         "DeepSpeedTransformerConfig": FUSED_LAYERS,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,6 @@ SMALLEST = 16
 PART_BITS = TILE // SMALLEST
 
 _NAME = "BlockLayout"
-_KEPT_DEVICES = 16
 
 
 class BlockLayout:
@@ -48,7 +46,7 @@ class BlockLayout:
         own = blocks.detach().to("cpu", torch.bool, copy=True)
         self.blocks = own[:1].clone() if bool((own == own[:1]).all()) else own
         self.block, self.causal = block, causal
-        self._ready: OrderedDict[torch.device, tuple[torch.Tensor, ...]] = OrderedDict()
+        self._ready: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -67,16 +65,17 @@ class BlockLayout:
         The first call for a device copies, which cannot be part of a CUDA graph; later ones find
         what is there.
         """
+        if device not in self._ready:
+            self._prepare(device)
+        return self._ready[device]
+
+    def _prepare(self, device: torch.device) -> None:
         with self._lock:
-            if device not in self._ready:
-                cpu = torch.device("cpu")
-                if cpu not in self._ready:
-                    self._ready[cpu] = (self.blocks, *lists(self.blocks, self.block, self.causal))
-                self._ready[device] = tuple(t.to(device) for t in self._ready[cpu])
-                while len(self._ready) > _KEPT_DEVICES:
-                    self._ready.popitem(last=False)
-            blocks, rows, columns = self._ready[device]
-        return blocks, rows, columns
+            cpu = torch.device("cpu")
+            if cpu not in self._ready:
+                self._ready[cpu] = (self.blocks, *lists(self.blocks, self.block, self.causal))
+            blocks, rows, columns = self._ready[cpu]
+            self._ready[device] = (blocks.to(device), rows.to(device), columns.to(device))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold the layout; what was made from it is made again."""

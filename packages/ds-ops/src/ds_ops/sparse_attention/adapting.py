@@ -31,7 +31,7 @@ class SparseAttentionUtils:
 
         Raises ConfigError for other models, and for lengths that it has positions for already.
         """
-        kind, inner = _inner(model)
+        kind, config, inner = _inner(model)
         reserved = _RESERVED[kind]
         embeddings = inner.embeddings
         table = embeddings.position_embeddings
@@ -51,7 +51,7 @@ class SparseAttentionUtils:
                 embeddings.position_ids = longer.expand(1, -1)
             elif name == "token_type_ids":
                 embeddings.token_type_ids = buffer.new_zeros(1, len(weight))
-        model.config.max_position_embeddings = len(weight)
+        config.max_position_embeddings = len(weight)
         return model
 
     @staticmethod
@@ -74,10 +74,10 @@ class SparseAttentionUtils:
 
         Raises ConfigError for other models, decoders, and layouts that do not fit.
         """
-        kind, inner = _inner(model)
-        model.config.max_position_embeddings = max_position + _RESERVED[kind]
+        kind, config, inner = _inner(model)
+        config.max_position_embeddings = max_position + _RESERVED[kind]
         SparseAttentionUtils.replace_self_attention_layer_with_sparse_self_attention_layer(
-            model.config, inner.encoder.layer, sparsity_config, max_position
+            config, inner.encoder.layer, sparsity_config, max_position
         )
         return model
 
@@ -150,12 +150,12 @@ class SparseAttentionUtils:
         return sequence_output[:, :-pad_len] if pad_len > 0 else sequence_output
 
 
-def _inner(model: nn.Module) -> tuple[str, Any]:
-    """The kind of a model, and the part of it that holds embeddings and encoder."""
+def _inner(model: Any) -> tuple[str, Any, Any]:
+    """The kind of a model, its config, and the part of it that holds embeddings and encoder."""
     for kind in _RESERVED:
         found = getattr(model, kind, None)
         if found is not None:
-            return kind, found
+            return kind, model.config, found
     raise ConfigError(
         f"{type(model).__name__}: expected a model with one of {', '.join(_RESERVED)} in it, such "
         f"as BertForMaskedLM; in others, put SparseSelfAttention into the layers yourself"

@@ -107,7 +107,11 @@ class SparseSelfAttention(nn.Module):
 
         Raises OpError or ConfigError for what does not fit.
         """
-        batch, _, length, _ = query.shape
+        shape = f"shape {list(query.shape)}"
+        expect(query.dim() == 4, _NAME, "query", shape, "[batch, heads, tokens, d]")
+        batch, heads, length, _ = query.shape
+        own = self.sparsity_config.num_heads
+        expect(heads == own, _NAME, "query", f"{heads} heads", f"the layout's {own}")
         if key.shape != query.shape and key.shape[-1] == length:
             key = key.transpose(2, 3)
         return block_sparse_attention(
@@ -130,11 +134,9 @@ class SparseSelfAttention(nn.Module):
 
 
 def _forget_layouts(module: nn.Module, incompatible: Any) -> None:
-    """What was loaded may be another layout, and is that of all ranks."""
+    """What was loaded may be another layout."""
     assert isinstance(module, SparseSelfAttention)
     module._layouts.clear()
-    if "master_layout" not in " ".join(incompatible.missing_keys):
-        module._is_everywhere_alike = True
 
 
 def _mask(

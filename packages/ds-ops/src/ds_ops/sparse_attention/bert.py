@@ -75,7 +75,7 @@ class BertSparseSelfAttention(nn.Module):
 
 
 class TransformersSelfAttention(BertSparseSelfAttention):
-    """In the place of the self attention of BERT and RoBERTa in transformers: their call and result.
+    """In the place of BERT's and RoBERTa's self attention in transformers: their call and result.
 
     Args:
         config, sparsity_config, max_seq_length: as of `BertSparseSelfAttention`.

@@ -55,9 +55,10 @@ def sparse_attention_backward(
     if q.device.type != "cpu":
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-            again, _ = by_flex(*leaves, options, _compiled())
-        found = torch.autograd.grad(again, leaves, grad)
-        return tuple(to.copy_(t) for to, t in zip((dq, dk, dv), found, strict=True))
+            again, _ = by_flex(leaves[0], leaves[1], leaves[2], options, _compiled())
+        for to, found in zip((dq, dk, dv), torch.autograd.grad(again, leaves, grad), strict=True):
+            to.copy_(found)
+        return dq, dk, dv
     key_sums, value_sums = (torch.zeros(t.shape, dtype=lse.dtype) for t in (k, v))
     for heads, rows, keys in _rows(options, q):
         arrived = wide(grad[:, heads, rows])

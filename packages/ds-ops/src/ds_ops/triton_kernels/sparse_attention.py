@@ -1,7 +1,7 @@
 """Attention over the blocks of a layout, forward and backward, for blocks of 16 tokens and more.
 
 A program has a tile of 64 queries (or keys, for dK and dV) and walks along the list of what it sees
-(or what sees it; `ds_core.ops.block_layout`): units of 16 to 64 tokens, gathered into tiles, so that
+or is seen by (`ds_core.ops.block_layout`): units of 16 to 64 tokens, gathered into tiles, so that
 products are as large as matrix instructions want them and columns of narrow blocks cost what they
 are. Groups that every row sees whole come first and need no mask. Long rows begin first; the others
 of one head run beside each other and share its keys in the cache. No program adds to what another
@@ -527,7 +527,8 @@ def _launch(
         t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (padding, mask)
     )
     launch(
-        *(kernel, config, (programs,), *tensors, plan),
+        *(kernel, config, (programs,)),
+        *(*tensors, plan),
         *(q if t is None else t for t in (rpe, padding, mask)),
         *(tokens, d, heads, options.blocks.shape[0], tiles, programs),
         *(*q.stride()[:3], *out.stride()[:3]),
