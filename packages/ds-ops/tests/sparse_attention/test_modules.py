@@ -80,7 +80,7 @@ def test_what_does_not_fit_is_refused():
     for tokens in (40, 80):
         with pytest.raises(ConfigError, match=rf"sequences of {tokens} tokens: .* of 16, .*, 64;"):
             attention(*qkv(tokens))
-    with pytest.raises(OpError, match="key_padding_mask: got torch.bool"):
+    with pytest.raises(OpError, match=r"key_padding_mask: got torch\.bool"):
         attention(q, k, v, key_padding_mask=torch.ones(2, 64) > 0)
     with pytest.raises(OpError, match="attn_mask: got shape"):
         attention(q, k, v, attn_mask=torch.ones(2, 64, 64))

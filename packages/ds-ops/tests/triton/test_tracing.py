@@ -28,7 +28,10 @@ def test_every_op_with_a_kernel_is_computed_by_it_on_a_gpu(seen):
     assert {op: seen["chosen"][op] for op in catalog.OPS} == dict.fromkeys(catalog.OPS, "triton")
 
 
-@pytest.mark.parametrize(("name", "launches"), [("block", 2), ("backward", 1), ("in place", 1)])
+@pytest.mark.parametrize(
+    ("name", "launches"),
+    [("block", 2), ("backward", 1), ("in place", 1), ("sparse", 1), ("sparse backward", 2)],
+)
 def test_launches_are_part_of_the_graph(seen, name, launches):
     graph = seen[name]
     assert sum(HOP in node for node in graph) == launches, graph

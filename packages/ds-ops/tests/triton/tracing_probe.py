@@ -43,6 +43,13 @@ def graph_of(function, *shapes):
     raise AssertionError("no graph")
 
 
+def sparse(name, *tensors):
+    """An op over a layout; what is in it does not matter."""
+    layout = torch.ones(1, 4, 4, dtype=torch.bool, device="cuda")
+    plan = torch.zeros(99, dtype=torch.int32, device="cuda")
+    return ops.run(name, *tensors, layout, plan, plan, 16, False, 0.1)[0]
+
+
 def main():
     targets.architecture = lambda *_: "sm_90"
     norms.processors = lambda _: 132
@@ -55,6 +62,11 @@ def main():
         "backward": graph_of(
             lambda g, x, w, s: getattr(*backward).default(g, x, w, s.float(), None)[0],
             *((4, 64), (4, 64), (64,), (4,)),
+        ),
+        "sparse": graph_of(lambda q: sparse("sparse_attention", q, q, q), (1, 2, 64, 32)),
+        "sparse backward": graph_of(
+            lambda q: sparse("sparse_attention_backward", q, q, q, q, q, q.float().sum(-1)),
+            (1, 2, 64, 32),
         ),
         "in place": graph_of(
             lambda x, c: ds_ops.rope(x, c, c, in_place=True), (1, 4, 2, 32), (4, 8)
