@@ -536,7 +536,11 @@ print(torch.__version__, device.type if device else "none")
 
 @nox.session(python=False)
 def gpu(session: nox.Session) -> None:
-    """The tests that need an accelerator, on the torch of the Python that runs nox."""
+    """The tests that need an accelerator, on the torch of the Python that runs nox.
+
+    Then the benchmark of kernels, unless options for pytest follow `--`; ten minutes in all. What
+    ran and what was measured goes into benchmarks/results.
+    """
     probe = subprocess.run(
         [sys.executable, "-c", ACCELERATOR_PROBE], check=False, capture_output=True, text=True
     )
@@ -553,8 +557,11 @@ def gpu(session: nox.Session) -> None:
     install = ("-m", "pip", "install", "-q", *_all_editable(), f"torch=={version}")
     session.run(python, *install, external=True)
     # What ran there is written down, for `ds ops report`.
-    results = {"DS_GPU_RESULTS": str(ROOT / "benchmarks" / "results")}
-    _run(session, Path(python), "-m", "pytest", "-m", "gpu", *session.posargs, **results)
+    results = str(ROOT / "benchmarks" / "results")
+    pytest = ("-m", "pytest", "-m", "gpu", *session.posargs)
+    _run(session, Path(python), *pytest, DS_GPU_RESULTS=results)
+    if not session.posargs:
+        _run(session, Path(python), "-m", "ds_ops.bench.gpu", "--record", results)
 
 
 def _see_parent_environment(python: str) -> None:

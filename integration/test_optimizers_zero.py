@@ -15,6 +15,7 @@ from ds_core.precision import Precision
 from ds_core.replicated import Replicated
 from ds_core.testing import run_ranks
 from ds_ops.optim import adam
+from ds_zero.host_steps import early_updates
 
 BF16 = Precision(compute=torch.bfloat16, master=torch.float32)
 MAKERS: dict[str, Callable[[nn.Module], Any]] = {
@@ -208,3 +209,46 @@ def packed_state_can_be_edited() -> None:
 
 def test_packed_state_can_be_edited_by_name():
     run_ranks(2, packed_state_can_be_edited, timeout_s=120)
+
+
+class Spoiled(torch.autograd.Function):
+    """The same values, with a gradient of NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return grad * float("nan")
+
+
+def flag_on_the_device_leaves_updates_out() -> None:
+    """An early update that the host may not decide on, by an optimizer that counts no steps."""
+    known, early_updates._is_known = early_updates._is_known, lambda _: False
+    try:
+        model, _ = nets()
+        optimizer = ds_zero.shard(
+            *(model, MAKERS["lion"](model), 2), min_unit_numel=0, update_in_backward=True
+        )
+        train(model, optimizer, 2, 1.0)
+        before = {key: value.clone() for key, value in optimizer.full_state_dict().items()}
+        states = [state["exp_avg"].clone() for state in optimizer.state.values()]
+        hook = model.layers[2].register_forward_hook(lambda _, args, out: Spoiled.apply(out))
+        model(torch.arange(11)).backward()
+        hook.remove()
+        with pytest.raises(ds_zero.ShardError, match="no unit was updated"):
+            optimizer.step()
+        optimizer.zero_grad()
+        assert optimizer.torn is None
+        for key, value in optimizer.full_state_dict().items():
+            assert torch.equal(value, before[key]), key
+        after = [state["exp_avg"] for state in optimizer.state.values()]
+        assert all(torch.equal(one, other) for one, other in zip(states, after, strict=True))
+        train(model, optimizer, 1, 1.0)
+    finally:
+        early_updates._is_known = known
+
+
+def test_a_flag_on_the_device_leaves_early_updates_out():
+    run_ranks(2, flag_on_the_device_leaves_updates_out, timeout_s=120)

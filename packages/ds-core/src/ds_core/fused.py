@@ -8,6 +8,8 @@ An optimizer may do more in its pass than `torch.optim` has words for. It says w
 | `gradients`  | by parameter, used in place of `.grad`; in any float format             |
 | `grad_scale` | one number that gradients are multiplied by                             |
 | `copies`     | by parameter, tensors that receive its new value, rounded               |
+| `found_inf`  | one number on the device: if it is not 0, nothing changes, but for a    |
+|              | count of steps, which the attribute `counts_steps` tells of             |
 | `undo`       | whether to keep what its `rollback()` needs; `can_roll_back` says if it has any |
 """
 
@@ -62,14 +64,19 @@ def step_in_one_pass(
     grad_scale: float | torch.Tensor = 1.0,
     *,
     undo: bool = False,
+    unless: torch.Tensor | None = None,
 ) -> None:
     """`optimizer.step()` of the parameters in `gradients`, which writes their `copies` as well.
 
-    With `undo`, which not every optimizer has, `optimizer.rollback()` takes it back.
+    With `undo`, which not every optimizer has, `optimizer.rollback()` takes it back. With `unless`,
+    a flag on the parameters' device, for an optimizer of which `can_leave_out` is true, nothing
+    happens where it is true; the host need not know.
     """
     is_one = isinstance(grad_scale, float) and grad_scale == 1.0
     target: Any = optimizer
-    more = {"undo": True} if undo else {}
+    more: dict[str, Any] = {"undo": True} if undo else {}
+    if unless is not None:
+        more["found_inf"] = unless.to(torch.float32)
     target.step(
         gradients=gradients,
         copies=copies or None,
@@ -81,6 +88,17 @@ def step_in_one_pass(
 def can_undo(optimizer: Optimizer) -> bool:
     """Whether a step in one pass can keep what takes it back."""
     return is_one_pass(optimizer) and "undo" in getattr(optimizer, "step_options", frozenset())
+
+
+def can_leave_out(optimizer: Optimizer) -> bool:
+    """Whether a flag on the device can keep a step from changing anything.
+
+    Not if the host counts the steps: it would count one that the device leaves out.
+    """
+    if not is_one_pass(optimizer):
+        return fuses_scale(optimizer)
+    target: Any = optimizer
+    return "found_inf" in target.step_options and not target.counts_steps
 
 
 def fuses_scale(optimizer: Optimizer) -> bool:

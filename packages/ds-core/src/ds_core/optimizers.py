@@ -286,7 +286,11 @@ def _slower(cls: Any, given: list[Any], on_host: bool) -> str | None:
     from ds_core import ops
 
     kinds = {"cpu"} if on_host else {tensor.device.type for tensor in _tensors(given)}
+    # Kinds of device that it is for; empty, or not told: all.
+    devices: tuple[str, ...] = getattr(cls, "devices", ())
     for device_type in sorted(kinds):
+        if devices and device_type not in devices:
+            return f"it is for {', '.join(devices)}, not {device_type}"
         for op in cls.ops:
             offered = ops.available(op, device_type)
             if all(reason for name, reason in offered.items() if name != "reference"):

@@ -3,6 +3,8 @@
 DS_OPS_CACHE       where built libraries are kept; default: ds_ops in $XDG_CACHE_HOME or ~/.cache.
 CXX                the C++ compiler, with options if need be ("ccache g++"); default: the first of
     c++, g++, clang++ on PATH.
+CUDA_HOME          the CUDA toolkit whose nvcc builds kernels in CUDA C++; default: that of this
+    Python's packages, else the nvcc on PATH.
 DS_OPS_SANITIZE    address: build with AddressSanitizer, for tests.
 DS_OPS_BUILD_TIMEOUT   seconds to wait for another process that builds the same library; 600.
 
@@ -44,6 +46,11 @@ def default_cache_folder() -> Path:
 def compiler() -> str | None:
     """The compiler that CXX names."""
     return os.environ.get("CXX") or None
+
+
+def cuda_home() -> str | None:
+    """The toolkit that CUDA_HOME names."""
+    return os.environ.get("CUDA_HOME") or None
 
 
 def search_path() -> str:

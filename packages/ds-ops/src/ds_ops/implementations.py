@@ -13,6 +13,7 @@ from typing import Any
 from ds_core.ops import library as torch_library
 from ds_core.seams import Implementation
 from ds_ops import _env
+from ds_ops.cuda_kernels import library as cuda_library
 from ds_ops.native import library, sources
 from ds_ops.triton_kernels import catalog, launching, targets
 
@@ -24,7 +25,8 @@ class TorchKernel:
     Attributes:
         function: "module:function" below `ds_ops.torch_kernels`.
         devices: kinds of device that it is for; empty: all.
-        priority: 50 loses against our kernels (100), 150 wins against them.
+        priority: 50 loses against our kernels, 150 wins against them; 95 loses against those in C++
+            (100) and wins against those in Triton (90).
         partly: "module:function" that says of a call why it is not taken, or None; empty: all are.
     """
 
@@ -34,12 +36,12 @@ class TorchKernel:
     partly: str = ""
 
 
+_BOTH = ("cpu", "cuda")
+
 #: Ops that torch computes as well as we could, or that only it computes somewhere.
 TORCH: Mapping[str, TorchKernel] = MappingProxyType(
     {
         "linear_cross_entropy": TorchKernel("linear_cross_entropy:linear_cross_entropy"),
-        "grouped_mm": TorchKernel("grouped_mm:grouped_mm", ("cpu",)),
-        "grouped_mm_backward": TorchKernel("grouped_mm:grouped_mm_backward", ("cpu",)),
         "sparse_attention": TorchKernel(
             "sparse_attention:sparse_attention",
             ("cpu", "cuda"),
@@ -49,6 +51,21 @@ TORCH: Mapping[str, TorchKernel] = MappingProxyType(
             "sparse_attention:sparse_attention_backward",
             ("cpu", "cuda"),
             partly="sparse_attention:partly",
+        ),
+        **{
+            f"{name}_step_": TorchKernel(
+                f"optimizer_steps:{name}_step_", ("cuda",), 50, f"optimizer_steps:{name}_refusal"
+            )
+            for name in ("adam", "adagrad", "sgd")
+        },
+        "grouped_mm": TorchKernel("grouped_mm:grouped_mm", _BOTH, 95, "grouped_mm:partly"),
+        "grouped_mm_backward": TorchKernel(
+            "grouped_mm:grouped_mm_backward", _BOTH, 95, "grouped_mm:partly"
+        ),
+        "grouped_mm_fp8": TorchKernel("fp8:grouped_mm_fp8", _BOTH, 95, "fp8:grouped_partly"),
+        "scaled_mm": TorchKernel("fp8:scaled_mm", _BOTH, 95, "fp8:scaled_partly"),
+        "fake_quantize": TorchKernel(
+            "fake_quantize:fake_quantize", ("cpu",), partly="fake_quantize:why_not"
         ),
     }
 )
@@ -83,6 +100,37 @@ class Cpp:
     def bind(self, namespace: str, device_type: str) -> None:
         """Register the kernel, building the library first."""
         library.bind(self.op, namespace, "CPU")
+
+
+class Cuda:
+    """A kernel of the CUDA library; Triton's is preferred, until a measurement says otherwise."""
+
+    name = "cuda"
+    priority = 80
+    devices: tuple[str, ...] = ("cuda",)
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+
+    def unavailable(self, device_type: str) -> str | None:
+        """Why it cannot run there; builds nothing."""
+        return cuda_library.unavailable(device_type)
+
+    def state(self, device_type: str) -> str:
+        """Either "prebuilt", "cached" or "will build"."""
+        return cuda_library.state()
+
+    def partly(self) -> Callable[..., str | None] | None:
+        """Always None."""
+        return None
+
+    def traced(self) -> Callable[..., Any] | None:
+        """Always None."""
+        return None
+
+    def bind(self, namespace: str, device_type: str) -> None:
+        """Register the kernel, building the library first."""
+        cuda_library.bind(self.op, namespace, "CUDA")
 
 
 class Torch:
@@ -131,7 +179,7 @@ class Triton:
     def __init__(self, op: str) -> None:
         self.op = op
         interprets = _env.triton_interprets()
-        self.priority = 1 if interprets else 100
+        self.priority = 1 if interprets else 90
         self.devices: tuple[str, ...] = ("cpu",) if interprets else ("cuda",)
 
     def unavailable(self, device_type: str) -> str | None:
@@ -145,8 +193,9 @@ class Triton:
         return "jit"
 
     def partly(self) -> Callable[..., str | None] | None:
-        """Always None: a call that no config covers is an error which names those that exist."""
-        return None
+        """As `catalog.PARTLY` says; a call that no config covers is an error that names those."""
+        where = catalog.PARTLY.get(self.op)
+        return _function("triton_kernels", where) if where else None
 
     def traced(self) -> Callable[..., Any] | None:
         """The kernel, which launches are part of a graph in."""
@@ -174,4 +223,5 @@ def implementations() -> list[Implementation]:
     found: list[Implementation] = [Cpp(op) for op in sources.ops()]
     found += [Torch(op, kernel) for op, kernel in TORCH.items()]
     found += [Triton(op) for op in catalog.OPS]
+    found += [Cuda(op) for op in cuda_library.ops()]
     return found

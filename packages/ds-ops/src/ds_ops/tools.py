@@ -15,8 +15,11 @@ import torch
 
 from ds_core.errors import BuildError, OpError
 from ds_core.seams import KernelSource
+from ds_ops import gpu_runs
+from ds_ops.cuda_kernels import library as cuda
+from ds_ops.cuda_kernels import toolkit
 from ds_ops.native import build, cache, limits, processor, sources, toolchain
-from ds_ops.triton_kernels import catalog, gpu_runs, targets
+from ds_ops.triton_kernels import targets
 from ds_ops.triton_kernels.targets import Target
 
 #: What measures, and is no family itself.
@@ -35,13 +38,14 @@ class Tools:
         return cache.root()
 
     def facts(self) -> Mapping[str, str]:
-        """Compiler, processor, torch, ninja, triton, io_uring, limits and the cache."""
+        """Compiler, processor, torch, ninja, triton, nvcc, io_uring, limits and the cache."""
         return {
             "compiler": _compiler(),
             "instruction set": processor.told(),
             "torch": f"{torch.__version__} (kernels need 2.11 or newer)",
             "ninja": _ninja(),
             "triton": _triton(),
+            "nvcc": _nvcc(),
             "io_uring": limits.io_uring() or "permitted",
             "lockable memory": limits.lockable_memory(),
             "cache": _cache(),
@@ -49,13 +53,11 @@ class Tools:
         }
 
     def kernels(self) -> Sequence[KernelSource]:
-        """Those in Triton, with the GPUs that result files say their present source ran on."""
+        """Those for GPUs, with the one that result files say their present source ran on."""
         known = gpu_runs.runs()
         return [
-            KernelSource(
-                op, "triton", catalog.digest(catalog.module(op)), gpu_runs.ran_on(op, known)
-            )
-            for op in sorted(catalog.OPS)
+            KernelSource(each.op, each.implementation, each.digest, gpu_runs.ran_on(each, known))
+            for each in gpu_runs.kernels()
         ]
 
     def build(
@@ -63,11 +65,14 @@ class Tools:
     ) -> Sequence[str]:
         """Build the C++ library; it holds every instruction set of this kind of processor.
 
-        For GPUs that are named, compile every kernel in Triton, and say whether it fits them.
+        For GPUs that are named, compile every kernel in Triton, and say whether it fits them; for
+        NVIDIA's also build the library of CUDA kernels, where there is an nvcc.
         Raises BuildError for other architectures, or for what does not build.
         """
         gpus = [_gpu(name) for name in architectures if name != sources.machine()]
         made = [_compiled(target) for target in gpus]
+        if any(target.backend == "cuda" for target in gpus):
+            made.append(_cuda_library())
         if len(gpus) < len(architectures) or not architectures:
             made.insert(0, self._library(into_package))
         return made
@@ -90,16 +95,14 @@ class Tools:
         )
 
     def benchmarks(self) -> Sequence[str]:
-        """The modules of `ds_ops.bench`."""
-        package = importlib.import_module("ds_ops.bench")
-        found = [module.name for module in pkgutil.iter_modules(package.__path__)]
-        return sorted(name for name in found if name not in _NO_FAMILY)
+        """The modules of `ds_ops.bench` that measure something which is here."""
+        return [name for name in _families() if name != "gpu" or torch.cuda.is_available()]
 
     def bench(self, families: Sequence[str], *, seconds: float, only: str, as_json: bool) -> bool:
         """Measure families; whether every target was reached. Raises OpError for unknown ones."""
         from ds_ops.bench import timing
 
-        unknown = set(families) - set(self.benchmarks())
+        unknown = set(families) - set(_families())
         if unknown:
             raise OpError(
                 f"no benchmarks {', '.join(sorted(unknown))}; there are "
@@ -109,6 +112,12 @@ class Tools:
         rows = {name: module.rows for name, module in modules.items()}
         found = timing.run(rows, seconds=seconds, only=only, as_json=as_json)
         return not any(row.missed for row in found)
+
+
+def _families() -> list[str]:
+    package = importlib.import_module("ds_ops.bench")
+    found = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    return sorted(name for name in found if name not in _NO_FAMILY)
 
 
 def _into_package(library: Path) -> Path:
@@ -158,6 +167,23 @@ def _compiled(target: Target) -> str:
         f"{len(names)} kernels in {len(found)} configs compile for {target.name}: none takes more "
         f"shared memory than it has, none spills registers"
     )
+
+
+def _cuda_library() -> str:
+    """Build the library of CUDA kernels, and say so; or why there is none."""
+    if toolkit.find_toolkit() is None and cuda.find() is None:
+        return f"without the CUDA kernels ({', '.join(cuda.ops())}): {toolkit.MISSING}"
+    library = cuda.ensure()
+    made = ", ".join(cuda.ARCHITECTURES)
+    return f"{library} ({library.stat().st_size / 1e6:.1f} MB for {made})"
+
+
+def _nvcc() -> str:
+    try:
+        found = toolkit.find_toolkit()
+    except BuildError as error:
+        return " ".join(str(error).split())
+    return f"{found.version} ({found.nvcc})" if found else toolkit.MISSING
 
 
 def _compiler() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from ds_core.cli import main
 from ds_core.errors import BuildError, OpError
@@ -77,6 +78,13 @@ def test_families_of_benchmarks_are_the_modules_that_have_rows():
     assert not {"timing", "floors"} & set(Tools().benchmarks())
     with pytest.raises(OpError, match=r"no benchmarks none; there are .*build"):
         Tools().bench(["none"], seconds=0.0, only="", as_json=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernels_for_gpus_are_measured_where_there_is_one():
+    assert "gpu" not in Tools().benchmarks()
+    with pytest.raises(OpError, match="ds ops bench gpu: torch finds no GPU here"):
+        Tools().bench(["gpu"], seconds=0.0, only="", as_json=True)
 
 
 def test_the_report_tells_a_compiler_that_fails_from_one_that_is_absent(

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 import matrix_kernel
+import rounding_kernel
 
 from ds_core.errors import BuildError
 from ds_ops.native import cache
@@ -77,3 +78,14 @@ def test_a_tile_that_the_compiler_lets_pass_is_refused(tmp_path):
     target = TARGETS["gfx942"]
     found = compiling.compiled(matrix_kernel.KERNEL, matrix_kernel.LARGE, target, tmp_path)
     assert "bytes of shared memory, there are 65536" in found.problem
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_product_is_rounded_before_a_sum(target, tmp_path):
+    """Else codes on a GPU would not be the reference's."""
+    apart, together = (
+        compiling.compiled(kernel, rounding_kernel.CONFIG, TARGETS[target], tmp_path)
+        for kernel in (rounding_kernel.APART, rounding_kernel.TOGETHER)
+    )
+    assert apart.matrix == 1
+    assert together.matrix == 0

@@ -11,9 +11,10 @@ import torch
 
 from ds_core import ops
 from ds_core.errors import BuildError, OpError
+from ds_ops import gpu_runs
 from ds_ops.implementations import Triton
 from ds_ops.tools import Tools
-from ds_ops.triton_kernels import catalog, gpu_runs, targets
+from ds_ops.triton_kernels import catalog, targets
 from ds_ops.triton_kernels.kernel import Config, Kernel, types
 from ds_ops.triton_kernels.targets import TARGETS
 
@@ -149,36 +150,39 @@ def test_a_digest_changes_with_what_a_file_imports(monkeypatch, tmp_path):
     assert before[1] == after[1]
 
 
-def test_a_run_on_a_gpu_counts_for_the_source_that_ran(tmp_path):
-    op, digest = "rms_norm", catalog.digest("norms")
+RMS_NORM = gpu_runs.GpuKernel("rms_norm", "triton", "a1b2c3d4e5f6")
 
+
+def test_a_run_on_a_gpu_counts_for_the_source_that_ran(tmp_path):
     def record(date, source):
-        told = {"device": "NVIDIA H200", "date": date, "kernels": {op: source}}
+        told = {"device": "NVIDIA H200", "date": date, "kernels": {RMS_NORM.key: source}}
         (tmp_path / f"NVIDIA_H200-{date}.json").write_text(json.dumps(told))
 
-    assert gpu_runs.ran_on(op, gpu_runs.runs(tmp_path)) == "never run on a GPU"
+    assert gpu_runs.ran_on(RMS_NORM, gpu_runs.runs(tmp_path)) == "never run on a GPU"
     record("2026-01-01", "another")
     (tmp_path / "memory.json").write_text('{"peak": 1}')
     (tmp_path / "torn.json").write_text("{")
-    told = gpu_runs.ran_on(op, gpu_runs.runs(tmp_path))
+    told = gpu_runs.ran_on(RMS_NORM, gpu_runs.runs(tmp_path))
     assert told == (
         "never run on a GPU at this version; another one ran on NVIDIA H200, 2026-01-01"
     )
-    record("2025-12-31", digest)
-    assert gpu_runs.ran_on(op, gpu_runs.runs(tmp_path)) == "ran on NVIDIA H200, 2025-12-31"
+    record("2025-12-31", RMS_NORM.digest)
+    assert gpu_runs.ran_on(RMS_NORM, gpu_runs.runs(tmp_path)) == "ran on NVIDIA H200, 2025-12-31"
 
 
 def test_runs_of_a_day_are_added_to_one_file(tmp_path):
-    first = gpu_runs.record(["rms_norm"], "NVIDIA H200", tmp_path)
-    first.write_text(json.dumps({**json.loads(first.read_text()), "rows": [1]}))
-    assert gpu_runs.record(["rope"], "NVIDIA H200", tmp_path) == first
+    rope = gpu_runs.GpuKernel("rope", "triton", "f6e5d4c3b2a1")
+    first = gpu_runs.record([RMS_NORM], "NVIDIA H200", tmp_path)
+    assert gpu_runs.add({"rows": [1]}, "NVIDIA H200", tmp_path) == first
+    assert gpu_runs.record([rope], "NVIDIA H200", tmp_path) == first
     assert json.loads(first.read_text())["rows"] == [1]
     (found,) = gpu_runs.runs(tmp_path)
-    assert found.kernels == {op: catalog.digest(catalog.module(op)) for op in ("rms_norm", "rope")}
+    assert found.kernels == {each.key: each.digest for each in (RMS_NORM, rope)}
 
 
 def test_the_tools_tell_every_kernel():
-    found = {kernel.op: kernel for kernel in Tools().kernels()}
-    assert set(found) == set(catalog.OPS)
-    assert found["rms_norm"].source == catalog.digest("norms")
-    assert all(kernel.implementation == "triton" and kernel.ran for kernel in found.values())
+    found = {(kernel.op, kernel.implementation): kernel for kernel in Tools().kernels()}
+    assert {op for op, implementation in found if implementation == "triton"} == set(catalog.OPS)
+    assert found["rms_norm", "triton"].source == catalog.digest("norms")
+    assert found["sign_unpack", "cuda"].source
+    assert all(kernel.ran for kernel in found.values())

@@ -85,7 +85,7 @@ class InnerStep:
         grad_scale: factor on every gradient.
         undo: whether the optimizer keeps what takes the step back (`fused.can_undo`).
         unless: a flag on the device, true to leave the step out, for an optimizer of which
-            `fused.fuses_scale` is true; gradients are not scaled then.
+            `fused.can_leave_out` is true; gradients are not scaled then.
     """
 
     def __init__(
@@ -166,7 +166,11 @@ class InnerStep:
             if rounded is not None:
                 copies[piece.weights] = rounded[piece.start : piece.stop]
         with self._only(pieces):
-            fused.step_in_one_pass(self._optimizer, gradients, copies, self._scale, undo=self._undo)
+            fused.step_in_one_pass(
+                *(self._optimizer, gradients, copies, self._scale),
+                undo=self._undo,
+                unless=self._unless,
+            )
 
     def _gradient(self, unit: Stepped, piece: OptimizerPiece) -> torch.Tensor:
         gradient = unit.grad[piece.start : piece.stop]

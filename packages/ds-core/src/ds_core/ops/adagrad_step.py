@@ -30,10 +30,11 @@ def adagrad_step_(
     undo: torch.Tensor | None = None,
     grad_scale: torch.Tensor | None = None,
     seed: int | None = None,
+    found_inf: torch.Tensor | None = None,
 ) -> None:
     """Update `param` and `sum`, of squared gradients, in one pass over memory, computed in fp32.
 
-    Formats, `copy`, `undo`, `grad_scale` and `seed` are as `adam_step_` has them. With
+    Formats, `copy`, `undo`, `grad_scale`, `seed` and `found_inf` are as `adam_step_` has them. With
     g = grad * grad_scale + wd p: `s = s + g^2`, and
     `p = p - lr / (1 + (t - 1) lr_decay) * g / (sqrt(s) + eps)`.
     """
@@ -52,6 +53,7 @@ def adagrad_step_(
         step,
         maximize,
         seed,
+        found_inf,
     )
 
 
@@ -69,23 +71,58 @@ def reference(
     step: int,
     maximize: bool,
     seed: int | None,
+    found_inf: torch.Tensor | None = None,
 ) -> None:
     """As `adagrad_step_`."""
-    states = {"sum": sum}
-    common.check_step(NAME, param, grad, states, copy=copy, undo=undo, grad_scale=grad_scale)
-    common.check_rates(NAME, lr_decay=lr_decay, eps=eps, step=step)
+    fake(
+        param,
+        grad,
+        sum,
+        copy,
+        undo,
+        grad_scale,
+        lr,
+        lr_decay,
+        eps,
+        weight_decay,
+        step,
+        maximize,
+        seed,
+        found_inf,
+    )
     common.save_undo(undo, [param, sum])
     p = wide(param)
     g = common.effective_gradient(grad, grad_scale, maximize) + weight_decay * p
     total = wide(sum) + g * g
     p = p - lr / (1 + (step - 1) * lr_decay) * (g / (total.sqrt() + eps))
     bits = common.bits_of(seed, param)
-    common.store(sum, total, bits, common.FIRST_STATE)
-    common.finish(param, p, copy, bits)
+    with common.unless(found_inf, [param, sum, copy]):
+        common.store(sum, total, bits, common.FIRST_STATE)
+        common.finish(param, p, copy, bits)
 
 
-def fake(*args: Any) -> None:
-    """It returns nothing."""
+def fake(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    sum: torch.Tensor,
+    copy: torch.Tensor | None,
+    undo: torch.Tensor | None,
+    grad_scale: torch.Tensor | None,
+    lr: float,
+    lr_decay: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    maximize: bool,
+    seed: int | None,
+    found_inf: torch.Tensor | None = None,
+) -> None:
+    """It returns nothing; raises OpError for what does not fit."""
+    states = {"sum": sum}
+    common.check_step(
+        NAME, param, grad, states, copy=copy, undo=undo, grad_scale=grad_scale, found_inf=found_inf
+    )
+    common.check_rates(NAME, lr_decay=lr_decay, eps=eps, step=step)
 
 
 #: lr, lr_decay, eps, weight_decay, step, maximize, seed.
@@ -96,14 +133,17 @@ _SETTINGS = (
 
 
 def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    """Odd, single and empty sizes; mixed formats; copies; a gradient scale."""
+    """Odd, single and empty sizes; mixed formats; copies; a gradient scale; flags."""
     scale = torch.tensor(0.25, device=device)
     found: list[tuple[Any, ...]] = []
-    for index, (param, grad, (total,), copy) in enumerate(
-        common.tensors_of_cases(device, dtype, (True,))
-    ):
+    tensors = common.tensors_of_cases(device, dtype, (True,))
+    for index, (param, grad, (total,), copy) in enumerate(tensors):
         factor = scale if index % 2 else None
         found.append((param, grad, total, copy, None, factor, *_SETTINGS[index % 2]))
+    for value, index in ((2.0, 2), (0.0, 4)):
+        param, grad, (total,), copy = tensors[index]
+        flag = torch.tensor(value, device=device)
+        found.append((param, grad, total, copy, None, scale, *_SETTINGS[0], flag))
     return found
 
 
@@ -114,6 +154,7 @@ def refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
     return [
         ("grad: (got shape|has)", (a, b[:7], c, None, None, None, *rest)),
         ("sum: got torch.float16", (a, b, c.half(), None, None, None, *rest)),
+        ("found_inf: ", (a, b, c, None, None, None, *rest, x[:1])),
         ("step: got 0", (a, b, c, None, None, None, 1e-2, 0.0, 1e-10, 0.0, 0, False, None)),
     ]
 
@@ -135,7 +176,7 @@ OPS = (
         name=NAME,
         schema="(Tensor(a!) param, Tensor grad, Tensor(b!) sum, Tensor(c!)? copy, "
         "Tensor(d!)? undo, Tensor? grad_scale, float lr, float lr_decay, float eps, "
-        "float weight_decay, int step, bool maximize, int? seed) -> ()",
+        "float weight_decay, int step, bool maximize, int? seed, Tensor? found_inf=None) -> ()",
         reference=reference,
         fake=fake,
         dtypes=FLOATS,

@@ -56,11 +56,12 @@ def adam8bit_step_(
     copy: torch.Tensor | None = None,
     grad_scale: torch.Tensor | None = None,
     seed: int | None = None,
+    found_inf: torch.Tensor | None = None,
 ) -> None:
     """`adam_step_` with states of one byte per element, decoded and encoded in the same pass.
 
     Args:
-        param, grad, copy, grad_scale: as `adam_step_` has them.
+        param, grad, copy, grad_scale, found_inf: as `adam_step_` has them.
         exp_avg_codes, exp_avg_sq_codes: uint8, in the shape of `param`. State 0 is 0.
         exp_avg_scales, exp_avg_sq_scales: fp32, one per `BLOCK` elements, rounded up.
         seed: codes, and a bf16 param, are rounded stochastically; None: to nearest, with which
@@ -86,6 +87,7 @@ def adam8bit_step_(
         step,
         decoupled,
         seed,
+        found_inf,
     )
 
 
@@ -160,12 +162,28 @@ def reference(
     step: int,
     decoupled: bool,
     seed: int | None,
+    found_inf: torch.Tensor | None = None,
 ) -> None:
     """As `adam8bit_step_`."""
-    common.check_step(NAME, param, grad, {}, copy=copy, grad_scale=grad_scale)
-    common.check_rates(NAME, beta1=beta1, beta2=beta2, eps=eps, step=step)
-    _check_state(param, "exp_avg", exp_avg_codes, exp_avg_scales)
-    _check_state(param, "exp_avg_sq", exp_avg_sq_codes, exp_avg_sq_scales)
+    fake(
+        param,
+        grad,
+        exp_avg_codes,
+        exp_avg_scales,
+        exp_avg_sq_codes,
+        exp_avg_sq_scales,
+        copy,
+        grad_scale,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        step,
+        decoupled,
+        seed,
+        found_inf,
+    )
     g, p = common.effective_gradient(grad, grad_scale), wide(param)
     if decoupled:
         p = p * (1 - lr * weight_decay)
@@ -179,11 +197,12 @@ def reference(
     noise, bits = _noise_of(seed, param)
     codes = (exp_avg_codes, exp_avg_sq_codes)
     scales = (exp_avg_scales, exp_avg_sq_scales)
-    for index, value in enumerate((mean, square)):
-        found, scale = encoded(value.float(), signed=index == 0, noise=noise[index])
-        codes[index].copy_(found)
-        scales[index].copy_(scale)
-    common.finish(param, p, copy, bits)
+    with common.unless(found_inf, [param, *codes, *scales, copy]):
+        for index, value in enumerate((mean, square)):
+            found, scale = encoded(value.float(), signed=index == 0, noise=noise[index])
+            codes[index].copy_(found)
+            scales[index].copy_(scale)
+        common.finish(param, p, copy, bits)
 
 
 def _noise_of(
@@ -217,8 +236,30 @@ def _check_state(param: torch.Tensor, name: str, codes: torch.Tensor, scales: to
         expect(t.is_contiguous(), NAME, argument, "a tensor with gaps", "a contiguous one")
 
 
-def fake(*args: Any) -> None:
-    """It returns nothing."""
+def fake(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg_codes: torch.Tensor,
+    exp_avg_scales: torch.Tensor,
+    exp_avg_sq_codes: torch.Tensor,
+    exp_avg_sq_scales: torch.Tensor,
+    copy: torch.Tensor | None,
+    grad_scale: torch.Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    decoupled: bool,
+    seed: int | None,
+    found_inf: torch.Tensor | None = None,
+) -> None:
+    """It returns nothing; raises OpError for what does not fit."""
+    common.check_step(NAME, param, grad, {}, copy=copy, grad_scale=grad_scale, found_inf=found_inf)
+    common.check_rates(NAME, beta1=beta1, beta2=beta2, eps=eps, step=step)
+    _check_state(param, "exp_avg", exp_avg_codes, exp_avg_scales)
+    _check_state(param, "exp_avg_sq", exp_avg_sq_codes, exp_avg_sq_scales)
 
 
 #: lr, beta1, beta2, eps, weight_decay, step, decoupled, seed.
@@ -237,7 +278,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
         state = (*encoded(mean, signed=True), *encoded(square, signed=False))
         factor = scale if index % 2 else None
         found.append((param, grad, *state, copy, factor, *_SETTINGS[index % 2]))
-    return found
+    no, yes = torch.zeros((), device=device), torch.full((), 2.0, device=device)
+    return [*found, (*found[2], yes), (*found[4], no)]
 
 
 def refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
@@ -249,6 +291,7 @@ def refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
         ("grad: (got shape|has)", (a, b[:7], codes, scales, others, second, *rest)),
         ("exp_avg_codes: got torch.float32", (a, b, a.clone(), scales, others, second, *rest)),
         ("exp_avg_sq_codes: (got shape|has)", (a, b, codes, scales, others[:7], second, *rest)),
+        ("found_inf: ", (a, b, codes, scales, others, second, *rest, a[:1])),
         (
             "exp_avg_scales: (got shape|has)",
             (a, b, codes, torch.zeros(2, device=device), others, second, *rest),
@@ -286,7 +329,7 @@ OPS = (
         schema="(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg_codes, "
         "Tensor(c!) exp_avg_scales, Tensor(d!) exp_avg_sq_codes, Tensor(e!) exp_avg_sq_scales, "
         "Tensor(f!)? copy, Tensor? grad_scale, float lr, float beta1, float beta2, float eps, "
-        "float weight_decay, int step, bool decoupled, int? seed) -> ()",
+        "float weight_decay, int step, bool decoupled, int? seed, Tensor? found_inf=None) -> ()",
         reference=reference,
         fake=fake,
         dtypes=FLOATS,

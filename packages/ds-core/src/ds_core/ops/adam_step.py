@@ -35,6 +35,7 @@ def adam_step_(
     undo: torch.Tensor | None = None,
     grad_scale: torch.Tensor | None = None,
     seed: int | None = None,
+    found_inf: torch.Tensor | None = None,
 ) -> None:
     """Update `param`, `exp_avg` and `exp_avg_sq` in one pass over memory, computed in fp32.
 
@@ -49,6 +50,8 @@ def adam_step_(
         grad_scale: 0-dim fp32, a factor on the gradient.
         seed: param and states in bf16 are rounded stochastically, by bits that depend only on it
             and on an element's position; None: to nearest.
+        found_inf: 0-dim fp32, as torch.amp has it: if it is not 0, param, states and copy stay as
+            they are (`undo` gets their bytes in any case).
 
     With g = grad * grad_scale: `m = b1 m + (1 - b1) g`, `v = b2 v + (1 - b2) g^2`, and
     `p = p - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)`.
@@ -72,6 +75,7 @@ def adam_step_(
         bias_correction,
         maximize,
         seed,
+        found_inf,
     )
 
 
@@ -93,11 +97,29 @@ def reference(
     bias_correction: bool,
     maximize: bool,
     seed: int | None,
+    found_inf: torch.Tensor | None = None,
 ) -> None:
     """As `adam_step_`."""
-    states = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    common.check_step(NAME, param, grad, states, copy=copy, undo=undo, grad_scale=grad_scale)
-    common.check_rates(NAME, beta1=beta1, beta2=beta2, eps=eps, step=step)
+    fake(
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        copy,
+        undo,
+        grad_scale,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        step,
+        decoupled,
+        bias_correction,
+        maximize,
+        seed,
+        found_inf,
+    )
     common.save_undo(undo, [param, exp_avg, exp_avg_sq])
     g, p = common.effective_gradient(grad, grad_scale, maximize), wide(param)
     if decoupled:
@@ -110,13 +132,38 @@ def reference(
     second = 1 - beta2**step if bias_correction else 1.0
     p = p - lr / first * (mean / (square.sqrt() / math.sqrt(second) + eps))
     bits = common.bits_of(seed, param)
-    common.store(exp_avg, mean, bits, common.FIRST_STATE)
-    common.store(exp_avg_sq, square, bits, common.SECOND_STATE)
-    common.finish(param, p, copy, bits)
+    with common.unless(found_inf, [param, exp_avg, exp_avg_sq, copy]):
+        common.store(exp_avg, mean, bits, common.FIRST_STATE)
+        common.store(exp_avg_sq, square, bits, common.SECOND_STATE)
+        common.finish(param, p, copy, bits)
 
 
-def fake(*args: Any) -> None:
-    """It returns nothing."""
+def fake(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    copy: torch.Tensor | None,
+    undo: torch.Tensor | None,
+    grad_scale: torch.Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    decoupled: bool,
+    bias_correction: bool,
+    maximize: bool,
+    seed: int | None,
+    found_inf: torch.Tensor | None = None,
+) -> None:
+    """It returns nothing; raises OpError for what does not fit."""
+    states = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    common.check_step(
+        NAME, param, grad, states, copy=copy, undo=undo, grad_scale=grad_scale, found_inf=found_inf
+    )
+    common.check_rates(NAME, beta1=beta1, beta2=beta2, eps=eps, step=step)
 
 
 #: lr, beta1, beta2, eps, weight_decay, step, decoupled, bias_correction, maximize, seed.
@@ -128,7 +175,7 @@ _SETTINGS = (
 
 
 def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    """Odd, single and empty sizes; mixed formats; copies; a gradient scale; all switches."""
+    """Odd, single and empty sizes; mixed formats; copies; a gradient scale; all switches; flags."""
     found: list[tuple[Any, ...]] = []
     scale = torch.tensor(0.25, device=device)
     tensors = common.tensors_of_cases(device, dtype, (False, True))
@@ -136,6 +183,10 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
         settings = _SETTINGS[index % len(_SETTINGS)]
         factor = scale if index % 2 else None
         found.append((param, grad, mean, square, copy, None, factor, *settings))
+    for value, index in ((2.0, 2), (0.0, 4)):
+        param, grad, (mean, square), copy = tensors[index]
+        flag = torch.tensor(value, device=device)
+        found.append((param, grad, mean, square, copy, None, scale, *_SETTINGS[0], flag))
     return found
 
 
@@ -149,6 +200,8 @@ def refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
         ("copy: (got shape|has)", _call(copy=x[:7].clone())),
         ("undo: (got shape|has)", _call(undo=torch.empty(95, dtype=torch.uint8, device=device))),
         ("grad_scale: ", _call(grad_scale=torch.ones(2, device=device))),
+        ("found_inf: ", _call(found_inf=torch.ones(2, device=device))),
+        ("found_inf: ", _call(found_inf=torch.ones((), dtype=torch.int64, device=device))),
         ("grad: ", _call(grad=torch.ones(16, device=device)[::2])),
         ("step: got 0", _call(step=0)),
         ("beta1: got 1", _call(beta1=1.0)),
@@ -163,7 +216,7 @@ def _call(**changed: Any) -> tuple[Any, ...]:
     values |= {"copy": None, "undo": None, "grad_scale": None}
     values |= {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
     values |= {"step": 1, "decoupled": True, "bias_correction": True, "maximize": False}
-    values |= {"seed": None, **changed}
+    values |= {"seed": None, "found_inf": None, **changed}
     return tuple(values.values())
 
 
@@ -185,7 +238,7 @@ OPS = (
         schema="(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
         "Tensor(d!)? copy, Tensor(e!)? undo, Tensor? grad_scale, float lr, float beta1, "
         "float beta2, float eps, float weight_decay, int step, bool decoupled, "
-        "bool bias_correction, bool maximize, int? seed) -> ()",
+        "bool bias_correction, bool maximize, int? seed, Tensor? found_inf=None) -> ()",
         reference=reference,
         fake=fake,
         dtypes=FLOATS,

@@ -22,7 +22,8 @@ def grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch
         a: `[tokens, k]`, any float dtype, rows sorted by expert.
         b: `[experts, k, n]`, a's dtype; each expert's matrix may be a transposed one.
         offsets: `[experts]`, int32, the row behind each expert's last: never falling, of which none
-            is beyond `tokens`. An expert without rows has its predecessor's.
+            is beyond `tokens`. An expert without rows has its predecessor's. On a GPU their values
+            are not looked at, which would wait for it: of wrong ones results mean nothing.
 
     Returns `[tokens, n]` of a's dtype, summed in fp32; rows behind the last expert's are 0.
     Differentiable in a and b. Raises OpError for shapes, dtypes or offsets that do not fit.
@@ -150,17 +151,21 @@ def backward_cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, 
 def refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
     a, b = torch.ones(6, 8, device=device), torch.ones(3, 8, 4, device=device)
     offsets = torch.tensor([2, 4, 6], dtype=torch.int32, device=device)
-    return [
+    found: list[tuple[str, tuple[Any, ...]]] = [
         ("a: got torch.int64", (a.long(), b, offsets)),
         ("a: got shape", (a[0], b, offsets)),
         ("b: got shape", (a, b[:, :7], offsets)),
         ("b: got torch.float16", (a, b.half(), offsets)),
         ("offsets: got torch.int64", (a, b, offsets.long())),
         ("offsets: got shape", (a, b, offsets[:2])),
-        ("offsets that never fall", (a, b, offsets.flip(0))),
-        ("offsets that never fall", (a, b, offsets - 3)),
-        ("none beyond the 6 rows", (a, b, offsets + 1)),
     ]
+    if device.type == "cpu":  # on a GPU nothing waits for their values
+        found += [
+            ("offsets that never fall", (a, b, offsets.flip(0))),
+            ("offsets that never fall", (a, b, offsets - 3)),
+            ("none beyond the 6 rows", (a, b, offsets + 1)),
+        ]
+    return found
 
 
 def floor(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> Floor:

@@ -42,11 +42,13 @@ def lamb_update_(
     weight_decay: float = 0.0,
     bias_correction: bool = True,
     grad_scale: torch.Tensor | None = None,
+    found_inf: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Update the averages as `adam_step_` does, and write Adam's direction to `update`, in fp32.
 
     `update`: fp32 in the shape of `param`, gets `m / (sqrt(v) + eps) + wd p`, with m and v bias-
-    corrected. Returns `[|param|^2, |update|^2]`, fp32 `[2]`, for the trust ratio.
+    corrected. Returns `[|param|^2, |update|^2]`, fp32 `[2]`, for the trust ratio. If `found_inf`,
+    0-dim fp32, is not 0, nothing is changed and both are 0.
     """
     result: torch.Tensor = run(
         NAME,
@@ -62,15 +64,28 @@ def lamb_update_(
         weight_decay,
         step,
         bias_correction,
+        found_inf,
     )
     return result
 
 
 def lamb_apply_(
-    param: torch.Tensor, update: torch.Tensor, step_size: float, copy: torch.Tensor | None = None
+    param: torch.Tensor,
+    update: torch.Tensor,
+    step_size: float,
+    copy: torch.Tensor | None = None,
+    *,
+    ratio: torch.Tensor | None = None,
+    found_inf: torch.Tensor | None = None,
 ) -> None:
-    """`param -= step_size * update`; `copy` gets the new parameter, rounded to nearest."""
-    run(APPLY, param, update, copy, step_size)
+    """`param -= step_size * ratio * update`; `copy` gets the new parameter, rounded to nearest.
+
+    Args:
+        param, copy: fp32, bf16 or fp16; update: fp32, in the same shape, as `lamb_update_` left it.
+        ratio: 0-dim fp32, on the device, so that no host waits for norms; None: 1.
+        found_inf: 0-dim fp32; if it is not 0, nothing is changed.
+    """
+    run(APPLY, param, update, copy, step_size, ratio, found_inf)
 
 
 def reference(
@@ -86,23 +101,24 @@ def reference(
     weight_decay: float,
     step: int,
     bias_correction: bool,
+    found_inf: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `lamb_update_`."""
-    states = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    common.check_step(NAME, param, grad, states, grad_scale=grad_scale)
-    common.check_rates(NAME, beta1=beta1, beta2=beta2, eps=eps, step=step)
-    _check_update(NAME, param, update)
+    rates = (beta1, beta2, eps, weight_decay, step, bias_correction)
+    squares = fake(param, grad, exp_avg, exp_avg_sq, update, grad_scale, *rates, found_inf)
     g, p = common.effective_gradient(grad, grad_scale), wide(param)
     mean = beta1 * wide(exp_avg) + (1 - beta1) * g
     square = beta2 * wide(exp_avg_sq) + (1 - beta2) * g * g
     first = 1 - beta1**step if bias_correction else 1.0
     second = 1 - beta2**step if bias_correction else 1.0
     direction = mean / first / (square.sqrt() / math.sqrt(second) + eps) + weight_decay * p
-    exp_avg.copy_(mean)
-    exp_avg_sq.copy_(square)
-    update.copy_(direction)
-    sums = [t.double().square().sum() for t in (p, direction)]
-    return torch.stack(sums).to(wide_dtype(param.dtype))
+    squares.zero_()
+    with common.unless(found_inf, [exp_avg, exp_avg_sq, update, squares]):
+        exp_avg.copy_(mean)
+        exp_avg_sq.copy_(square)
+        update.copy_(direction)
+        squares.copy_(torch.stack([t.double().square().sum() for t in (p, direction)]))
+    return squares
 
 
 def _check_update(op: str, param: torch.Tensor, update: torch.Tensor) -> None:
@@ -113,27 +129,62 @@ def _check_update(op: str, param: torch.Tensor, update: torch.Tensor) -> None:
     expect(update.is_contiguous(), op, "update", "a tensor with gaps", "a contiguous one")
 
 
-def fake(*args: Any) -> torch.Tensor:
-    param: torch.Tensor = args[0]
+def fake(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    update: torch.Tensor,
+    grad_scale: torch.Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    bias_correction: bool,
+    found_inf: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The squares, without values; raises OpError for what does not fit."""
+    states = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    common.check_step(NAME, param, grad, states, grad_scale=grad_scale, found_inf=found_inf)
+    common.check_rates(NAME, beta1=beta1, beta2=beta2, eps=eps, step=step)
+    _check_update(NAME, param, update)
     return param.new_empty(2, dtype=wide_dtype(param.dtype))
 
 
 def apply_reference(
-    param: torch.Tensor, update: torch.Tensor, copy: torch.Tensor | None, step_size: float
+    param: torch.Tensor,
+    update: torch.Tensor,
+    copy: torch.Tensor | None,
+    step_size: float,
+    ratio: torch.Tensor | None = None,
+    found_inf: torch.Tensor | None = None,
 ) -> None:
     """As `lamb_apply_`."""
+    apply_fake(param, update, copy, step_size, ratio, found_inf)
+    factor = step_size if ratio is None else step_size * ratio
+    with common.unless(found_inf, [param, copy]):
+        common.finish(param, wide(param) - factor * update, copy, None)
+
+
+def apply_fake(
+    param: torch.Tensor,
+    update: torch.Tensor,
+    copy: torch.Tensor | None,
+    step_size: float,
+    ratio: torch.Tensor | None = None,
+    found_inf: torch.Tensor | None = None,
+) -> None:
+    """It returns nothing; raises OpError for what does not fit."""
     expect_float(APPLY, "param", param)
     expect(param.is_contiguous(), APPLY, "param", "a tensor with gaps", "a contiguous one")
     _check_update(APPLY, param, update)
+    common.check_scalars(APPLY, param, ratio=ratio, found_inf=found_inf)
     if copy is not None:
         expect_float(APPLY, "copy", copy)
         expect_shape(APPLY, "copy", copy, param.shape)
         expect_together(APPLY, param, copy=copy)
-    common.finish(param, wide(param) - step_size * update, copy, None)
-
-
-def apply_fake(*args: Any) -> None:
-    """It returns nothing."""
+        expect(copy.is_contiguous(), APPLY, "copy", "a tensor with gaps", "a contiguous one")
 
 
 #: beta1, beta2, eps, weight_decay, step, bias_correction.
@@ -144,20 +195,26 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     """Odd, single and empty sizes; mixed formats; a gradient scale."""
     scale = torch.tensor(0.25, device=device)
     found: list[tuple[Any, ...]] = []
-    for index, (param, grad, (mean, square), _) in enumerate(
-        common.tensors_of_cases(device, dtype, (False, True))
-    ):
+    tensors = common.tensors_of_cases(device, dtype, (False, True))
+    for index, (param, grad, (mean, square), _) in enumerate(tensors):
         update = torch.zeros(param.shape, device=device)
         factor = scale if index % 2 else None
         found.append((param, grad, mean, square, update, factor, *_SETTINGS[index % 2]))
-    return found
+    no, yes = torch.zeros((), device=device), torch.full((), 2.0, device=device)
+    return [*found, (*found[2], yes), (*found[4], no)]
 
 
 def apply_cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     found: list[tuple[Any, ...]] = []
     for param, _, (update,), copy in common.tensors_of_cases(device, dtype, (False,)):
         found.append((param, update.float(), copy, 0.125))
-    return found
+    ratio, flag = torch.tensor(0.3, device=device), torch.tensor(2.0, device=device)
+    return [
+        *found,
+        (*found[2], ratio),
+        (*found[2], None, flag),
+        (*found[4], ratio, torch.zeros_like(flag)),
+    ]
 
 
 def refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
@@ -166,6 +223,7 @@ def refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
         ("grad: (got shape|has)", (a, b[:7], c, d, e, None, *_SETTINGS[0])),
         ("update: got torch.bfloat16", (a, b, c, d, e.bfloat16(), None, *_SETTINGS[0])),
         ("update: (got shape|has)", (a, b, c, d, e[:7], None, *_SETTINGS[0])),
+        ("found_inf: ", (a, b, c, d, e, None, *_SETTINGS[0], torch.ones(1, device=device))),
         ("step: got 0", (a, b, c, d, e, None, 0.9, 0.999, 1e-8, 0.0, 0, True)),
     ]
 
@@ -175,6 +233,8 @@ def apply_refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
     return [
         ("update: got torch.bfloat16", (a, b.bfloat16(), None, 0.1)),
         ("copy: (got shape|has)", (a, b, torch.ones(7, device=device), 0.1)),
+        ("ratio: ", (a, b, None, 0.1, torch.ones(1, device=device))),
+        ("found_inf: ", (a, b, None, 0.1, None, torch.ones(1, device=device))),
     ]
 
 
@@ -186,7 +246,7 @@ def floor(*args: Any) -> Floor:
 
 
 def apply_floor(
-    param: torch.Tensor, update: torch.Tensor, copy: torch.Tensor | None, step_size: float
+    param: torch.Tensor, update: torch.Tensor, copy: torch.Tensor | None, *rest: Any
 ) -> Floor:
     written = param.nbytes + (copy.nbytes if copy is not None else 0)
     return Floor(param.nbytes + update.nbytes, written, 2 * param.numel())
@@ -212,7 +272,8 @@ OPS = (
         name=NAME,
         schema="(Tensor param, Tensor grad, Tensor(a!) exp_avg, Tensor(b!) exp_avg_sq, "
         "Tensor(c!) update, Tensor? grad_scale, float beta1, float beta2, float eps, "
-        "float weight_decay, int step, bool bias_correction) -> Tensor",
+        "float weight_decay, int step, bool bias_correction, "
+        "Tensor? found_inf=None) -> Tensor",
         reference=reference,
         fake=fake,
         dtypes=FLOATS,
@@ -224,7 +285,8 @@ OPS = (
     ),
     Op(
         name=APPLY,
-        schema="(Tensor(a!) param, Tensor update, Tensor(b!)? copy, float step_size) -> ()",
+        schema="(Tensor(a!) param, Tensor update, Tensor(b!)? copy, float step_size, "
+        "Tensor? ratio=None, Tensor? found_inf=None) -> ()",
         reference=apply_reference,
         fake=apply_fake,
         dtypes=FLOATS,

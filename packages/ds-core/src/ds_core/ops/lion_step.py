@@ -29,10 +29,11 @@ def lion_step_(
     undo: torch.Tensor | None = None,
     grad_scale: torch.Tensor | None = None,
     seed: int | None = None,
+    found_inf: torch.Tensor | None = None,
 ) -> None:
     """Update `param` and `exp_avg` in one pass over memory, computed in fp32.
 
-    Formats, `copy`, `undo`, `grad_scale` and `seed` are as `adam_step_` has them. With
+    Formats, `copy`, `undo`, `grad_scale`, `seed` and `found_inf` are as `adam_step_` has them. With
     g = grad * grad_scale: `u = sign(b1 m + (1 - b1) g)`, 0 where that is 0,
     `p = p (1 - lr wd) - lr u`, then `m = b2 m + (1 - b2) g`.
     """
@@ -50,6 +51,7 @@ def lion_step_(
         weight_decay,
         maximize,
         seed,
+        found_inf,
     )
 
 
@@ -66,22 +68,55 @@ def reference(
     weight_decay: float,
     maximize: bool,
     seed: int | None,
+    found_inf: torch.Tensor | None = None,
 ) -> None:
     """As `lion_step_`."""
-    states = {"exp_avg": exp_avg}
-    common.check_step(NAME, param, grad, states, copy=copy, undo=undo, grad_scale=grad_scale)
-    common.check_rates(NAME, beta1=beta1, beta2=beta2)
+    fake(
+        param,
+        grad,
+        exp_avg,
+        copy,
+        undo,
+        grad_scale,
+        lr,
+        beta1,
+        beta2,
+        weight_decay,
+        maximize,
+        seed,
+        found_inf,
+    )
     common.save_undo(undo, [param, exp_avg])
     g, m = common.effective_gradient(grad, grad_scale, maximize), wide(exp_avg)
     update = (beta1 * m + (1 - beta1) * g).sign()
     p = wide(param) * (1 - lr * weight_decay) - lr * update
     bits = common.bits_of(seed, param)
-    common.store(exp_avg, beta2 * m + (1 - beta2) * g, bits, common.FIRST_STATE)
-    common.finish(param, p, copy, bits)
+    with common.unless(found_inf, [param, exp_avg, copy]):
+        common.store(exp_avg, beta2 * m + (1 - beta2) * g, bits, common.FIRST_STATE)
+        common.finish(param, p, copy, bits)
 
 
-def fake(*args: Any) -> None:
-    """It returns nothing."""
+def fake(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    copy: torch.Tensor | None,
+    undo: torch.Tensor | None,
+    grad_scale: torch.Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    maximize: bool,
+    seed: int | None,
+    found_inf: torch.Tensor | None = None,
+) -> None:
+    """It returns nothing; raises OpError for what does not fit."""
+    states = {"exp_avg": exp_avg}
+    common.check_step(
+        NAME, param, grad, states, copy=copy, undo=undo, grad_scale=grad_scale, found_inf=found_inf
+    )
+    common.check_rates(NAME, beta1=beta1, beta2=beta2)
 
 
 #: lr, beta1, beta2, weight_decay, maximize, seed.
@@ -89,13 +124,17 @@ _SETTINGS = ((1e-3, 0.9, 0.99, 0.1, False, None), (1e-2, 0.8, 0.95, 0.0, True, N
 
 
 def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    """Odd, single and empty sizes; mixed formats; copies; a gradient scale."""
+    """Odd, single and empty sizes; mixed formats; copies; a gradient scale; flags."""
     scale = torch.tensor(0.25, device=device)
     found: list[tuple[Any, ...]] = []
     tensors = common.tensors_of_cases(device, dtype, (False,))
     for index, (param, grad, (momentum,), copy) in enumerate(tensors):
         factor = scale if index % 2 else None
         found.append((param, grad, momentum, copy, None, factor, *_SETTINGS[index % 2]))
+    for value, index in ((2.0, 2), (0.0, 4)):
+        param, grad, (momentum,), copy = tensors[index]
+        flag = torch.tensor(value, device=device)
+        found.append((param, grad, momentum, copy, None, scale, *_SETTINGS[0], flag))
     return found
 
 
@@ -106,6 +145,7 @@ def refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
     return [
         ("grad: (got shape|has)", (a, b[:7], c, None, None, None, *rest)),
         ("exp_avg: got torch.float16", (a, b, c.half(), None, None, None, *rest)),
+        ("found_inf: ", (a, b, c, None, None, None, *rest, x[:1])),
         ("beta2: got 1", (a, b, c, None, None, None, 1e-3, 0.9, 1.0, 0.0, False, None)),
     ]
 
@@ -127,7 +167,7 @@ OPS = (
         name=NAME,
         schema="(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!)? copy, "
         "Tensor(d!)? undo, Tensor? grad_scale, float lr, float beta1, float beta2, "
-        "float weight_decay, bool maximize, int? seed) -> ()",
+        "float weight_decay, bool maximize, int? seed, Tensor? found_inf=None) -> ()",
         reference=reference,
         fake=fake,
         dtypes=FLOATS,

@@ -29,7 +29,7 @@ from ds_core.seams.op import Autograd, Floor, Op
 
 NAME = "moe_gate"
 #: Added to the sum of weights before they are divided by it.
-_TINY = 1e-20
+TINY = 1e-20
 
 Scoring = Literal["softmax", "sigmoid"]
 
@@ -104,7 +104,7 @@ def reference(
     indices = _choose(wide_logits, probabilities, k, bias, groups, top_groups)
     weights = probabilities.gather(1, indices)
     if normalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + _TINY)
+        weights = weights / (weights.sum(-1, keepdim=True) + TINY)
     counts = indices.flatten().bincount(minlength=logits.shape[1])
     return weights * scale, indices.int(), counts.int(), probabilities
 
@@ -161,7 +161,7 @@ def backward_reference(
         chosen = probabilities.gather(1, indices.long())
         own = grad_weights * scale
         if normalize:
-            total = chosen.sum(-1, keepdim=True) + _TINY
+            total = chosen.sum(-1, keepdim=True) + TINY
             own = (own - (own * chosen).sum(-1, keepdim=True) / total) / total
         grad = grad.scatter_add(1, indices.long(), own)
     if scoring == "softmax":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,12 +48,13 @@ def check_step(
     copy: torch.Tensor | None = None,
     undo: torch.Tensor | None = None,
     grad_scale: torch.Tensor | None = None,
+    found_inf: torch.Tensor | None = None,
 ) -> None:
     """Raise OpError unless the tensors of a step fit.
 
     Contiguous, on one device; `grad`, every state and `copy` in the shape of `param`; states in
-    one dtype, fp32 or bf16 (float64 for a float64 `param`); `grad_scale` 0-dim fp32; `undo` uint8,
-    as long as `param` and the states together.
+    one dtype, fp32 or bf16 (float64 for a float64 `param`); `undo` uint8, as long as `param` and
+    the states together; `grad_scale` and `found_inf` 0-dim fp32.
     """
     expect_float(op, "param", param)
     expect_float(op, "grad", grad)
@@ -68,17 +70,24 @@ def check_step(
     if copy is not None:
         expect_float(op, "copy", copy)
         expect_shape(op, "copy", copy, param.shape)
-    if grad_scale is not None:
-        scalar = grad_scale.dim() == 0 and grad_scale.dtype in (torch.float32, torch.float64)
-        got = f"{grad_scale.dtype} of shape {list(grad_scale.shape)}"
-        expect(scalar, op, "grad_scale", got, "a 0-dim torch.float32")
     if undo is not None:
         check_undo(op, undo, [param, *present.values()])
-    others = {"grad": grad, **present, "copy": copy, "undo": undo, "grad_scale": grad_scale}
+    others = {"grad": grad, **present, "copy": copy, "undo": undo}
     expect_together(op, param, **others)
+    check_scalars(op, param, grad_scale=grad_scale, found_inf=found_inf)
     for name, t in {"param": param, **others}.items():
         if t is not None:
             expect(t.is_contiguous(), op, name, "a tensor with gaps", "a contiguous one")
+
+
+def check_scalars(op: str, param: torch.Tensor, **scalars: torch.Tensor | None) -> None:
+    """Raise OpError unless each is a 0-dim fp32 tensor on the device of `param`, or None."""
+    for name, t in scalars.items():
+        if t is not None:
+            fits = t.dim() == 0 and t.dtype in (torch.float32, torch.float64)
+            got = f"{t.dtype} of shape {list(t.shape)}"
+            expect(fits, op, name, got, "a 0-dim torch.float32")
+    expect_together(op, param, **scalars)
 
 
 def check_undo(op: str, undo: torch.Tensor, kept: Sequence[torch.Tensor]) -> None:
@@ -111,6 +120,21 @@ def effective_gradient(
     return -found if maximize else found
 
 
+@contextlib.contextmanager
+def unless(
+    found_inf: torch.Tensor | None, changed: Sequence[torch.Tensor | None]
+) -> Iterator[None]:
+    """Where `found_inf` is not 0, the tensors are after the block as they were; no host waits."""
+    if found_inf is None:
+        yield
+        return
+    present = [t for t in changed if t is not None]
+    before = [t.clone() for t in present]
+    yield
+    for t, old in zip(present, before, strict=True):
+        t.copy_(torch.where(found_inf == 0, t, old))
+
+
 def random_bits(seed: int, numel: int, device: torch.device) -> torch.Tensor:
     """32 random bits for each of `numel` elements, as int64: a function of seed and position.
 
@@ -120,7 +144,7 @@ def random_bits(seed: int, numel: int, device: torch.device) -> torch.Tensor:
     bits = torch.empty_like(position)
     for high in range((max(numel, 1) - 1 >> 32) + 1):
         part = slice(high << 32, min(numel, (high + 1) << 32))
-        k0, k1 = _keys(seed, high)
+        k0, k1 = rounding_keys(seed, high)
         x = (_times(position[part] & _MASK32, 0x9E3779B9) + k0) & _MASK32
         x = _times(x ^ (x >> 16), 0x7FEB352D)
         x = _times(x ^ (x >> 15) ^ k1, 0x846CA68B)
@@ -135,7 +159,8 @@ def _times(x: torch.Tensor, factor: int) -> torch.Tensor:
     return (low + high) & _MASK32
 
 
-def _keys(seed: int, high: int) -> tuple[int, int]:
+def rounding_keys(seed: int, high: int) -> tuple[int, int]:
+    """The two 32-bit keys of `random_bits` at positions whose bits from the 33rd on are `high`."""
     s = (seed + high * 0x9E3779B97F4A7C15) & _MASK64
     s = ((s ^ (s >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     s = ((s ^ (s >> 27)) * 0x94D049BB133111EB) & _MASK64

@@ -333,8 +333,7 @@ def dequantize_reference(
     fmt, shape = check_quantized(DEQUANTIZE, codes, scales, zeros, format, block)
     _check_dtype(dtype)
     if not propagate:
-        _check_finite("scales", scales)
-        _check_finite("zeros", zeros)
+        check_finite(scales, zeros)
     return decoded(codes, scales, zeros, fmt, block).to(dtype).view(shape)
 
 
@@ -383,13 +382,14 @@ def _check_dtype(dtype: torch.dtype) -> None:
     expect(dtype in (*FLOATS, torch.float64), DEQUANTIZE, "dtype", dtype, told)
 
 
-def _check_finite(argument: str, t: torch.Tensor | None) -> None:
-    if t is None or bool(t.isfinite().all()):
-        return
-    at = int((~t.isfinite()).flatten().nonzero()[0])
+def check_finite(scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
+    """Raise OpError for the first scale or zero that is not finite. Waits for the device."""
     told = "finite numbers (what was quantized there was not finite); propagate=True makes it NaN"
-    got = f"block {at} of {t.numel()} has one that is NaN or infinite"
-    expect(False, DEQUANTIZE, argument, got, told)
+    for argument, t in (("scales", scales), ("zeros", zeros)):
+        if t is not None and not bool(t.isfinite().all()):
+            at = int((~t.isfinite()).flatten().nonzero()[0])
+            got = f"block {at} of {t.numel()} has one that is NaN or infinite"
+            expect(False, DEQUANTIZE, argument, got, told)
 
 
 def dequantize_fake(

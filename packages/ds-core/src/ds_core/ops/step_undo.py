@@ -47,7 +47,7 @@ def reference(
     undo: torch.Tensor,
 ) -> None:
     """As `step_undo_`."""
-    _check(param, states, copy, undo)
+    fake(param, states, copy, undo)
     start = 0
     for kept in (param, *states):
         stop = start + kept.nbytes
@@ -58,12 +58,13 @@ def reference(
         copy.copy_(param)
 
 
-def _check(
+def fake(
     param: torch.Tensor,
     states: list[torch.Tensor],
     copy: torch.Tensor | None,
     undo: torch.Tensor,
 ) -> None:
+    """It returns nothing; raises OpError for what does not fit."""
     expect_float(NAME, "param", param)
     expect(param.is_contiguous(), NAME, "param", "a tensor with gaps", "a contiguous one")
     for state in states:
@@ -76,10 +77,6 @@ def _check(
         expect_shape(NAME, "copy", copy, param.shape)
     check_undo(NAME, undo, [param, *states])
     expect_together(NAME, param, copy=copy, undo=undo)
-
-
-def fake(*args: Any) -> None:
-    """It returns nothing."""
 
 
 def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:

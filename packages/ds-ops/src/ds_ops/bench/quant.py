@@ -25,6 +25,8 @@ _OPS = (
     "dequantize_blocks",
     "quantized_reduce",
     "quantized_reduce_feedback_",
+    "fake_quantize",
+    "fake_quantize_signs",
     "sign_pack",
     "sign_pack_feedback_",
     "sign_unpack",
@@ -87,6 +89,10 @@ def _peer(name: str, args: tuple[Any, ...]) -> Callable[[], object] | None:
         return lambda: _torch_quantize(
             _torch_dequantize(codes, scales, number, block).mean(0), number, block
         )
+    if name == "fake_quantize":
+        x, _, bits, groups, symmetric, seed = args
+        if symmetric and seed is None:
+            return lambda: _torch_fake_quantize(x, bits, groups)
     if name == "sign_pack":
         return lambda: _torch_sign_pack(args[0])
     if name == "sign_pack_feedback_":
@@ -121,6 +127,14 @@ def _torch_dequantize(
         numbers = codes.view(torch.int8).float()
     lead = numbers.shape[:-1]
     return (numbers.view(*lead, -1, block) * scales.unsqueeze(-1)).view(*lead, -1)
+
+
+def _torch_fake_quantize(x: torch.Tensor, bits: int, groups: int) -> torch.Tensor:
+    rows = x.view(groups, -1).float()
+    most = (1 << (bits - 1)) - 1
+    scale = rows.abs().amax(1) / most
+    zeros = torch.zeros(groups, dtype=torch.int32)
+    return torch.fake_quantize_per_channel_affine(rows, scale, zeros, 0, -most, most).to(x.dtype)
 
 
 def _torch_sign_pack(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

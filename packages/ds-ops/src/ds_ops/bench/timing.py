@@ -67,7 +67,7 @@ def interleave(
             samples[name].append(_seconds(candidates[name], repeats[name]))
         order.append(order.pop(0))
         rounds += 1
-    return {name: _timing(found) for name, found in samples.items()}
+    return {name: timing_of(found) for name, found in samples.items()}
 
 
 def _repeats(call: Callable[[], object]) -> int:
@@ -84,7 +84,8 @@ def _seconds(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - begin) / repeats
 
 
-def _timing(samples: list[float]) -> Timing:
+def timing_of(samples: list[float]) -> Timing:
+    """What a number of calls took, in seconds each."""
     ordered = sorted(samples)
 
     def at(fraction: float) -> float:

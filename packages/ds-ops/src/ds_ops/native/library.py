@@ -100,18 +100,25 @@ def _outcome() -> ctypes.CDLL | BuildError:
 
 
 def _open(path: Path) -> ctypes.CDLL:
+    loaded = opened(path)
+    loaded.ds_ops_isa.restype = ctypes.c_char_p
+    logger.info("loaded the C++ kernels (%s) from %s", loaded.ds_ops_isa().decode(), path)
+    return loaded
+
+
+def opened(path: Path) -> ctypes.CDLL:
+    """A library of kernels, loaded. Raises BuildError if it does not load."""
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(
-            f"the C++ kernels do not load: {error}; it was built by "
-            f"{cache.read_meta(path.parent).get('compiler', 'an unknown compiler')}; to build it "
+            f"the kernels of ds-ops do not load: {error}; they were built by "
+            f"{cache.read_meta(path.parent).get('compiler', 'an unknown compiler')}; to build them "
             f"for this machine delete {path.parent} and call `ds ops build`; to do without set "
             f"DS_OPS_IMPL='*=reference'"
         ) from error
-    for name in ("ds_ops_error", "ds_ops_name", "ds_ops_isa"):
+    for name in ("ds_ops_error", "ds_ops_name"):
         getattr(loaded, name).restype = ctypes.c_char_p
-    logger.info("loaded the C++ kernels (%s) from %s", loaded.ds_ops_isa().decode(), path)
     return loaded
 
 
@@ -120,10 +127,14 @@ def bind(op: str, namespace: str, key: str) -> None:
 
     Raises BuildError if there is no library, or torch refuses the kernel.
     """
-    loaded = load()
+    bind_from(load(), op, namespace, key)
+
+
+def bind_from(loaded: ctypes.CDLL, op: str, namespace: str, key: str) -> None:
+    """As `bind`, from a library that was opened."""
     code = loaded.ds_ops_bind(op.encode(), namespace.encode(), key.encode())
     if code == 1:
-        raise BuildError(f"the C++ library has no kernel for op {op!r}")
+        raise BuildError(f"the library has no kernel for op {op!r}")
     if code != 0:
         raise BuildError(f"torch refuses the kernel of {op!r}: {loaded.ds_ops_error().decode()}")
 

@@ -5,7 +5,7 @@ torch's do, and the state of Adam, Adagrad and SGD moves to torch's classes and 
 and gradients may be fp32, bf16 or fp16, states are fp32 unless told otherwise.
 """
 
-from ds_ops.optim.adagrad import CPUAdagrad
+from ds_ops.optim.adagrad import CPUAdagrad, FusedAdagrad
 from ds_ops.optim.adam import CPUAdam, FusedAdam
 from ds_ops.optim.adam8bit import Adam8bit
 from ds_ops.optim.lamb import FusedLamb
@@ -18,6 +18,7 @@ __all__ = [
     "CPUAdagrad",
     "CPUAdam",
     "CPULion",
+    "FusedAdagrad",
     "FusedAdam",
     "FusedLamb",
     "FusedLion",

@@ -12,11 +12,11 @@ from ds_ops.optim.arguments import check_not_negative, check_on_cpu
 from ds_ops.optim.fused_optimizer import FusedOptimizer, Update
 
 
-class CPUAdagrad(FusedOptimizer):
-    """Adagrad for parameters in host memory. State dicts are those of `torch.optim.Adagrad`.
+class FusedAdagrad(FusedOptimizer):
+    """Adagrad in one pass over memory, on any device; state dicts are `torch.optim.Adagrad`'s.
 
     Args:
-        model_params: parameters, or groups of them: fp32, bf16 or fp16.
+        params: parameters, or groups of them: fp32, bf16 or fp16.
         lr: learning rate.
         eps: added to the root of the sum of squares.
         weight_decay: adds to the gradient.
@@ -37,7 +37,7 @@ class CPUAdagrad(FusedOptimizer):
 
     def __init__(
         self,
-        model_params: ParamsT,
+        params: ParamsT,
         lr: float = 1e-2,
         eps: float = 1e-10,
         weight_decay: float = 0.0,
@@ -68,16 +68,12 @@ class CPUAdagrad(FusedOptimizer):
             "fp32_optimizer_states": fp32_optimizer_states,
             "stochastic_rounding": stochastic_rounding,
         }
-        super().__init__(model_params, defaults)
+        super().__init__(params, defaults)
 
     def _new_state(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, torch.Tensor]:
         state = super()._new_state(group, param)
         state["sum"].fill_(group["initial_accumulator_value"])
         return state
-
-    def _check_param(self, param: torch.Tensor) -> None:
-        super()._check_param(param)
-        check_on_cpu("CPUAdagrad", param, "torch.optim.Adagrad")
 
     def _update(self, group: dict[str, Any], update: Update) -> None:
         adagrad_step_(
@@ -92,3 +88,40 @@ class CPUAdagrad(FusedOptimizer):
             maximize=group["maximize"],
             **update.options,
         )
+
+
+class CPUAdagrad(FusedAdagrad):
+    """`FusedAdagrad` with the arguments of DeepSpeedCPUAdagrad, for parameters in host memory."""
+
+    devices = ("cpu",)
+
+    def __init__(
+        self,
+        model_params: ParamsT,
+        lr: float = 1e-2,
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        fp32_optimizer_states: bool = True,
+        *,
+        lr_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        maximize: bool = False,
+        stochastic_rounding: bool = False,
+    ) -> None:
+        super().__init__(
+            model_params,
+            lr,
+            eps,
+            weight_decay,
+            amsgrad,
+            fp32_optimizer_states,
+            lr_decay=lr_decay,
+            initial_accumulator_value=initial_accumulator_value,
+            maximize=maximize,
+            stochastic_rounding=stochastic_rounding,
+        )
+
+    def _check_param(self, param: torch.Tensor) -> None:
+        super()._check_param(param)
+        check_on_cpu("CPUAdagrad", param, "FusedAdagrad")

@@ -85,6 +85,8 @@ class FusedAdam(FusedOptimizer):
         """The parameters to update, if torch's kernel does all that is asked for, on all."""
         if request.undo or request.copies or request.grad_scale is not None:
             return None
+        if request.found_inf is not None:
+            return None
         if not group["bias_correction"] or not group["fp32_optimizer_states"]:
             return None
         params = []
@@ -106,6 +108,7 @@ class FusedAdam(FusedOptimizer):
         self, group: dict[str, Any], params: list[torch.Tensor], request: Request
     ) -> None:
         gradients, steps, means, squares = [], [], [], []
+        counts: dict[float, torch.Tensor] = {}
         for param in params:
             grad = request.gradients.get(param, param.grad)
             assert grad is not None
@@ -114,7 +117,10 @@ class FusedAdam(FusedOptimizer):
             self._undos.pop(param, None)
             state = self.state[param]
             state["step"] += 1
-            steps.append(state["step"].to(param.device))
+            count = float(state["step"])
+            if count not in counts:  # one transfer, not one for each parameter
+                counts[count] = param.new_full((), count)
+            steps.append(counts[count])
             means.append(self._laid_out(state, "exp_avg", param))
             squares.append(self._laid_out(state, "exp_avg_sq", param))
         kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
@@ -157,6 +163,8 @@ class CPUAdam(FusedAdam):
 
     Args: as `FusedAdam` has them; adamw_mode is its adam_w_mode.
     """
+
+    devices = ("cpu",)
 
     def __init__(
         self,

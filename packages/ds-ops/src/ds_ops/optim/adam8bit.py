@@ -61,7 +61,7 @@ class Adam8bit(FusedOptimizer):
         state = {"step": torch.zeros((), dtype=torch.float32)}
         for codes, scales in zip(self.state_keys, self._SCALES, strict=True):
             state[codes] = torch.zeros_like(param, dtype=torch.uint8)
-            state[scales] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
+            state[scales] = param.new_zeros(blocks, dtype=torch.float32)
         return state
 
     def portable_state(self, param: torch.Tensor) -> dict[str, torch.Tensor]:

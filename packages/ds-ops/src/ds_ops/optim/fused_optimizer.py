@@ -38,7 +38,8 @@ class Update:
     Attributes:
         param, grad, states: what the kernel reads and writes; states in the order of `state_keys`.
         step: counts this one, from 1.
-        options: arguments that all kernels take by these names: copy, undo, grad_scale, seed.
+        options: arguments that kernels take by these names: copy, grad_scale, found_inf; undo and
+            seed, where the optimizer has them.
     """
 
     param: torch.Tensor
@@ -56,16 +57,27 @@ class Request:
     copies: Mapping[torch.Tensor, torch.Tensor]
     grad_scale: torch.Tensor | float | None
     undo: bool
-    _scales: dict[torch.device, torch.Tensor] = field(default_factory=dict)
+    found_inf: torch.Tensor | None = None
+    _known: dict[tuple[str, torch.device], torch.Tensor] = field(default_factory=dict)
 
-    def scale_on(self, device: torch.device) -> torch.Tensor | None:
-        """The factor on gradients, as kernels take it."""
-        if self.grad_scale is None:
+    def scalars_for(self, param: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        """The factor on gradients and the flag that leaves a step out, as kernels take them."""
+        given = {"grad_scale": self.grad_scale, "found_inf": self.found_inf}
+        return {name: self._scalar(name, value, param) for name, value in given.items()}
+
+    def _scalar(
+        self, name: str, value: torch.Tensor | float | None, param: torch.Tensor
+    ) -> torch.Tensor | None:
+        if value is None:
             return None
-        found = self._scales.get(device)
+        found = self._known.get((name, param.device))
         if found is None:
-            found = torch.as_tensor(self.grad_scale, dtype=torch.float32, device=device)
-            found = self._scales[device] = found.detach().reshape(())
+            if not isinstance(value, torch.Tensor):
+                value = param.new_full((), value, dtype=torch.float32)
+            elif value.device != param.device:
+                value = value.to(param.device)
+            found = value.detach().to(torch.float32).reshape(())
+            self._known[name, param.device] = found
         return found
 
 
@@ -73,13 +85,17 @@ class FusedOptimizer(Optimizer, ABC):
     """Base: parameters go one by one through a kernel, which `_update` calls.
 
     Subclasses set `state_keys` (tensors with a number for each of the parameter's), `ops` (the
-    kernels' names) and `_update`. `step_options` says which arguments `step` takes, for callers
+    kernels' names), `devices` (kinds that parameters may be on; empty: all) and `_update`.
+    `step_options` says which arguments `step` takes, for callers
     that fuse more into it than `torch.optim` has words for.
     """
 
     ops: ClassVar[tuple[str, ...]]
+    devices: ClassVar[tuple[str, ...]] = ()
     state_keys: ClassVar[tuple[str, ...]] = ()
-    step_options: ClassVar[frozenset[str]] = frozenset({"gradients", "copies", "grad_scale"})
+    step_options: ClassVar[frozenset[str]] = frozenset(
+        {"gradients", "copies", "grad_scale", "found_inf"}
+    )
     #: `torch.amp.GradScaler` then leaves unscaling, and leaving out a step, to `step`.
     _step_supports_amp_scaling = True
 
@@ -174,6 +190,7 @@ class FusedOptimizer(Optimizer, ABC):
         copies: Mapping[torch.Tensor, torch.Tensor] | None = None,
         grad_scale: torch.Tensor | float | None = None,
         undo: bool = False,
+        found_inf: torch.Tensor | None = None,
     ) -> Any:
         """Update the parameters that have a gradient; returns what `closure` returned.
 
@@ -185,6 +202,8 @@ class FusedOptimizer(Optimizer, ABC):
             grad_scale: one number that gradients are multiplied by.
             undo: keep what `rollback` needs, as many bytes as parameters and states have. Steps
                 over different parameters are taken back together.
+            found_inf: one number on the device of the parameters: if it is not 0, parameters,
+                states and copies stay as they are, and no host waits to know. Steps are counted on.
 
         Raises OptimizerError for a gradient that is sparse, or does not fit its parameter.
         """
@@ -194,20 +213,28 @@ class FusedOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        skipped, scale = self._amp(grad_scale)
+        skipped, scale, flag = self._amp(grad_scale)
         if not skipped:
-            request = Request(gradients or {}, copies or {}, scale, undo)
+            found_inf = flag if found_inf is None else found_inf
+            request = Request(gradients or {}, copies or {}, scale, undo, found_inf)
             for group in self.param_groups:
                 self._step_group(group, request)
         return loss
 
-    def _amp(self, scale: torch.Tensor | float | None) -> tuple[bool, torch.Tensor | float | None]:
-        """(whether to leave the step out, factor) after `torch.amp.GradScaler`'s two attributes."""
+    def _amp(
+        self, scale: torch.Tensor | float | None
+    ) -> tuple[bool, torch.Tensor | float | None, torch.Tensor | None]:
+        """(whether to leave the step out, factor, flag) as `torch.amp.GradScaler`'s attributes say.
+
+        A flag is left to the kernels if no group counts its steps: else the host has to know.
+        """
         found_inf = getattr(self, "found_inf", None)
         divisor = getattr(self, "grad_scale", None)
         if divisor is not None:
             scale = divisor.reciprocal() if scale is None else scale / divisor
-        return found_inf is not None and float(found_inf) > 0, scale
+        if found_inf is None or self.counts_steps:
+            return found_inf is not None and float(found_inf) > 0, scale, None
+        return False, scale, found_inf
 
     def _step_group(self, group: dict[str, Any], request: Request) -> None:
         for param in group["params"]:
@@ -228,10 +255,10 @@ class FusedOptimizer(Optimizer, ABC):
         self._undos.pop(param, None)
         if request.undo:
             size = sum(t.nbytes for t in (param, *states))
-            buffer = torch.empty(size, dtype=torch.uint8, device=param.device)
+            buffer = param.new_empty(size, dtype=torch.uint8)
         options: dict[str, Any] = {
             "copy": None if own is None else flat(own),
-            "grad_scale": request.scale_on(param.device),
+            **request.scalars_for(param),
         }
         if "undo" in self.step_options:
             options["undo"] = buffer
@@ -332,6 +359,11 @@ class FusedOptimizer(Optimizer, ABC):
         if not self._counts_steps(group):
             return zeros
         return {"step": torch.zeros((), dtype=torch.float32), **zeros}
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether the host counts steps of some parameter."""
+        return any(self._counts_steps(group) for group in self.param_groups)
 
     def _counts_steps(self, group: dict[str, Any]) -> bool:
         """Whether a state holds a count of steps."""

@@ -94,9 +94,17 @@ class FusedLamb(FusedOptimizer):
             weight_decay=group["weight_decay"],
             bias_correction=group["bias_correction"],
             grad_scale=update.options["grad_scale"],
+            found_inf=update.options["found_inf"],
         )
-        weight, length = squares.sqrt().tolist()
-        ratio = 1.0
-        if weight > 0 and length > 0:
-            ratio = min(max(weight / length, group["min_coeff"]), group["max_coeff"])
-        lamb_apply_(update.param, direction, float(group["lr"]) * ratio, update.options["copy"])
+        # On the device: a host that waited for each tensor's norms would let a GPU run dry.
+        weight, length = squares.sqrt().unbind()
+        ratio = (weight / length).clamp(group["min_coeff"], group["max_coeff"])
+        ratio = torch.where((weight > 0) & (length > 0), ratio, torch.ones_like(ratio))
+        lamb_apply_(
+            update.param,
+            direction,
+            float(group["lr"]),
+            update.options["copy"],
+            ratio=ratio,
+            found_inf=update.options["found_inf"],
+        )

@@ -78,6 +78,8 @@ class FusedLion(FusedOptimizer):
 class CPULion(FusedLion):
     """`FusedLion` with the arguments of DeepSpeedCPULion, for parameters in host memory."""
 
+    devices = ("cpu",)
+
     def __init__(
         self,
         model_params: ParamsT,

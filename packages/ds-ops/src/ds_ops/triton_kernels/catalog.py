@@ -20,12 +20,49 @@ OPS: Mapping[str, str] = MappingProxyType(
         "cross_entropy_": "cross_entropy:cross_entropy_",
         "rope": "rope:rope",
         "rope_": "rope:rope_",
+        "moe_gate": "moe_gate:moe_gate",
+        "moe_gate_backward": "moe_gate:moe_gate_backward",
+        "moe_permute": "moe_permute:moe_permute",
+        "moe_unpermute": "moe_permute:moe_unpermute",
+        "moe_unpermute_backward": "moe_permute:moe_unpermute_backward",
+        "grouped_mm": "grouped_mm:grouped_mm",
+        "grouped_mm_backward": "grouped_mm:grouped_mm_backward",
+        "grouped_mm_fp8": "fp8:grouped_mm_fp8",
+        "scaled_mm": "fp8:scaled_mm",
         "gated_activation": "gated_activation:gated_activation",
         "gated_activation_backward": "gated_activation:gated_activation_backward",
         "gated_activation_packed": "gated_activation:gated_activation_packed",
         "gated_activation_packed_backward": "gated_activation:gated_activation_packed_backward",
         "sparse_attention": "sparse_attention:sparse_attention",
         "sparse_attention_backward": "sparse_attention:sparse_attention_backward",
+        "adam_step_": "optimizer_steps:adam_step_",
+        "lion_step_": "optimizer_steps:lion_step_",
+        "adagrad_step_": "optimizer_steps:adagrad_step_",
+        "sgd_step_": "optimizer_steps:sgd_step_",
+        "step_undo_": "optimizer_steps:step_undo_",
+        "lamb_update_": "lamb:lamb_update_",
+        "lamb_apply_": "lamb:lamb_apply_",
+        "adam8bit_step_": "adam8bit:adam8bit_step_",
+        "quantize_blocks": "quantize:quantize_blocks",
+        "quantize_feedback_": "quantize:quantize_feedback_",
+        "dequantize_blocks": "quantize:dequantize_blocks",
+        "quantized_reduce": "quantize:quantized_reduce",
+        "quantized_reduce_feedback_": "quantize:quantized_reduce_feedback_",
+        "fake_quantize": "fake_quantize:fake_quantize",
+        "fake_quantize_signs": "fake_quantize:fake_quantize_signs",
+        "sign_pack": "sign_pack:sign_pack",
+        "sign_pack_feedback_": "sign_pack:sign_pack_feedback_",
+        "sign_unpack": "sign_pack:sign_unpack",
+        "attention": "attention:attention",
+        "attention_backward": "attention:attention_backward",
+    }
+)
+
+#: Of ops whose kernel takes only some calls: what says why not, in a file without kernels.
+PARTLY: Mapping[str, str] = MappingProxyType(
+    {
+        "attention": "attention_calls:attention",
+        "attention_backward": "attention_calls:attention_backward",
     }
 )
 

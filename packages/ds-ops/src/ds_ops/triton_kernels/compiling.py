@@ -31,7 +31,8 @@ from ds_ops.triton_kernels.targets import TARGETS, Target
 _SPILLED = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _VECTOR_REGISTERS = re.compile(r"\.vgpr_count:\s+(\d+)")
-_VECTOR_SPILLED = re.compile(r"\.[vs]gpr_spill_count:\s+(\d+)")
+_VECTOR_SPILLED = re.compile(r"\.vgpr_spill_count:\s+(\d+)")
+_PRIVATE = re.compile(r"\.private_segment_fixed_size:\s+(\d+)")
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,14 @@ def _compile(kernel: Kernel, config: Config, target: Target, needed: str) -> Com
 
 
 def _of_gcn(text: str) -> tuple[int, int]:
-    """Registers of a thread and how many were spilled, as AMD's assembly says itself."""
+    """Registers of a thread and how many were spilled, as AMD's assembly says itself.
+
+    Scalar registers that do not fit are kept in a vector register, which costs no memory; if that
+    is full too, they count with the bytes of memory that a thread has.
+    """
     registers = max(map(int, _VECTOR_REGISTERS.findall(text)), default=0)
-    return registers, sum(map(int, _VECTOR_SPILLED.findall(text)))
+    spilled = (*_VECTOR_SPILLED.findall(text), *_PRIVATE.findall(text))
+    return registers, sum(map(int, spilled))
 
 
 def _of_ptx(text: str, arch: int | str) -> tuple[int, int]:

@@ -141,7 +141,7 @@ class EarlyUpdates(HostStep):
         here = self._finite_there
         here = self._finite_there = ~wrong if here is None else here & ~wrong
         done: torch.Tensor | int = 1
-        if fused.fuses_scale(self._optimizer) and not fused.is_one_pass(self._optimizer):
+        if fused.can_leave_out(self._optimizer):
             done = here
             InnerStep(self._optimizer, 1.0, unless=~here).run(unit, used)
         else:

@@ -27,7 +27,7 @@ void adam8bit_step_(Tensor param, Tensor grad, Tensor exp_avg_codes, Tensor exp_
                     Tensor exp_avg_sq_codes, Tensor exp_avg_sq_scales, std::optional<Tensor> copy,
                     std::optional<Tensor> grad_scale, double lr, double beta1, double beta2,
                     double eps, double weight_decay, int64_t step, bool decoupled,
-                    std::optional<int64_t> seed) {
+                    std::optional<int64_t> seed, std::optional<Tensor> found_inf) {
   StepTensors tensors(kOp, param);
   tensors.grad("grad", grad);
   check_codes(tensors, "exp_avg_codes", exp_avg_codes);
@@ -36,6 +36,7 @@ void adam8bit_step_(Tensor param, Tensor grad, Tensor exp_avg_codes, Tensor exp_
   check_scales(tensors, "exp_avg_sq_scales", exp_avg_sq_scales);
   tensors.copy("copy", copy);
   tensors.grad_scale(grad_scale);
+  tensors.found_inf(found_inf);
   tensors.seed(seed);
   const AdamStep call = adam_step(kOp, lr, beta1, beta2, eps, weight_decay, step, decoupled,
                                   /*bias_correction=*/true);
@@ -44,6 +45,7 @@ void adam8bit_step_(Tensor param, Tensor grad, Tensor exp_avg_codes, Tensor exp_
                            static_cast<uint8_t*>(exp_avg_sq_codes.mutable_data_ptr()),
                            static_cast<float*>(exp_avg_sq_scales.mutable_data_ptr())};
   const StepStreams& streams = tensors.checked();
+  if (tensors.skips()) return;
   const auto kernel = DS_BEST(adam8bit_elements);
   parallel(
       tensors.numel(), kStepGrain,

@@ -1,6 +1,7 @@
 #include "optim/operator.h"
 
 #include <cmath>
+#include <cstring>
 
 namespace ds {
 namespace {
@@ -74,16 +75,28 @@ void StepTensors::undo(std::optional<Tensor>& t) {
 }
 
 void StepTensors::grad_scale(const std::optional<Tensor>& t, bool maximize) {
-  float scale = 1.0f;
-  if (t) {
-    STD_TORCH_CHECK(t->dim() == 0 && t->scalar_type() == ScalarType::Float, op_,
-                    ": grad_scale: got ", dtype_name(t->scalar_type()), " of shape ",
-                    shape_text(*t), ", expected a 0-dim torch.float32");
-    check_plain(op_, "grad_scale", *t);
-    all_.push_back({"grad_scale", *t, false});
-    scale = *static_cast<const float*>(t->const_data_ptr());
-  }
+  const float scale = t ? scalar("grad_scale", *t) : 1.0f;
   streams_.grad_scale = maximize ? -scale : scale;
+}
+
+void StepTensors::found_inf(const std::optional<Tensor>& t) {
+  skips_ = t && scalar("found_inf", *t) != 0.0f;
+}
+
+float StepTensors::scalar(const char* argument, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 0 && t.scalar_type() == ScalarType::Float, op_, ": ", argument,
+                  ": got ", dtype_name(t.scalar_type()), " of shape ", shape_text(t),
+                  ", expected a 0-dim torch.float32");
+  check_plain(op_, argument, t);
+  all_.push_back({argument, t, false});
+  return *static_cast<const float*>(t.const_data_ptr());
+}
+
+void StepTensors::keep_for_undo() const {
+  if (!streams_.undo[0] || numel_ == 0) return;
+  std::memcpy(streams_.undo[0], streams_.param, numel_ * size_of(streams_.param_type));
+  for (size_t k = 0; k < states_.size(); ++k)
+    std::memcpy(streams_.undo[k + 1], streams_.states[k], numel_ * size_of(streams_.state_type));
 }
 
 void StepTensors::seed(std::optional<int64_t> seed) {

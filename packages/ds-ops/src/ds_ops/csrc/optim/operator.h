@@ -27,6 +27,10 @@ class StepTensors {
   // Exactly as many bytes as `param` and the states have; call it after them.
   void undo(std::optional<Tensor>& t);
   void grad_scale(const std::optional<Tensor>& t, bool maximize = false);
+  // The number in a 0-dim fp32 tensor.
+  float scalar(const char* argument, const Tensor& t);
+  // Not 0: the call changes nothing.
+  void found_inf(const std::optional<Tensor>& t);
   // bf16 is rounded by it.
   void seed(std::optional<int64_t> seed);
   // Also to be apart from all others; for tensors that are no streams.
@@ -37,6 +41,10 @@ class StepTensors {
   // Refuses tensors that overlap, and returns what the kernels take.
   const StepStreams& checked();
   int64_t numel() const { return numel_; }
+  // Whether nothing is to be changed.
+  bool skips() const { return skips_; }
+  // What a step that changes nothing does: the old bytes go to `undo`, if there is one.
+  void keep_for_undo() const;
 
  private:
   struct Named {
@@ -50,6 +58,7 @@ class StepTensors {
   std::vector<Named> all_;
   std::vector<Tensor> states_;
   int64_t numel_;
+  bool skips_ = false;
   StepStreams streams_{};
 };
 

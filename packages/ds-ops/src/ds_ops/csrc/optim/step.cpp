@@ -14,6 +14,7 @@ using Seed = std::optional<int64_t>;
 template <typename Kernel, typename Step>
 void run(StepTensors& tensors, Kernel kernel, const Step& step) {
   const StepStreams& streams = tensors.checked();
+  if (tensors.skips()) return tensors.keep_for_undo();
   parallel(
       tensors.numel(), kStepGrain,
       [&](int64_t begin, int64_t end) { kernel(streams, step, begin, end); }, kStepAlign);
@@ -22,7 +23,7 @@ void run(StepTensors& tensors, Kernel kernel, const Step& step) {
 void adam_step_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Maybe copy,
                 Maybe undo, Maybe grad_scale, double lr, double beta1, double beta2, double eps,
                 double weight_decay, int64_t step, bool decoupled, bool bias_correction,
-                bool maximize, Seed seed) {
+                bool maximize, Seed seed, Maybe found_inf) {
   constexpr const char* kOp = "adam_step_";
   StepTensors tensors(kOp, param);
   tensors.grad("grad", grad);
@@ -31,6 +32,7 @@ void adam_step_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Ma
   tensors.copy("copy", copy);
   tensors.undo(undo);
   tensors.grad_scale(grad_scale, maximize);
+  tensors.found_inf(found_inf);
   tensors.seed(seed);
   const AdamStep call = adam_step(kOp, lr, beta1, beta2, eps, weight_decay, step, decoupled,
                                   bias_correction);
@@ -39,7 +41,7 @@ void adam_step_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Ma
 
 void lion_step_(Tensor param, Tensor grad, Tensor exp_avg, Maybe copy, Maybe undo,
                 Maybe grad_scale, double lr, double beta1, double beta2, double weight_decay,
-                bool maximize, Seed seed) {
+                bool maximize, Seed seed, Maybe found_inf) {
   constexpr const char* kOp = "lion_step_";
   check_rate(kOp, "lr", lr);
   check_beta(kOp, "beta1", beta1);
@@ -51,6 +53,7 @@ void lion_step_(Tensor param, Tensor grad, Tensor exp_avg, Maybe copy, Maybe und
   tensors.copy("copy", copy);
   tensors.undo(undo);
   tensors.grad_scale(grad_scale, maximize);
+  tensors.found_inf(found_inf);
   tensors.seed(seed);
   const LionStep call{static_cast<float>(beta1),     static_cast<float>(beta2),
                       static_cast<float>(1 - beta1), static_cast<float>(1 - beta2),
@@ -60,7 +63,7 @@ void lion_step_(Tensor param, Tensor grad, Tensor exp_avg, Maybe copy, Maybe und
 
 void adagrad_step_(Tensor param, Tensor grad, Tensor sum, Maybe copy, Maybe undo,
                    Maybe grad_scale, double lr, double lr_decay, double eps, double weight_decay,
-                   int64_t step, bool maximize, Seed seed) {
+                   int64_t step, bool maximize, Seed seed, Maybe found_inf) {
   constexpr const char* kOp = "adagrad_step_";
   check_rate(kOp, "lr", lr);
   check_rate(kOp, "lr_decay", lr_decay);
@@ -73,6 +76,7 @@ void adagrad_step_(Tensor param, Tensor grad, Tensor sum, Maybe copy, Maybe undo
   tensors.copy("copy", copy);
   tensors.undo(undo);
   tensors.grad_scale(grad_scale, maximize);
+  tensors.found_inf(found_inf);
   tensors.seed(seed);
   const double decayed = lr / (1 + static_cast<double>(step - 1) * lr_decay);
   const AdagradStep call{static_cast<float>(decayed), static_cast<float>(eps),
@@ -82,7 +86,8 @@ void adagrad_step_(Tensor param, Tensor grad, Tensor sum, Maybe copy, Maybe undo
 
 void sgd_step_(Tensor param, Tensor grad, Maybe momentum_buffer, Maybe copy, Maybe undo,
                Maybe grad_scale, double lr, double momentum, double dampening,
-               double weight_decay, bool nesterov, bool maximize, bool first_step, Seed seed) {
+               double weight_decay, bool nesterov, bool maximize, bool first_step, Seed seed,
+               Maybe found_inf) {
   constexpr const char* kOp = "sgd_step_";
   check_rate(kOp, "lr", lr);
   check_rate(kOp, "momentum", momentum);
@@ -99,6 +104,7 @@ void sgd_step_(Tensor param, Tensor grad, Maybe momentum_buffer, Maybe copy, May
   tensors.copy("copy", copy);
   tensors.undo(undo);
   tensors.grad_scale(grad_scale, maximize);
+  tensors.found_inf(found_inf);
   tensors.seed(seed);
   const SgdStep call{static_cast<float>(lr),
                      static_cast<float>(weight_decay),
@@ -113,7 +119,7 @@ void sgd_step_(Tensor param, Tensor grad, Maybe momentum_buffer, Maybe copy, May
 
 Tensor lamb_update_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor update,
                     Maybe grad_scale, double beta1, double beta2, double eps,
-                    double weight_decay, int64_t step, bool bias_correction) {
+                    double weight_decay, int64_t step, bool bias_correction, Maybe found_inf) {
   constexpr const char* kOp = "lamb_update_";
   StepTensors tensors(kOp, param, /*written=*/false);
   tensors.grad("grad", grad);
@@ -123,9 +129,14 @@ Tensor lamb_update_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq
   Maybe target = update;
   tensors.copy("update", target);
   tensors.grad_scale(grad_scale);
+  tensors.found_inf(found_inf);
   const AdamStep call = adam_step(kOp, /*lr=*/1, beta1, beta2, eps, weight_decay, step,
                                   /*decoupled=*/false, bias_correction);
   const StepStreams& streams = tensors.checked();
+  Tensor squares = torch::stable::new_empty(param, {2}, ScalarType::Float);
+  float* total = static_cast<float*>(squares.mutable_data_ptr());
+  total[0] = total[1] = 0.0f;
+  if (tensors.skips()) return squares;
   // Fixed parts, whose sums are added in order: the same norms with any number of threads.
   const int64_t parts = (tensors.numel() + kStepGrain - 1) / kStepGrain;
   std::vector<double> sums(static_cast<size_t>(parts) * 2);
@@ -137,8 +148,6 @@ Tensor lamb_update_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq
              stop < tensors.numel() ? stop : tensors.numel());
     }
   });
-  Tensor squares = torch::stable::new_empty(param, {2}, ScalarType::Float);
-  float* total = static_cast<float*>(squares.mutable_data_ptr());
   for (int which = 0; which < 2; ++which) {
     double sum = 0;
     for (int64_t part = 0; part < parts; ++part) sum += sums[2 * part + which];
@@ -147,13 +156,16 @@ Tensor lamb_update_(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq
   return squares;
 }
 
-void lamb_apply_(Tensor param, Tensor update, Maybe copy, double step_size) {
+void lamb_apply_(Tensor param, Tensor update, Maybe copy, double step_size, Maybe ratio,
+                 Maybe found_inf) {
   constexpr const char* kOp = "lamb_apply_";
   StepTensors tensors(kOp, param);
   check_dtype(kOp, "update", update, ScalarType::Float);
   tensors.grad("update", update);
   tensors.copy("copy", copy);
-  run(tensors, DS_BEST(lamb_apply_elements), static_cast<float>(step_size));
+  tensors.found_inf(found_inf);
+  const float factor = ratio ? tensors.scalar("ratio", *ratio) : 1.0f;
+  run(tensors, DS_BEST(lamb_apply_elements), static_cast<float>(step_size) * factor);
 }
 
 // --- Undo ----------------------------------------------------------------------------------------

@@ -1,0 +1,3 @@
+from ds_ops.bench.gpu.measuring import main
+
+main()

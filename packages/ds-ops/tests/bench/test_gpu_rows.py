@@ -1,0 +1,61 @@
+"""The benchmark of kernels for GPUs, as far as it can be tried without one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from ds_core import ops
+from ds_ops import gpu_runs
+from ds_ops.bench import timing
+from ds_ops.bench.gpu import measuring as gpu
+from ds_ops.bench.gpu.peers import PEERS
+from ds_ops.bench.gpu.sizes import SIZES
+from ds_ops.bench.gpu.timing import Ceilings
+
+BEST = Ceilings("NVIDIA H200", 4e12, {torch.float32: 5e13, torch.bfloat16: 8e14})
+
+
+def test_a_floor_is_what_takes_longer():
+    assert BEST.floor_ms(4 * 10**9, 0, torch.bfloat16) == pytest.approx(1.0)
+    assert BEST.floor_ms(4, 8 * 10**11, torch.bfloat16) == pytest.approx(1.0)
+    assert BEST.floor_ms(4, 5 * 10**10, torch.uint8) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("op", sorted(SIZES))
+def test_sizes_are_arguments_that_the_op_takes(op):
+    """On the meta device, where they take no memory."""
+    with torch.device("meta"):
+        for label, args in SIZES[op](torch.device("meta")):
+            assert label
+            ops.get(op).fake(*args)
+            assert ops.get(op).floor(*args).bytes > 64 << 20
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("op", sorted(PEERS))
+def test_peers_compute_the_same(op, monkeypatch):
+    from ds_ops.bench.gpu import peers
+
+    monkeypatch.setattr(peers, "_compiled", lambda function: function)
+    for args in ops.get(op).cases(torch.device("cpu"), torch.float32)[:1]:
+        truth = ops.get(op).reference(*args)
+        first = truth[0] if isinstance(truth, tuple) else truth
+        calls = PEERS[op](*args)
+        assert calls
+        for call in calls.values():
+            result = call()
+            found = result[0] if isinstance(result, tuple) else result
+            if found.shape == first.shape and op != "cross_entropy":
+                torch.testing.assert_close(found, first, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_go_into_the_file_of_the_device(tmp_path):
+    row = timing.Row("rms_norm:triton", "16384x8192", "bf16", 0.2, floor_ms=0.19)
+    path = gpu.record([row], BEST, tmp_path)
+    found = json.loads(path.read_text())
+    assert found["device"] == "NVIDIA H200"
+    assert found["measured"]["rows"][0]["x_floor"] == pytest.approx(0.2 / 0.19)
+    assert gpu_runs.runs(tmp_path)[0].device == "NVIDIA H200"
