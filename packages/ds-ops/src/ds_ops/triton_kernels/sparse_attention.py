@@ -371,8 +371,9 @@ _STEPS = (_config(64, _NEW), _config(32, _OLD))
 _NARROW_STEPS = (_config(64, _NEW, up_to=64), _config(32, _OLD, up_to=64))
 _TURNED = (
     *(_config(64, ("sm_100",)), _config(32, ("sm_90",), 8)),
-    *(_config(16, ("sm_80",), 8), _config(32, ("gfx942",))),
+    *(_config(16, ("sm_80",), 8), _config(16, ("gfx942",))),
 )
+_WIDE_QUERIES = (_config(32, (*_NEW, *_OLD)),)
 _NARROW_TURNED = (
     _config(64, _NEW, up_to=64),
     *(_config(16, ("sm_80",), 8, up_to=64), _config(32, ("gfx942",), up_to=64)),
@@ -434,7 +435,7 @@ def _variants(
 
 
 _FORWARD = _variants(sparse_forward, _FORWARD_TYPES, _NARROW_STEPS, _STEPS)
-_QUERIES = _variants(sparse_backward_queries, _QUERIES_TYPES, _NARROW_STEPS, _STEPS)
+_QUERIES = _variants(sparse_backward_queries, _QUERIES_TYPES, _NARROW_STEPS, _WIDE_QUERIES)
 _KEYS = _variants(sparse_backward_keys, _KEYS_TYPES, _NARROW_TURNED, _TURNED)
 KERNELS = tuple(
     kernel
