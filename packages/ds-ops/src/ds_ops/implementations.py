@@ -47,6 +47,16 @@ TORCH: Mapping[str, TorchKernel] = MappingProxyType(
         ),
         "sample_tokens": TorchKernel("sample_tokens:sample_tokens", ("cpu",)),
         "rope_write_kv_cache_": TorchKernel("rope_write_kv_cache:rope_write_kv_cache_", ("cpu",)),
+        "sparse_attention": TorchKernel(
+            "sparse_attention:sparse_attention",
+            ("cpu", "cuda"),
+            partly="sparse_attention:partly",
+        ),
+        "sparse_attention_backward": TorchKernel(
+            "sparse_attention:sparse_attention_backward",
+            ("cpu", "cuda"),
+            partly="sparse_attention:partly",
+        ),
         **{
             f"{name}_step_": TorchKernel(
                 f"optimizer_steps:{name}_step_", ("cuda",), 50, f"optimizer_steps:{name}_refusal"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ds_core.ops.arguments import randn
+from ds_core.ops.block_layout import BlockLayout
 from ds_core.ops.evoformer_attention import with_gradient
 from ds_core.ops.layer_norm import reference as layer_norm
 from ds_core.ops.moe_gate import reference as moe_gate
@@ -14,6 +15,9 @@ from ds_core.ops.quantized_weight import BITS, quantize_weight
 from ds_core.ops.rms_norm import reference as rms_norm
 from ds_core.ops.sample_tokens import settings
 from ds_core.ops.sign_pack import reference as sign_pack
+from ds_core.ops.sparse_attention import example as sparse_example
+from ds_core.ops.sparse_attention import pattern
+from ds_core.ops.sparse_attention import reference as sparse_attention
 
 #: Wider than a program's registers: rows are read in parts.
 _WIDE = (5, 8200)
@@ -60,6 +64,18 @@ def _sample_tokens(device, dtype):
     """A vocabulary for wide blocks."""
     logits = randn(device, dtype, 1, 4100)
     return [(logits, *settings(device, 1, 1.0, 40, 0.8))]
+
+
+def _sparse_attention(device, dtype):
+    """Heads too wide for the config of most."""
+    layout = BlockLayout(pattern(5), 16, causal=True)
+    return [sparse_example(device, dtype, (1, 1, 80, 72), layout, rpe=(1, 1))]
+
+
+def _sparse_attention_backward(device, dtype):
+    (args,) = _sparse_attention(device, dtype)
+    grad = randn(device, dtype, *args[0].shape, seed=7)
+    return [(grad, *args[:3], *sparse_attention(*args), *args[3:])]
 
 
 def _moe_gate(device, dtype):
@@ -213,6 +229,8 @@ MORE = {
     "layer_norm_backward": _layer_norm_backward,
     "paged_attention": _paged_attention,
     "sample_tokens": _sample_tokens,
+    "sparse_attention": _sparse_attention,
+    "sparse_attention_backward": _sparse_attention_backward,
     "moe_gate": _moe_gate,
     "moe_gate_backward": _moe_gate_backward,
     "quantize_blocks": _quantize_blocks,

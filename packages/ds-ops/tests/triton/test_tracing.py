@@ -36,6 +36,8 @@ LAUNCHES = {
     "attention": 1,
     "attention's gradient": 2,
     "decode": 4,
+    "sparse": 1,
+    "sparse backward": 2,
 }
 
 

@@ -51,6 +51,13 @@ def graph_of(function, *shapes):
     raise AssertionError("no graph")
 
 
+def sparse(name, *tensors):
+    """An op over a layout; what is in it does not matter."""
+    layout = torch.ones(1, 4, 4, dtype=torch.bool, device="cuda")
+    plan = torch.zeros(99, dtype=torch.int32, device="cuda")
+    return ops.run(name, *tensors, layout, plan, plan, 16, False, 0.1)
+
+
 def step(param, grad, mean, square, copy):
     """A step of Adam with all that it can do, taken back."""
     undo = torch.empty(param.numel() * 6, dtype=torch.uint8, device=param.device)
@@ -152,6 +159,11 @@ def main():
         "backward": graph_of(
             lambda g, x, w, s: getattr(*backward).default(g, x, w, s.float(), None)[0],
             *((4, 64), (4, 64), (64,), (4,)),
+        ),
+        "sparse": graph_of(lambda q: sparse("sparse_attention", q, q, q), (1, 2, 64, 32)),
+        "sparse backward": graph_of(
+            lambda q: sparse("sparse_attention_backward", q, q, q, q, q, q.float().sum(-1)),
+            (1, 2, 64, 32),
         ),
         "experts": graph_of(routed, (4, 64), (4, 8), (8, 64, 32)),
         "codes": graph_of(quantized_there_and_back, (4, 64)),

@@ -39,6 +39,8 @@ OPS: Mapping[str, str] = MappingProxyType(
         "sample_tokens": "sample_tokens:sample_tokens",
         "write_kv_cache_": "kv_cache:write_kv_cache_",
         "rope_write_kv_cache_": "kv_cache:rope_write_kv_cache_",
+        "sparse_attention": "sparse_attention:sparse_attention",
+        "sparse_attention_backward": "sparse_attention:sparse_attention_backward",
         "adam_step_": "optimizer_steps:adam_step_",
         "lion_step_": "optimizer_steps:lion_step_",
         "adagrad_step_": "optimizer_steps:adagrad_step_",
