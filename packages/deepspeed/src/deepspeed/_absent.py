@@ -92,13 +92,19 @@ ABSENT: Mapping[str, str] = {
     ),
     **_below(
         "deepspeed.ops",
-        "aio compile csrc gds pin_memory quantizer random_ltd sparse_attention triton_ops",
+        "aio compile csrc gds pin_memory quantizer random_ltd triton_ops",
         "ds_ops has the kernels and optimizers, ds_ops.aio the file I/O; `ds ops report` lists "
         "them",
     ),
     "deepspeed.ops.fp_quantizer": "use ds_ops.weight_only",
     "deepspeed.ops.op_builder": "operators are built at first use: `ds ops report` lists them",
     "deepspeed.ops.transformer.inference": _INFERENCE,
+    **_below(
+        "deepspeed.ops.sparse_attention",
+        "matmul softmax trsrc",
+        "use SparseSelfAttention of deepspeed.ops.sparse_attention, which computes both in one "
+        "kernel",
+    ),
     **_below("deepspeed.profiling", "config constants", _INTERNAL),
     **_below(
         "deepspeed.runtime.activation_checkpointing",

@@ -60,6 +60,18 @@ _HOMES = {
     "weight_only_linear": "ds_core.ops.weight_only_linear",
     "WeightOnlyLinear": "ds_ops.weight_only",
     # attention and experts
+    "BertSparseSelfAttention": "ds_ops.sparse_attention",
+    "BigBirdSparsityConfig": "ds_ops.sparse_attention",
+    "BlockLayout": "ds_core.ops.block_layout",
+    "BSLongformerSparsityConfig": "ds_ops.sparse_attention",
+    "DenseSparsityConfig": "ds_ops.sparse_attention",
+    "FixedSparsityConfig": "ds_ops.sparse_attention",
+    "LocalSlidingWindowSparsityConfig": "ds_ops.sparse_attention",
+    "SparseAttentionUtils": "ds_ops.sparse_attention",
+    "SparseSelfAttention": "ds_ops.sparse_attention",
+    "SparsityConfig": "ds_ops.sparse_attention",
+    "VariableSparsityConfig": "ds_ops.sparse_attention",
+    "block_sparse_attention": "ds_core.ops.sparse_attention",
     "attention": "ds_core.ops.attention",
     "evoformer_attention": "ds_core.ops.evoformer_attention",
     "grouped_mm": "ds_core.ops.grouped_mm",
@@ -68,6 +80,8 @@ _HOMES = {
     "moe_permute": "ds_core.ops.moe_permute",
     "moe_unpermute": "ds_core.ops.moe_permute",
     "paged_attention": "ds_core.ops.paged_attention",
+    "rope_write_kv_cache": "ds_core.ops.rope_write_kv_cache",
+    "sample_tokens": "ds_core.ops.sample_tokens",
     "write_kv_cache": "ds_core.ops.kv_cache",
 }
 

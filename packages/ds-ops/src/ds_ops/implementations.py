@@ -42,6 +42,21 @@ _BOTH = ("cpu", "cuda")
 TORCH: Mapping[str, TorchKernel] = MappingProxyType(
     {
         "linear_cross_entropy": TorchKernel("linear_cross_entropy:linear_cross_entropy"),
+        "paged_attention": TorchKernel(
+            "paged_attention:paged_attention", ("cuda",), 150, "paged_attention:partly"
+        ),
+        "sample_tokens": TorchKernel("sample_tokens:sample_tokens", ("cpu",)),
+        "rope_write_kv_cache_": TorchKernel("rope_write_kv_cache:rope_write_kv_cache_", ("cpu",)),
+        "sparse_attention": TorchKernel(
+            "sparse_attention:sparse_attention",
+            ("cpu", "cuda"),
+            partly="sparse_attention:partly",
+        ),
+        "sparse_attention_backward": TorchKernel(
+            "sparse_attention:sparse_attention_backward",
+            ("cpu", "cuda"),
+            partly="sparse_attention:partly",
+        ),
         **{
             f"{name}_step_": TorchKernel(
                 f"optimizer_steps:{name}_step_", ("cuda",), 50, f"optimizer_steps:{name}_refusal"

@@ -82,3 +82,21 @@ def test_threads_write_what_one_does() -> None:
         torch.set_num_threads(before)
     assert torch.equal(*found)
     assert torch.equal(found[0][0].flatten(0, 1)[slots], k)
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_8_bit_floats_are_the_nearest_of_what_was_written(kind: torch.dtype) -> None:
+    k, v, slots = tokens()
+    k[0, 0, :4] = torch.tensor([1e9, -torch.inf, torch.nan, 0.0])
+    caches = torch.zeros(2, 2, 4, 2, 8).to(kind)
+    scale = torch.tensor([0.25, 4.0])
+    ds_ops.write_kv_cache(k, v, *caches, slots, k_scale=scale)
+    largest = torch.finfo(kind).max
+    assert caches[0][0, 0, 0, :2].tolist() == [largest, -largest]
+    assert caches[0][0, 0, 0, 2].isnan()
+    read = caches[0][0, :3].float() * scale[:, None]
+    # Half of the last bit of mantissa, or of the smallest number.
+    step = torch.finfo(kind).eps / 2
+    error = (read - k)[1:].abs()
+    assert (error <= k[1:].abs() * step + scale[:, None] * torch.finfo(kind).smallest_normal).all()
+    assert torch.equal(caches[1][0, :3].float(), v.to(kind).float())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ds_ops
-from ds_core.ops.paged_attention import example
+from ds_core.ops.paged_attention import example, fp8_example
 from ds_core.testing.contracts import OpContract
 
 CPU = torch.device("cpu")
@@ -127,3 +127,42 @@ def test_it_is_part_of_a_compiled_step() -> None:
     torch.testing.assert_close(got, expected)
     used = table[0, 1].long()
     assert torch.equal(k_cache[used, 3], k[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_cache_of_8_bit_floats_is_as_good_as_the_numbers_in_it(
+    kind: torch.dtype, dtype: torch.dtype
+) -> None:
+    sequences = [(1, 700), (90, 130), (2, 9)]
+    q, k, v, table, lengths, starts, k_scale, v_scale = fp8_example(
+        CPU, dtype, kind, sequences, (6, 2), 48
+    )
+    lists = (table, lengths, starts)
+    got = ds_ops.paged_attention(q, k, v, *lists, k_scale=k_scale, v_scale=v_scale)
+    numbers = k.float() * k_scale[:, None], v.float() * v_scale[:, None]
+    truth = ds_ops.paged_attention(q.float(), *numbers, *lists)
+    error = float((got.float() - truth).norm() / truth.norm())
+    assert error < (1e-6 if dtype is torch.float32 else 4e-3)
+
+
+def test_every_8_bit_float_is_read_as_torch_reads_it() -> None:
+    for kind in (torch.float8_e4m3fn, torch.float8_e5m2):
+        codes = torch.arange(256, dtype=torch.uint8).view(kind)
+        finite = codes[codes.float().isfinite()]
+        cache = torch.zeros(len(finite), 1, 1, 16).to(kind)
+        cache[:, 0, 0, 3] = finite
+        count = len(finite)
+        table = torch.arange(count, dtype=torch.int32)[:, None]
+        lengths = torch.ones(count, dtype=torch.int32)
+        starts = torch.arange(count + 1, dtype=torch.int32)
+        out = ds_ops.paged_attention(
+            torch.zeros(count, 1, 16), cache, cache, table, lengths, starts
+        )
+        assert torch.equal(out[:, 0, 3], finite.float())
+    nan = torch.tensor([127], dtype=torch.uint8).view(torch.float8_e4m3fn).expand(1, 1, 1, 16)
+    one = torch.ones(1, dtype=torch.int32)
+    starts = torch.tensor([0, 1], dtype=torch.int32)
+    nan = nan.contiguous()
+    out = ds_ops.paged_attention(torch.zeros(1, 1, 16), nan, nan, one[:, None] - 1, one, starts)
+    assert out.isnan().all()

@@ -5,13 +5,19 @@ from __future__ import annotations
 import torch
 
 from ds_core.ops.arguments import randn
+from ds_core.ops.block_layout import BlockLayout
 from ds_core.ops.evoformer_attention import with_gradient
 from ds_core.ops.layer_norm import reference as layer_norm
 from ds_core.ops.moe_gate import reference as moe_gate
+from ds_core.ops.paged_attention import example, fp8_example
 from ds_core.ops.quantize import reference as quantize
 from ds_core.ops.quantized_weight import BITS, quantize_weight
 from ds_core.ops.rms_norm import reference as rms_norm
+from ds_core.ops.sample_tokens import settings
 from ds_core.ops.sign_pack import reference as sign_pack
+from ds_core.ops.sparse_attention import example as sparse_example
+from ds_core.ops.sparse_attention import pattern
+from ds_core.ops.sparse_attention import reference as sparse_attention
 
 #: Wider than a program's registers: rows are read in parts.
 _WIDE = (5, 8200)
@@ -37,6 +43,39 @@ def _layer_norm_backward(device, dtype):
     ((x, weight, bias, eps, residual),) = _layer_norm(device, dtype)
     _, mean, scale, _ = layer_norm(x, weight, bias, eps)
     return [(randn(device, dtype, *_WIDE, seed=3), x, weight, mean, scale, residual)]
+
+
+def _paged_attention(device, dtype):
+    """Few sequences, long and of all a head has: cut along the keys, also where there are none."""
+    few = [(1, 1030), (2, 17)]
+    *tensors, k_scale, v_scale = fp8_example(
+        device, dtype, torch.float8_e5m2, [(1, 1060)], (3, 1), 128, 32
+    )
+    return [
+        (*example(device, dtype, few, (4, 1), 128, 16), 0.1),
+        (*example(device, dtype, few, (4, 1), 64, 16), 0.1, 700, 9.0),
+        (*tensors, 0.1, None, None, k_scale, v_scale),
+        (*example(device, dtype, [(20, 20)], (4, 1), 128, 16), 0.1),
+        (*example(device, dtype, [(20, 20)], (2, 1), 256, 16), 0.1, 11),
+    ]
+
+
+def _sample_tokens(device, dtype):
+    """A vocabulary for wide blocks."""
+    logits = randn(device, dtype, 1, 4100)
+    return [(logits, *settings(device, 1, 1.0, 40, 0.8))]
+
+
+def _sparse_attention(device, dtype):
+    """Heads too wide for the config of most."""
+    layout = BlockLayout(pattern(5), 16, causal=True)
+    return [sparse_example(device, dtype, (1, 1, 80, 72), layout, rpe=(1, 1))]
+
+
+def _sparse_attention_backward(device, dtype):
+    (args,) = _sparse_attention(device, dtype)
+    grad = randn(device, dtype, *args[0].shape, seed=7)
+    return [(grad, *args[:3], *sparse_attention(*args), *args[3:])]
 
 
 def _moe_gate(device, dtype):
@@ -188,6 +227,10 @@ MORE = {
     "rms_norm_backward": _rms_norm_backward,
     "layer_norm": _layer_norm,
     "layer_norm_backward": _layer_norm_backward,
+    "paged_attention": _paged_attention,
+    "sample_tokens": _sample_tokens,
+    "sparse_attention": _sparse_attention,
+    "sparse_attention_backward": _sparse_attention_backward,
     "moe_gate": _moe_gate,
     "moe_gate_backward": _moe_gate_backward,
     "quantize_blocks": _quantize_blocks,

@@ -35,6 +35,9 @@ LAUNCHES = {
     "biases": 2,
     "attention": 1,
     "attention's gradient": 2,
+    "decode": 4,
+    "sparse": 1,
+    "sparse backward": 2,
 }
 
 
@@ -49,7 +52,8 @@ def seen():
 def test_every_op_with_a_kernel_is_computed_by_it_on_a_gpu(seen):
     both = ["torch", "triton"]
     shared = dict.fromkeys(
-        ("grouped_mm", "grouped_mm_backward", "grouped_mm_fp8", "scaled_mm"), both
+        ("grouped_mm", "grouped_mm_backward", "grouped_mm_fp8", "scaled_mm", "paged_attention"),
+        both,
     )
     # Torch's takes what is faster there, ours 16 bits.
     shared |= {op: [*both, "reference"] for op in ("attention", "attention_backward")}

@@ -17,6 +17,7 @@ from ds_ops.triton_kernels import (
     bias_activation,
     evoformer_attention,
     norms,
+    paged_attention,
     targets,
     weight_only_linear,
 )
@@ -48,6 +49,13 @@ def graph_of(function, *shapes):
         except SeenError:
             return found
     raise AssertionError("no graph")
+
+
+def sparse(name, *tensors):
+    """An op over a layout; what is in it does not matter."""
+    layout = torch.ones(1, 4, 4, dtype=torch.bool, device="cuda")
+    plan = torch.zeros(99, dtype=torch.int32, device="cuda")
+    return ops.run(name, *tensors, layout, plan, plan, 16, False, 0.1)
 
 
 def step(param, grad, mean, square, copy):
@@ -114,9 +122,28 @@ def quantized_backward(grad, scales):
     return ops.run("weight_only_linear_backward", grad, codes, scales, None, 2048, 8)
 
 
+def decode(q, k, v):
+    """One token of one long sequence, as it is written, attended to and drawn."""
+    shapes = ((1, 64), (1,), (2,))
+    lists = (torch.zeros(shape, device="cuda", dtype=torch.int32) for shape in shapes)
+    caches = (torch.zeros(64, 16, 2, 128, device="cuda").to(torch.float8_e4m3fn) for _ in "kv")
+    k_cache, v_cache = caches
+    tables = (torch.zeros(9, 64, device="cuda") for _ in range(2))
+    place = torch.zeros(1, device="cuda", dtype=torch.int64)
+    ds_ops.rope_write_kv_cache(q, k, v, *tables, place, k_cache, v_cache, place)
+    out = ds_ops.paged_attention(q, k_cache, v_cache, *lists)
+    return ds_ops.sample_tokens(out.flatten(1), seeds=1, positions=2, top_k=5, top_p=0.5)[0]
+
+
 def main():
     targets.architecture = lambda *_: "sm_90"
-    for module in (bias_activation, evoformer_attention, norms, weight_only_linear):
+    for module in (
+        bias_activation,
+        evoformer_attention,
+        norms,
+        paged_attention,
+        weight_only_linear,
+    ):
         module.processors = lambda _: 132
     triton.runtime.driver.set_active(Driver())
     backward = (torch.ops.ds_ops, "rms_norm_backward")
@@ -132,6 +159,11 @@ def main():
         "backward": graph_of(
             lambda g, x, w, s: getattr(*backward).default(g, x, w, s.float(), None)[0],
             *((4, 64), (4, 64), (64,), (4,)),
+        ),
+        "sparse": graph_of(lambda q: sparse("sparse_attention", q, q, q), (1, 2, 64, 32)),
+        "sparse backward": graph_of(
+            lambda q: sparse("sparse_attention_backward", q, q, q, q, q, q.float().sum(-1)),
+            (1, 2, 64, 32),
         ),
         "experts": graph_of(routed, (4, 64), (4, 8), (8, 64, 32)),
         "codes": graph_of(quantized_there_and_back, (4, 64)),
@@ -163,6 +195,7 @@ def main():
         ),
         "step": graph_of(step, *[(64,)] * 5),
         "lamb": graph_of(lamb, *[(64,)] * 4),
+        "decode": graph_of(decode, (1, 8, 128), (1, 2, 128), (1, 2, 128)),
     }
     print(json.dumps(found))
 

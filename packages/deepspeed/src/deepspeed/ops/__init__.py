@@ -14,6 +14,7 @@ __getattr__, __dir__ = names_of(
     },
     submodules=(
         *("adagrad", "adam", "deepspeed4science", "fp_quantizer", "lamb", "lion", "op_builder"),
+        "sparse_attention",
         "transformer",
     ),
     missing={

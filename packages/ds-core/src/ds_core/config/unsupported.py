@@ -64,8 +64,9 @@ UNSUPPORTED: Mapping[str, Unsupported] = MappingProxyType(
             f"{_LATER}: ds-moe will bring expert parallelism", off=(False,)
         ),
         "sparse_attention": Unsupported(
-            "not supported; use torch.nn.functional.scaled_dot_product_attention or "
-            "torch.nn.attention.flex_attention in the model"
+            "the engine does not change models: give the section to "
+            "ds_ops.sparse_attention.sparsity_config, and what it returns to "
+            "ds_ops.SparseSelfAttention in the model"
         ),
         # Memory and compilation
         "graph_harvesting": Unsupported(f"{_LATER}; use torch.compile", off=(False,)),

@@ -11,7 +11,16 @@ from typing import Any
 
 import torch
 
-from ds_core.ops.arguments import FLOATS, expect, expect_float, expect_shape, expect_together, wide
+from ds_core.ops.arguments import (
+    FLOATS,
+    expect,
+    expect_float,
+    expect_shape,
+    expect_together,
+    wide,
+    wide_dtype,
+)
+from ds_core.ops.kv_cache import FP8, as_cached, expect_scales, from_cache
 from ds_core.ops.registry import run
 from ds_core.ops.tolerance import CLASS
 from ds_core.seams.op import Floor, Op
@@ -32,6 +41,8 @@ def paged_attention(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of the newest tokens of each sequence over all its keys in the cache.
 
@@ -41,9 +52,10 @@ def paged_attention(
     Args:
         q: `[tokens, heads, d]`, the queries of all sequences one behind the other; d from 16 to
             512; fp32, bf16 or fp16. Computed in fp32.
-        k_cache, v_cache: `[blocks, block_size, kv_heads, d]`, q's dtype; heads is a multiple of
-            kv_heads. May be views with equal strides whose last dimension is contiguous, such as
-            the halves of `[blocks, block_size, 2, kv_heads, d]`.
+        k_cache, v_cache: `[blocks, block_size, kv_heads, d]`, both of q's dtype, or both
+            float8_e4m3fn or float8_e5m2; heads is a multiple of kv_heads. May be views with equal
+            strides whose last dimension is contiguous, such as the halves of
+            `[blocks, block_size, 2, kv_heads, d]`.
         block_table: `[sequences, max_blocks]`, int32: key `i` of a sequence is at
             `[block_table[sequence, i // block_size], i % block_size]`. Entries that no key needs,
             and memory that no key is in, are not looked at.
@@ -54,17 +66,24 @@ def paged_attention(
         scale: of the scores; None: `1 / sqrt(d)`.
         window: each query sees this many keys, itself included; None: all before it.
         softcap: scores become `softcap * tanh(score / softcap)`; None: they stay.
+        k_scale, v_scale: `[1]` or `[kv_heads]`, fp32, for caches of 8-bit floats: by what their
+            numbers are multiplied. None: 1.
 
-    Returns `[tokens, heads, d]`, q's dtype. The result of a sequence is the same bit for bit with
-    any number of threads and whatever else is in the call. No gradient.
+    Returns `[tokens, heads, d]`, q's dtype. The same call gives the same bits every time. On a CPU
+    the result of a sequence is also the same with any number of threads and whatever else is in
+    the call; on a GPU its last bits may change with the shapes of the call, for they decide how
+    keys are shared out. No gradient.
 
-    Raises OpError or RuntimeError for shapes, dtypes, lengths or blocks that do not fit.
+    Raises OpError or RuntimeError for shapes, dtypes, lengths or blocks that do not fit. On a GPU
+    lengths, blocks and query_starts are not looked at, for the host would have to wait for them:
+    nothing outside of the tensors is read or written, queries that need a block outside of the
+    cache or of the table become NaN, and those of no sequence are whatever memory held.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     result: torch.Tensor = run(
         NAME,
         *(q, k_cache, v_cache, block_table, sequence_lengths, query_starts),
-        *(scale, window, softcap),
+        *(scale, window, softcap, k_scale, v_scale),
     )
     return result
 
@@ -79,10 +98,13 @@ def reference(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `paged_attention`, sequence by sequence: `softmax(scale * q k^T) v` with a mask."""
-    _check(q, k_cache, v_cache, block_table, sequence_lengths, query_starts, scale, window, softcap)
-    _check_values(q, k_cache, block_table, sequence_lengths, query_starts)
+    lists = (block_table, sequence_lengths, query_starts)
+    _check(q, k_cache, v_cache, *lists, scale, window, softcap, k_scale, v_scale)
+    check_values(q, k_cache, block_table, sequence_lengths, query_starts)
     block_size, kv_heads = k_cache.shape[1:3]
     group = q.shape[1] // kv_heads
     out = torch.empty_like(q)
@@ -93,8 +115,10 @@ def reference(
             continue
         blocks = block_table[sequence, : -(-length // block_size)].long()
         k, v = (
-            wide(cache[blocks]).flatten(0, 1)[:length].repeat_interleave(group, 1).transpose(0, 1)
-            for cache in (k_cache, v_cache)
+            from_cache(cache[blocks].flatten(0, 1)[:length], factor, wide_dtype(q.dtype))
+            .repeat_interleave(group, 1)
+            .transpose(0, 1)
+            for cache, factor in ((k_cache, k_scale), (v_cache, v_scale))
         )
         scores = wide(q[begin:end]).transpose(0, 1) @ k.transpose(1, 2) * scale
         if softcap is not None:
@@ -119,8 +143,11 @@ def fake(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    _check(q, k_cache, v_cache, block_table, sequence_lengths, query_starts, scale, window, softcap)
+    lists = (block_table, sequence_lengths, query_starts)
+    _check(q, k_cache, v_cache, *lists, scale, window, softcap, k_scale, v_scale)
     return torch.empty_like(q)
 
 
@@ -137,13 +164,15 @@ def _check(
     scale: float,
     window: int | None,
     softcap: float | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> None:
     expect_float(NAME, "q", q)
     expect(q.dim() == 3, NAME, "q", f"shape {list(q.shape)}", "[tokens, heads, head size]")
     low, high = HEAD_SIZES
     expect(low <= q.shape[2] <= high, NAME, "q", f"heads of {q.shape[2]}", f"{low} to {high}")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        expect(cache.dtype == q.dtype, NAME, name, cache.dtype, q.dtype)
+        expect(cache.dtype in (q.dtype, *FP8), NAME, name, cache.dtype, q.dtype)
         fits = cache.dim() == 4 and cache.shape[3] == q.shape[2]
         wanted = f"[blocks, block_size, kv_heads, {q.shape[2]}]"
         expect(fits, NAME, name, f"shape {list(cache.shape)}", wanted)
@@ -152,6 +181,8 @@ def _check(
         expect(fits, NAME, name, f"{kv_heads} heads", f"a divisor of q's {q.shape[1]} heads")
         expect(cache.shape[1] > 0, NAME, name, "blocks of 0", "1 or more")
     expect_shape(NAME, "v_cache", v_cache, k_cache.shape)
+    expect(v_cache.dtype == k_cache.dtype, NAME, "v_cache", v_cache.dtype, k_cache.dtype)
+    expect_scales(NAME, k_cache, k_scale, v_scale)
     wanted = "[sequences, max_blocks]"
     expect(block_table.dim() == 2, NAME, "block_table", f"shape {list(block_table.shape)}", wanted)
     sequences = block_table.shape[0]
@@ -171,13 +202,14 @@ def _check(
     expect(fits, NAME, "softcap", softcap, "more than 0")
 
 
-def _check_values(
+def check_values(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     block_table: torch.Tensor,
     sequence_lengths: torch.Tensor,
     query_starts: torch.Tensor,
 ) -> None:
+    """Raise OpError unless starts, lengths and blocks lead to memory that is there."""
     starts, tokens = query_starts.tolist(), q.shape[0]
     blocks, block_size = k_cache.shape[:2]
     told = f"from {starts[0]} to {starts[-1]}"
@@ -239,12 +271,30 @@ def example(
     return (q.to(device, dtype), k_cache, v_cache, *integers)
 
 
+def fp8_example(
+    device: torch.device, dtype: torch.dtype, kind: torch.dtype, *args: Any, **kwargs: Any
+) -> tuple[Any, ...]:
+    """As `example`, with caches of 8-bit floats, and a scale for all keys and one for each head."""
+    q, k_cache, v_cache, *others = example(device, dtype, *args, **kwargs)
+    k_scale = torch.tensor([0.4], device=device)
+    v_scale = torch.linspace(0.2, 0.7, k_cache.shape[2]).to(device)
+    caches = (
+        as_cached(cache, torch.empty(0, dtype=kind), scale)
+        for cache, scale in ((k_cache, k_scale), (v_cache, v_scale))
+    )
+    return (q, *caches, *others, k_scale, v_scale)
+
+
 def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    """Decode, prefill and both; shared heads, odd head sizes, windows, caches side by side."""
+    """Decode, prefill and both; shared heads, odd head sizes, windows, caches side by side; fp8."""
     mixed = [(1, 37), (21, 21), (1, 1), (0, 9), (5, 70), (0, 0), (1, 16), (2, 33)]
 
     def made(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         return example(device, dtype, *args, **kwargs)
+
+    def small(kind: torch.dtype, *more: Any, **kwargs: Any) -> tuple[Any, ...]:
+        *tensors, k_scale, v_scale = fp8_example(device, dtype, kind, mixed, **kwargs)
+        return (*tensors, 0.2, *more, k_scale, v_scale)
 
     q, k_cache, v_cache, *others = made(mixed, (6, 2), 48)
     both = torch.stack([k_cache, v_cache], 2)
@@ -256,8 +306,11 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
         (*made([(1, 1300), (3, 600)], (12, 1), 32), 0.3, None, 2.0),
         (*made([(1, 530)], (2, 2), 256, block_size=64), 0.0625, 600),
         (*made([(150, 150)], (3, 1), 104, block_size=1), 0.1),
-        (*made([(1, 5), (300, 340), (90, 90)], (4, 1), 32), 0.2),
+        (*made([(1, 5), (150, 190), (90, 90)], (4, 1), 32), 0.2),
         (*made([]), 0.125),
+        small(FP8[0], None, None, heads=(8, 4), head_size=64),
+        small(FP8[1], 20, 5.0, heads=(3, 3), head_size=80, block_size=32),
+        (q, k_cache.to(FP8[0]), v_cache.to(FP8[0]), *others, 0.2),
     ]
 
 
@@ -271,7 +324,27 @@ def refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
 
     outside = table.clone()
     outside[0, 1] = k.shape[0]
+    small, one = k.to(FP8[0]), torch.ones(1, device=device)
+    if device.type != "cpu":  # values that no GPU kernel's host looks at
+        values: list[tuple[str, tuple[Any, ...]]] = []
+    else:
+        values = [
+            ("query_starts: .*from 0 to q's 4", call(starts=starts + 1)),
+            (
+                "query_starts: .*fall",
+                call(starts=starts.clone().index_fill(0, starts[1].long(), 9)),
+            ),
+            ("sequence_lengths: got 2 .*3 queries", call(lengths=lengths - 1)),
+            ("sequence_lengths: got 900 .*at most", call(lengths=lengths * 0 + 900)),
+            ("block_table: got .*0 to", call(table=outside)),
+            ("block_table: got .*-1.*0 to", call(table=table * 0 - 1)),
+        ]
     return [
+        *values,
+        ("v_cache: got torch.float32, expected torch.float8_e4m3fn", call(k=small)),
+        ("k_scale: got .*only fp8 is scaled", call(0.1, None, None, one)),
+        ("k_scale: got torch.float16", call(0.1, None, None, one.half(), k=small, v=small)),
+        (r"v_scale: got shape \[3\]", call(0.1, None, None, None, one.repeat(3), k=small, v=small)),
         ("q: got torch.int64", call(q=q.long())),
         ("q: got shape", call(q=q[0])),
         ("q: got .*16 to 512", call(q=q[..., :8].contiguous())),
@@ -284,12 +357,6 @@ def refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
         ("sequence_lengths: got torch.float32", call(lengths=lengths.float())),
         ("sequence_lengths: got shape", call(lengths=lengths[:1])),
         ("query_starts: got shape", call(starts=starts[:2])),
-        ("query_starts: .*from 0 to q's 4", call(starts=starts + 1)),
-        ("query_starts: .*fall", call(starts=starts.clone().index_fill(0, starts[1].long(), 9))),
-        ("sequence_lengths: got 2 .*3 queries", call(lengths=lengths - 1)),
-        ("sequence_lengths: got 900 .*at most", call(lengths=lengths * 0 + 900)),
-        ("block_table: got .*0 to", call(table=outside)),
-        ("block_table: got .*-1.*0 to", call(table=table * 0 - 1)),
         ("scale: got nan", call(float("nan"))),
         ("window: got 0", call(0.1, 0)),
         ("softcap: got 0", call(0.1, None, 0.0)),
@@ -306,6 +373,8 @@ def floor(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> Floor:
     keys = pairs = 0
     for length, queries in zip(
@@ -342,7 +411,7 @@ OPS = (
         name=NAME,
         schema="(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
         "Tensor sequence_lengths, Tensor query_starts, float scale, int? window=None, "
-        "float? softcap=None) -> Tensor",
+        "float? softcap=None, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
         reference=reference,
         fake=fake,
         dtypes=FLOATS,

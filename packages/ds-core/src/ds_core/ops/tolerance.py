@@ -23,7 +23,9 @@ CLASS: Mapping[torch.dtype, float] = MappingProxyType(
 )
 
 #: For results that are moved, packed or counted, not computed.
-EXACT: Mapping[torch.dtype, float] = MappingProxyType(dict.fromkeys(CLASS, 0.0))
+EXACT: Mapping[torch.dtype, float] = MappingProxyType(
+    dict.fromkeys((*CLASS, torch.float8_e4m3fn, torch.float8_e5m2), 0.0)
+)
 
 #: How much further off than plain torch an implementation may be.
 BESIDE_TORCH = 1.5

@@ -42,7 +42,10 @@ def rows(seconds: float) -> Iterator[timing.Row]:
 def measured(kernel: GpuKernel, best: Ceilings, seconds: float) -> Iterator[timing.Row]:
     """The rows of one kernel, each beside a peer, or one without if there is none."""
     op, device = ops.get(kernel.op), torch.device("cuda")
+    refuses = ops.choose(kernel.op, "cuda", kernel.implementation).implementation.partly()
     for label, args in SIZES.get(kernel.op, op.benchmarks)(device):
+        if refuses is not None and refuses(*args) is not None:
+            continue
         ours = functools.partial(ops.run, kernel.op, *args, impl=kernel.implementation)
         peers = PEERS[kernel.op](*args) if kernel.op in PEERS else {}
         found = interleave({"ours": ours, **peers}, seconds=seconds)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from ds_core.ops.activation import activate
 from ds_core.ops.block_format import FORMATS
 from ds_core.ops.quantized_weight import unpack
+from ds_ops.bench.gpu import attention
 
 Calls = dict[str, Callable[[], object]]
 
@@ -174,6 +175,7 @@ def _weight_only_linear(
 
 PEERS: Mapping[str, Callable[..., Calls]] = MappingProxyType(
     {
+        **attention.PEERS,
         "rms_norm": _rms_norm,
         "layer_norm": _layer_norm,
         "bias_activation": _bias_activation,

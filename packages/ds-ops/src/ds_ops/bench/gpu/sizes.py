@@ -15,6 +15,7 @@ from ds_core.ops.arguments import randn
 from ds_core.ops.block_format import FORMATS
 from ds_core.ops.quantized_weight import BITS, codes_shape
 from ds_core.ops.rope import rope_tables
+from ds_ops.bench.gpu import attention
 
 Cases = list[tuple[str, tuple[Any, ...]]]
 
@@ -294,6 +295,7 @@ def _weight_only_linear_backward(device: torch.device) -> Cases:
 #: What is not here is measured at the sizes of `Op.benchmarks`.
 SIZES: Mapping[str, Callable[[torch.device], Cases]] = MappingProxyType(
     {
+        **attention.SIZES,
         "rms_norm": _rms_norm,
         "rms_norm_backward": _rms_norm_backward,
         "layer_norm": _layer_norm,

@@ -4,6 +4,8 @@
 #include <utility>
 #include <vector>
 
+#include "attention/fp8.h"
+#include "attention/fp8_cache.h"
 #include "common/op.h"
 
 namespace ds {
@@ -17,7 +19,7 @@ void check_tokens(const char* name, const Tensor& tokens, const char* cache_name
                   const Tensor& cache) {
   STD_TORCH_CHECK(tokens.is_cpu() && cache.is_cpu(), kOp, ": ", name,
                   ": not on a CPU, where this kernel runs");
-  check_dtype(kOp, cache_name, cache, tokens.scalar_type());
+  if (!is_fp8(cache)) check_dtype(kOp, cache_name, cache, tokens.scalar_type());
   STD_TORCH_CHECK(cache.dim() == 4 && cache.size(1) > 0, kOp, ": ", cache_name, ": got shape ",
                   shape_text(cache), ", expected [blocks, block_size, kv_heads, head size]");
   STD_TORCH_CHECK(tokens.dim() == 3 && tokens.size(1) == cache.size(2) &&
@@ -93,6 +95,7 @@ bool side_by_side(const Tensor& first, const Tensor& second) {
 }
 
 void check_caches(const Tensor& k_cache, const Tensor& v_cache) {
+  check_dtype(kOp, "v_cache", v_cache, k_cache.scalar_type());
   for (int64_t dim = 0; dim < 4; ++dim) {
     STD_TORCH_CHECK(k_cache.size(dim) == v_cache.size(dim), kOp, ": v_cache: got shape ",
                     shape_text(v_cache), ", expected ", shape_text(k_cache));
@@ -144,7 +147,38 @@ struct Copy {
   }
 };
 
-void write_kv_cache(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slots) {
+// Numbers of `tokens` divided by their head's scale, as 8-bit floats.
+template <typename T, typename To, typename Convert>
+void convert_token(const Copy& copy, const Scales& scales, int64_t token, int64_t slot,
+                   const Convert& convert) {
+  const Tensor& cache = copy.cache;
+  const int64_t block_size = cache.size(1), dim = cache.size(3);
+  const T* from = static_cast<const T*>(copy.tokens.const_data_ptr()) +
+                  token * copy.tokens.stride(0);
+  To* to = reinterpret_cast<To*>(copy.to) + slot / block_size * cache.stride(0) +
+           slot % block_size * cache.stride(1);
+  for (int64_t head = 0; head < cache.size(2); ++head) {
+    const float scale = scales.of(head);
+    To* at = to + head * cache.stride(2);
+    for (int64_t i = 0; i < dim; ++i) at[i] = convert(to_float(from[head * dim + i]) / scale);
+  }
+}
+
+// One token into a cache of its own dtype or, converted, into one of 8-bit floats.
+void write_token(const Copy& copy, const Scales& scales, int64_t token, int64_t slot) {
+  if (!is_fp8(copy.cache)) return copy(token, slot);
+  with_float(copy.tokens.scalar_type(), [&](auto as) {
+    using T = decltype(as);
+    if (copy.cache.scalar_type() == ScalarType::Float8_e4m3fn) {
+      convert_token<T, e4m3>(copy, scales, token, slot, to_e4m3);
+    } else {
+      convert_token<T, e5m2>(copy, scales, token, slot, to_e5m2);
+    }
+  });
+}
+
+void write_kv_cache(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slots,
+                    std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
   check_float(kOp, "k", k);
   check_dtype(kOp, "v", v, k.scalar_type());
   check_tokens("k", k, "k_cache", k_cache);
@@ -163,6 +197,13 @@ void write_kv_cache(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor s
                   shape_text(slots), ", expected [", tokens, "]");
   check_not_within("slots", slots, "k_cache", k_cache);
   check_not_within("slots", slots, "v_cache", v_cache);
+  const Scales scale_k = check_scale(kOp, "k_scale", k_scale, k_cache);
+  const Scales scale_v = check_scale(kOp, "v_scale", v_scale, v_cache);
+  for (const auto& [name, scale] : {std::pair("k_scale", &k_scale), std::pair("v_scale", &v_scale)}) {
+    if (!*scale) continue;
+    check_not_within(name, **scale, "k_cache", k_cache);
+    check_not_within(name, **scale, "v_cache", v_cache);
+  }
   const auto* slot = static_cast<const int64_t*>(slots.const_data_ptr());
   check_slots(slot, tokens, k_cache.size(0) * k_cache.size(1));
   if (k.numel() == 0) return;
@@ -171,8 +212,8 @@ void write_kv_cache(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor s
   parallel(tokens, kGrainBytes / bytes + 1, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       if (slot[token] < 0) continue;
-      copy_k(token, slot[token]);
-      copy_v(token, slot[token]);
+      write_token(copy_k, scale_k, token, slot[token]);
+      write_token(copy_v, scale_v, token, slot[token]);
     }
   });
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attention/dense_prefill.h"
+#include "attention/fp8_cache.h"
 #include "common/op.h"
 
 namespace ds {
@@ -27,7 +28,7 @@ constexpr int64_t kNoWindow = int64_t{1} << 40;
 // Caches may be views of one another's interleaved memory, but heads are contiguous.
 void check_cache(const char* name, const Tensor& cache, const Tensor& q) {
   STD_TORCH_CHECK(cache.is_cpu(), kOp, ": ", name, ": not on a CPU, where this kernel runs");
-  check_dtype(kOp, name, cache, q.scalar_type());
+  if (!is_fp8(cache)) check_dtype(kOp, name, cache, q.scalar_type());
   STD_TORCH_CHECK(cache.dim() == 4 && cache.size(3) == q.size(2), kOp, ": ", name, ": got shape ",
                   shape_text(cache), ", expected [blocks, block_size, kv_heads, ", q.size(2), "]");
   STD_TORCH_CHECK(cache.size(1) > 0 && cache.size(2) > 0 && q.size(1) % cache.size(2) == 0, kOp,
@@ -46,6 +47,7 @@ void check_shapes(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                   ", expected [tokens, heads, head size of 16 to 512]");
   check_cache("k_cache", k_cache, q);
   check_cache("v_cache", v_cache, q);
+  check_dtype(kOp, "v_cache", v_cache, k_cache.scalar_type());
   for (int64_t dim = 0; dim < 4; ++dim) {
     STD_TORCH_CHECK(k_cache.size(dim) == v_cache.size(dim), kOp, ": v_cache: got shape ",
                     shape_text(v_cache), ", expected ", shape_text(k_cache));
@@ -268,6 +270,7 @@ void compute(const PagedAttention& call, const Plan& plan) {
 void compute_dense(const PagedAttention& call, const Tensor& q, const Tensor& k_cache,
                    const Tensor& v_cache, std::vector<Sequence>& sequences, Tensor& out) {
   if (!dense_prefill_is_faster(q) || call.softcap > 0) return;
+  if (call.cache_type != CacheType::as_q) return;
   for (size_t s = 0; s < sequences.size(); ++s) {
     Sequence& sequence = sequences[s];
     const int64_t rows = sequence.queries * (call.heads / call.kv_heads);
@@ -280,9 +283,29 @@ void compute_dense(const PagedAttention& call, const Tensor& q, const Tensor& k_
   }
 }
 
+CacheType cache_type(const Tensor& cache) {
+  switch (cache.scalar_type()) {
+    case ScalarType::Float8_e4m3fn:
+      return CacheType::e4m3;
+    case ScalarType::Float8_e5m2:
+      return CacheType::e5m2;
+    default:
+      return CacheType::as_q;
+  }
+}
+
+std::vector<float> scales_by_head(const char* name, const std::optional<Tensor>& scale,
+                                  const Tensor& cache) {
+  const Scales scales = check_scale(kOp, name, scale, cache);
+  std::vector<float> found;
+  for (int64_t head = 0; head < cache.size(2); ++head) found.push_back(scales.of(head));
+  return found;
+}
+
 Tensor paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table,
                        Tensor sequence_lengths, Tensor query_starts, double scale,
-                       std::optional<int64_t> window, std::optional<double> softcap) {
+                       std::optional<int64_t> window, std::optional<double> softcap,
+                       std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
   check_shapes(q, k_cache, v_cache, block_table, sequence_lengths, query_starts);
   STD_TORCH_CHECK(std::isfinite(scale), kOp, ": scale: got ", scale, ", expected a finite number");
   STD_TORCH_CHECK(!window || *window >= 1, kOp, ": window: got ", window.value_or(0),
@@ -290,6 +313,8 @@ Tensor paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_ta
   STD_TORCH_CHECK(!softcap || (std::isfinite(*softcap) && *softcap > 0), kOp, ": softcap: got ",
                   softcap.value_or(0), ", expected more than 0");
   auto sequences = check_sequences(q, k_cache, block_table, sequence_lengths, query_starts);
+  const std::vector<float> k_scales = scales_by_head("k_scale", k_scale, k_cache);
+  const std::vector<float> v_scales = scales_by_head("v_scale", v_scale, v_cache);
   Tensor out = torch::stable::empty_like(q);
   const PagedAttention call{q.const_data_ptr(),
                             k_cache.const_data_ptr(),
@@ -307,7 +332,10 @@ Tensor paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_ta
                             std::min(window.value_or(kNoWindow), kNoWindow),
                             static_cast<float>(scale),
                             static_cast<float>(softcap.value_or(0.0)),
-                            float_type(q)};
+                            float_type(q),
+                            cache_type(k_cache),
+                            k_scales.data(),
+                            v_scales.data()};
   if (q.numel() == 0) return out;
   compute_dense(call, q, k_cache, v_cache, sequences, out);
   compute(call, make_plan(call, sequences));

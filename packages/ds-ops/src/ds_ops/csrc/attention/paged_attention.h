@@ -9,11 +9,15 @@
 
 #include <stdint.h>
 
+#include "attention/fp8.h"
 #include "common/float_type.h"
 #include "common/half.h"
 #include "common/isa.h"
 
 namespace ds {
+
+// What a cache holds: q's dtype, or 8-bit floats.
+enum class CacheType { as_q, e4m3, e5m2 };
 
 struct PagedAttention {
   const void* q;  // [tokens, heads, dim]
@@ -32,7 +36,10 @@ struct PagedAttention {
   int64_t window;  // keys that a query sees, itself included; at least 1
   float scale;
   float softcap;  // 0: none
-  FloatType type;
+  FloatType type;  // of q and out
+  CacheType cache_type;
+  const float* k_scales;  // by which numbers of a key-value head are multiplied, one for each head
+  const float* v_scales;
 };
 
 struct AttentionPart {

@@ -1,5 +1,6 @@
 #include "attention/paged_attention.h"
 
+#include "attention/fp8_simd.h"
 #include "common/float_type.h"
 #include "common/simd.h"
 
@@ -187,18 +188,26 @@ DS_INLINE int64_t row_offset(const PagedAttention& call, int64_t query_start, in
 
 // Queries in fp32 and scaled. `once`: in the last vector, lanes that the one before has are 0.
 template <typename T>
-void load_queries(const PagedAttention& call, const AttentionPart& part, int64_t kv_head, float* to,
-                  int64_t stride, bool once) {
+void load_queries_of(const PagedAttention& call, const AttentionPart& part, int64_t kv_head,
+                     float* to, int64_t stride, bool once) {
   const Row row(call.dim);
+  const float scale = call.scale * call.k_scales[kv_head];
   for (int64_t r = 0; r < part.rows; ++r) {
     const T* from = static_cast<const T*>(call.q) +
                     row_offset(call, part.query_start, kv_head, part.first_row + r);
     for (int i = 0; i < row.all; ++i) {
-      F v = load(from + row.at(i)) * call.scale;
+      F v = load(from + row.at(i)) * scale;
       if (once && i == row.whole) v = lane_numbers() >= row.all * kWidth - row.dim ? v : F{};
       store(to + r * stride + (once ? i * kWidth : row.at(i)), v);
     }
   }
+}
+
+void load_queries(const PagedAttention& call, const AttentionPart& part, int64_t kv_head, float* to,
+                  int64_t stride, bool once) {
+  by_float_type(call.type, [&](auto as) {
+    load_queries_of<decltype(as)>(call, part, kv_head, to, stride, once);
+  });
 }
 
 // Rows of a part, of one head.
@@ -406,7 +415,7 @@ void few_rows(const PagedAttention& call, const AttentionPart& part, float* scra
   const Few<T> few{call,           part,    Row(call.dim), stride,
                    (int)part.rows, scratch, scores,        scores + heads * part.rows * kKeys};
   for (int64_t head = part.kv_begin; head < part.kv_end; ++head) {
-    load_queries<T>(call, part, head, scratch + (head - part.kv_begin) * part.rows * stride, stride,
+    load_queries(call, part, head, scratch + (head - part.kv_begin) * part.rows * stride, stride,
                     true);
   }
   const T* k = static_cast<const T*>(call.k);
@@ -524,7 +533,7 @@ void many_rows(const PagedAttention& call, const AttentionPart& part, int64_t he
   memset(q + rows * stride, 0, (size_t)(padded - rows) * stride * sizeof(float));
   memset(sums + rows * stride, 0, (size_t)(padded - rows) * stride * sizeof(float));
   for (int r = rows; r < padded; ++r) factors[r] = 0.0f;
-  load_queries<T>(call, part, head, q, stride, false);
+  load_queries(call, part, head, q, stride, false);
   for (int64_t key = part.key_begin; key < part.key_end; key += kKeys) {
     const int64_t left = part.key_end - key;
     const int count = left < kKeys ? left : kKeys;
@@ -559,6 +568,7 @@ template <typename T>
 void combine(const PagedAttention& call, const AttentionResult& result) {
   const Row row(call.dim);
   const int64_t stride = attention_stride(call.dim);
+  const float scale = call.v_scales[result.kv_head];
   for (int64_t r = 0; r < result.rows; ++r) {
     float largest = kNone;
     for (int64_t p = 0; p < result.parts; ++p) {
@@ -578,14 +588,23 @@ void combine(const PagedAttention& call, const AttentionResult& result) {
     }
     T* to = static_cast<T*>(call.out) +
             row_offset(call, result.query_start, result.kv_head, result.first_row + r);
-    for (int i = 0; i < row.all; ++i) store(to + row.at(i), load(sums + i * kWidth) / total);
+    for (int i = 0; i < row.all; ++i) {
+      store(to + row.at(i), load(sums + i * kWidth) / total * scale);
+    }
   }
 }
 
 }  // namespace
 
 void attention_part(const PagedAttention& call, const AttentionPart& part, float* scratch) {
-  by_float_type(call.type, [&](auto as) { compute<decltype(as)>(call, part, scratch); });
+  switch (call.cache_type) {
+    case CacheType::e4m3:
+      return compute<e4m3>(call, part, scratch);
+    case CacheType::e5m2:
+      return compute<e5m2>(call, part, scratch);
+    default:
+      by_float_type(call.type, [&](auto as) { compute<decltype(as)>(call, part, scratch); });
+  }
 }
 
 void attention_combine(const PagedAttention& call, const AttentionResult& result) {

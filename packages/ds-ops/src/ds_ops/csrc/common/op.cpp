@@ -45,6 +45,10 @@ const char* dtype_name(ScalarType dtype) {
       return "torch.int64";
     case ScalarType::Bool:
       return "torch.bool";
+    case ScalarType::Float8_e4m3fn:
+      return "torch.float8_e4m3fn";
+    case ScalarType::Float8_e5m2:
+      return "torch.float8_e5m2";
     default:
       return "another dtype";
   }

@@ -1,0 +1,12 @@
+"""BERT's self attention by blocks: `ds_ops.sparse_attention`."""
+
+from __future__ import annotations
+
+from deepspeed._names import names_of
+
+__getattr__, __dir__ = names_of(
+    __name__,
+    {
+        "BertSparseSelfAttention": "ds_ops.sparse_attention:BertSparseSelfAttention",
+    },
+)

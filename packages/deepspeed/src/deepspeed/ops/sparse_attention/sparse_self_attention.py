@@ -1,0 +1,12 @@
+"""Attention over the blocks of a layout: `ds_ops.sparse_attention`."""
+
+from __future__ import annotations
+
+from deepspeed._names import names_of
+
+__getattr__, __dir__ = names_of(
+    __name__,
+    {
+        "SparseSelfAttention": "ds_ops.sparse_attention:SparseSelfAttention",
+    },
+)
