@@ -163,11 +163,12 @@ def test_passing_one_over_can_be_forbidden(installed, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "impl", "message"),
     [
-        ("rms_nrom", None, "there is no op 'rms_nrom'; there are .*rms_norm"),
+        ("rms_nrom", None, "there is no op 'rms_nrom'; did you mean rms_norm\\?"),
+        ("xyz", None, "there is no op 'xyz'; there are .*rms_norm"),
         ("rms_norm", "cuda", "no implementation 'cuda'; there are broken, reference"),
         ("rms_norm", "broken", "'broken' cannot run on cpu: no compiler"),
     ],
-    ids=["op", "implementation", "unavailable"],
+    ids=["op", "op that nothing is near", "implementation", "unavailable"],
 )
 def test_what_is_asked_for_by_name_runs_or_is_an_error(installed, name, impl, message):
     installed(Fake("broken", "no compiler"))
@@ -180,7 +181,11 @@ def test_what_is_asked_for_by_name_runs_or_is_an_error(installed, name, impl, me
     [
         ("DS_OPS_IMPL", "rms_norm", "expected OP=IMPLEMENTATION pairs"),
         ("DS_OPS_IMPL", "rms_norm=none", "no implementation 'none'"),
-        ("DS_OPS_IMPL", "rms_nrom=reference", "there is no op 'rms_nrom'; there are"),
+        (
+            "DS_OPS_IMPL",
+            "rms_nrom=reference",
+            "DS_OPS_IMPL: there is no op 'rms_nrom'; did you mean",
+        ),
         ("DS_OPS_FALLBACK", "silently", "expected warn or error"),
     ],
 )

@@ -197,6 +197,15 @@ def test_a_wrong_variable_is_reported_and_breaks_nothing(package, ds, monkeypatc
     assert shown.startswith("op 'rms_norm': no implementation 'none'; there are best, reference")
 
 
+def test_a_name_that_no_op_has_is_not_told_for_each(package, ds, monkeypatch):
+    package(Fake("best"))
+    monkeypatch.setenv("DS_OPS_IMPL", "*=none")
+    found = json.loads(ds("report", "--json")[1])
+    more = len(found["rows"]) - 4
+    assert len(found["advice"]) == 5
+    assert found["advice"][-1] == f"and {more} more such problems"
+
+
 def test_a_check_is_shown_by_the_report_until_the_sources_change(package, ds):
     tools = package(Fake("right"))
     code, shown = ds("check", "rms_norm")
@@ -264,10 +273,26 @@ def test_a_damaged_record_of_checks_is_as_none(package, ds, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("device", "reason", "told"),
+    [("cpu", "no compiler", "no compiler"), ("cuda", None, "it is for cuda only")],
+)
+def test_a_check_of_what_cannot_run_says_why(package, ds, device, reason, told):
+    broken = Fake("broken", reason=reason)
+    broken.devices = (device,)
+    package(broken)
+    code, shown = ds("check", "rms_norm", "--impl", "broken")
+    assert code != 0
+    assert f"no implementation 'broken' of these ops can run here; {told}" in shown
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (("check", "no_op"), "there is no op 'no_op'"),
-        (("check", "rms_norm", "--impl", "none"), "no implementation 'none' of these ops can run"),
+        (
+            ("check", "rms_norm", "--impl", "none"),
+            "no implementation 'none' of these ops can run here; there are some, reference",
+        ),
         (("bench", "norm"), "no family 'norm'; there are norms, optim"),
         (("bench", "gpu"), "ds ops bench gpu: there is no GPU"),
     ],

@@ -139,6 +139,7 @@ def _into_package(library: Path) -> Path:
 
 def _gpu(name: str) -> Target:
     """The target that an architecture's name means: "sm_90", "90a" or "gfx942"."""
+    name = name.lower()
     number = re.fullmatch(r"(?:sm_?|compute_)?(\d{2,3})[af]?", name)
     target = targets.of_architecture(f"sm_{number[1]}" if number else name)
     if target is not None:
@@ -150,7 +151,8 @@ def _gpu(name: str) -> Target:
         )
     raise BuildError(
         f"ds ops build --arch {name}: this machine is {sources.machine()}, and the library is "
-        f"built where it is used; build for {name} on such a machine"
+        f"built where it is used; build for {name} on such a machine; GPUs are "
+        f"{', '.join(targets.TARGETS)}"
     )
 
 

@@ -211,7 +211,8 @@ class TransformerLayer(torch.nn.Module):
         """The layer's output, `[batch, length, hidden_size]`; a tuple of it with return_tuple.
 
         Args:
-            hidden_states: `[batch, length, hidden_size]`, of the weights' dtype; any length.
+            hidden_states: `[batch, length, hidden_size]`, of the weights' dtype (under
+                torch.autocast of any); any length.
             attention_mask: what can be broadcast to `[batch, heads, length, length]`, such as
                 `[batch, 1, 1, length]`: added to the scores (0, or -10000 for keys that are not to
                 be seen), or bool, False for those.
@@ -274,7 +275,7 @@ class TransformerLayer(torch.nn.Module):
         else:
             normal, _ = self._norm_between(mixed, residual=x)
             inter = F.linear(normal, self.inter_w)
-        more = self._feed_forward(inter)
+        more = self._feed_forward(inter).to(normal.dtype)
         found, _ = layer_norm(
             more, self.norm_w, self.norm_b, self.config.layer_norm_eps, residual=normal
         )
@@ -288,6 +289,8 @@ class TransformerLayer(torch.nn.Module):
         self, x: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         eps = self.config.layer_norm_eps
+        # Under autocast products are narrower than what they are added to.
+        x = x.to(residual.dtype)
         return layer_norm(x, self.attn_nw, self.attn_nb, eps, residual=residual)
 
     def _between(self, x: torch.Tensor) -> torch.Tensor:
@@ -315,7 +318,7 @@ class TransformerLayer(torch.nn.Module):
         return self._dropped(_kept(self.config.gelu_checkpoint, self._activated, inter))
 
     def _activated(self, inter: torch.Tensor) -> torch.Tensor:
-        y = bias_activation(inter, self.inter_b, "gelu_tanh")
+        y = bias_activation(inter, self.inter_b.to(inter.dtype), "gelu_tanh")
         return F.linear(y, self.output_w, self.output_b)
 
     def _dropped(self, x: torch.Tensor) -> torch.Tensor:

@@ -279,9 +279,20 @@ def test_inputs_that_do_not_fit_are_refused(x: Any, mask: Any, message: str) -> 
         layer()(x, mask)
 
 
-def test_autocast_chooses_the_dtype() -> None:
+@pytest.mark.parametrize("pre", [False, True])
+@pytest.mark.parametrize("options", [(), ("normalize_invertible", "gelu_checkpoint")])
+def test_autocast_narrows_products_alone(options: tuple[str, ...], pre: bool) -> None:
+    made = layer(pre_layer_norm=pre, **dict.fromkeys(options, True))
+    x, mask = inputs()
+    expected = made(x, mask)
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer()(torch.ones(2, 7, 24)).shape == (2, 7, 24)
+        found = made(x, mask)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.05)
+    assert not torch.equal(found, expected)
+    found.square().sum().backward()
+    grads = [p.grad for p in made.parameters()]
+    assert all(grad is not None and grad.dtype is torch.float32 for grad in grads)
 
 
 def test_a_dict_is_no_config() -> None:

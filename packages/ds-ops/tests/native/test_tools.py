@@ -58,7 +58,7 @@ def test_a_library_in_the_package_comes_first_and_is_alone_there(compiler):
     [
         ("sm_70", "no kernels are made for it; expected sm_80, sm_90, sm_100, gfx942, or"),
         ("gfx1100", "no kernels are made for it"),
-        ("riscv64", "build for riscv64 on such a machine"),
+        ("riscv64", "build for riscv64 on such a machine; GPUs are sm_80"),
     ],
 )
 def test_other_architectures_are_refused(compiler, name, message):

@@ -60,7 +60,7 @@ def test_types_that_do_not_fit_the_function_are_told(tmp_path):
         compiling.compiled(wrong, config, target, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["gfx942", "gfx90a"])
+@pytest.mark.parametrize("name", ["gfx942", "GFX90a"])
 def test_the_command_compiles_for_a_gpu(name, monkeypatch):
     few = [kernel for kernel in compiling.kernels() if kernel.name.startswith("gated_")]
     monkeypatch.setattr(compiling, "kernels", lambda: few)  # all of them take minutes

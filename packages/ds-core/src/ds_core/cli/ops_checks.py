@@ -77,8 +77,23 @@ def check(names: Sequence[str], impl: str = "") -> list[Check]:
             for name in _runnable(op, device_type, impl):
                 found.append(_check(op, name, device_type))
     if impl and not found:
-        raise OpError(f"ds ops check: no implementation {impl!r} of these ops can run here")
+        raise OpError(
+            f"ds ops check: no implementation {impl!r} of these ops can run here; "
+            f"{_offered(chosen, impl)}"
+        )
     return found
+
+
+def _offered(chosen: Sequence[Op], impl: str) -> str:
+    """Why an implementation of these ops cannot run here; or which there are, if it is none."""
+    reasons: dict[str, str] = {}
+    for op in chosen:
+        for device_type in device_types():
+            for name, reason in ops.available(op.name, device_type).items():
+                reasons[name] = reasons.get(name) or reason or ""
+    if impl in reasons:
+        return f"it is {reasons[impl]}" if reasons[impl].startswith("for ") else reasons[impl]
+    return f"there are {', '.join(reasons)}"
 
 
 def _runnable(op: Op, device_type: str, impl: str) -> list[str]:

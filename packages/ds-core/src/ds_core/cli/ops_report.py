@@ -134,6 +134,8 @@ def _told(check: Check | None, version: str) -> str:
 def advice(rows: Sequence[OpRow]) -> list[str]:
     """What a newcomer should know and do, in a line for each thing."""
     problems = list(dict.fromkeys(row.problem for row in rows if row.problem))
+    if len(problems) > _FEW:
+        return [*problems[:_FEW], f"and {len(problems) - _FEW} more such problems"]
     if problems:
         return problems
     if not any(row.unavailable or row.others for row in rows):

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from ds_core import _env, plugins
+from ds_core import _env, _values, plugins
 from ds_core.errors import OpError
 from ds_core.ops import library
 from ds_core.ops.reference import Reference
@@ -66,7 +66,15 @@ def get(name: str) -> Op:
             if op.name == name:
                 found: Op = op
                 return found
-    raise OpError(f"there is no op {name!r}; there are {', '.join(names())}")
+    raise OpError(_no_op(name))
+
+
+def _no_op(name: str) -> str:
+    """That there is no such op, and which was meant, or which there are."""
+    guess = _values.nearest(name, names())
+    if guess is None:
+        return f"there is no op {name!r}; there are {', '.join(names())}"
+    return f"there is no op {name!r}; did you mean {guess}? `ds ops report` shows all"
 
 
 def _homes(name: str) -> Iterator[str]:
@@ -158,8 +166,7 @@ def choose(name: str, device_type: str, impl: str | None = None) -> Choice:
     offered = implementations(name)
     table = _env.ops_implementations()
     if unknown := table.keys() - {"*", *(names() if table else ())}:
-        there = ", ".join(names())
-        raise OpError(f"DS_OPS_IMPL: there is no op {min(unknown)!r}; there are {there}")
+        raise OpError(f"DS_OPS_IMPL: {_no_op(min(unknown))}")
     asked = impl or _named(table, name)
     if asked is not None:
         return Choice(_by_name(name, device_type, asked, offered), {})
