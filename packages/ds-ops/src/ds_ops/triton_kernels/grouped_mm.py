@@ -143,8 +143,8 @@ def grouped_gradient(
         x = tl.load(left, mask=there[None, :] & above, other=0.0)
         y = tl.load(right, mask=there[:, None] & inside, other=0.0)
         total = tl.dot(x, y, total, input_precision="ieee")
-        left += K * depth.to(tl.int64)
-        right += K * columns.to(tl.int64)
+        left += K * depth
+        right += K * columns
     at = (expert.to(tl.int64) * depth + row)[:, None] * columns + column[None, :]
     tl.store(out + at, total.to(out.dtype.element_ty), mask=above & inside)
 
