@@ -6,6 +6,7 @@ import torch
 
 from ds_core.ops.arguments import randn
 from ds_core.ops.evoformer_attention import with_gradient
+from ds_core.ops.grouped_mm_fp8 import fp8
 from ds_core.ops.layer_norm import reference as layer_norm
 from ds_core.ops.moe_gate import reference as moe_gate
 from ds_core.ops.quantize import reference as quantize
@@ -57,6 +58,23 @@ def _moe_gate_backward(device, dtype):
     _, indices, _, p = moe_gate(*args)
     dw = randn(device, torch.float32, *indices.shape, seed=1)
     return [(dw, p.flip(0), args[0], p, indices, True, "softmax", 1.0)]
+
+
+def _grouped_mm(device, dtype):
+    """More rows per expert, and columns, than the smallest tile has; rows of multiples of 16."""
+    offsets = torch.tensor([50, 80], dtype=torch.int32, device=device)
+    return [(randn(device, dtype, 80, 48), randn(device, dtype, 2, 48, 144, seed=3), offsets)]
+
+
+def _grouped_mm_backward(device, dtype):
+    ((a, _, offsets),) = _grouped_mm(device, dtype)
+    return [(a, randn(device, dtype, 80, 144, seed=5), offsets)]
+
+
+def _grouped_mm_fp8(device, dtype):
+    offsets = torch.tensor([50, 80], dtype=torch.int32, device=device)
+    scales = (randn(device, torch.float32, *shape).exp() for shape in ((80,), (2, 144)))
+    return [(fp8(device, 80, 80), fp8(device, 2, 80, 144, seed=3), *scales, offsets, dtype)]
 
 
 def _quantize_blocks(device, dtype):
@@ -188,6 +206,9 @@ MORE = {
     "rms_norm_backward": _rms_norm_backward,
     "layer_norm": _layer_norm,
     "layer_norm_backward": _layer_norm_backward,
+    "grouped_mm": _grouped_mm,
+    "grouped_mm_backward": _grouped_mm_backward,
+    "grouped_mm_fp8": _grouped_mm_fp8,
     "moe_gate": _moe_gate,
     "moe_gate_backward": _moe_gate_backward,
     "quantize_blocks": _quantize_blocks,
