@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ds_core.ops.adam_step import cases as adam_step_cases
 from ds_core.ops.arguments import randn
 from ds_core.ops.evoformer_attention import with_gradient
 from ds_core.ops.grouped_mm_fp8 import fp8
@@ -38,6 +39,13 @@ def _layer_norm_backward(device, dtype):
     ((x, weight, bias, eps, residual),) = _layer_norm(device, dtype)
     _, mean, scale, _ = layer_norm(x, weight, bias, eps)
     return [(randn(device, dtype, *_WIDE, seed=3), x, weight, mean, scale, residual)]
+
+
+def _adam_step(device, dtype):
+    """A factor in float64, which steps are told as well."""
+    scaled = [args for args in adam_step_cases(device, dtype) if None not in (args[6], args[4])]
+    *tensors, factor = scaled[-1][:7]
+    return [(*tensors, factor.double(), *scaled[-1][7:])]
 
 
 def _moe_gate(device, dtype):
@@ -199,6 +207,7 @@ def _weight_only_linear_backward(device, dtype):
 
 #: By op: a function of device and dtype that makes them.
 MORE = {
+    "adam_step_": _adam_step,
     "bias_activation_backward": _bias_activation_backward,
     "evoformer_attention": _evoformer_attention,
     "evoformer_attention_backward": _evoformer_attention_backward,
