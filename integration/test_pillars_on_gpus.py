@@ -1,4 +1,7 @@
-"""Flat shards of ds-zero on a GPU that is not there: a piece is one call of a kernel in Triton."""
+"""What ds-zero computes on a GPU that is not there, with fake tensors: by kernels of ds-ops.
+
+A piece of a flat shard is one call of a kernel; a loss by tiles is the fused one.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ import ds_ops
 from ds_core import ops
 from ds_ops.triton_kernels import targets
 from ds_zero.inner_step import InnerStep
+from ds_zero.tiled_compute import tiled_loss
 from ds_zero.unit_piece import OptimizerPiece
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -99,3 +103,21 @@ def test_a_step_of_flat_shards_is_one_kernel_for_each_piece(
     # Neither casts nor copies beside it.
     passes = ("aten::copy_", "aten::_to_copy", "aten::mul.Tensor", "aten::mul_.Tensor")
     assert not calls.others & set(passes)
+
+
+def test_a_loss_by_tiles_is_the_fused_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "architecture", lambda *_: "gfx942")
+    # Products by torch, the loss between them in place by ours.
+    assert ops.choose("linear_cross_entropy", "cuda").implementation.name == "torch"
+    assert ops.choose("cross_entropy_", "cuda").implementation.name == "triton"
+    with FakeTensorMode():
+        head = nn.Linear(16, 32, device="meta")
+        head.weight = nn.Parameter(torch.empty(32, 16, device="cuda"))
+        head.bias = nn.Parameter(torch.empty(32, device="cuda"))
+        hidden = torch.empty(3, 2, 16, device="cuda")
+        tokens = torch.empty(3, 2, device="cuda", dtype=torch.int64)
+        with Calls() as calls, torch.no_grad():
+            loss = tiled_loss(head, hidden, tokens, num_tiles=2)
+    assert calls.found == [("linear_cross_entropy", {"cuda"})]
+    assert loss.device.type == "cuda"
+    assert loss.shape == ()
