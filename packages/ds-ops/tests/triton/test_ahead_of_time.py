@@ -31,6 +31,15 @@ def test_it_compiles_and_fits(kernel, target):
     assert not wrong, "\n".join(wrong)
 
 
+def test_what_is_launched_was_compiled_ahead_of_time():
+    """Else Triton compiles anew for a number that is 1, and for one that 16 divides."""
+    for kernel in compiling.kernels():
+        own = {p.name for p in kernel.function.params if p.do_not_specialize}
+        plain = {name for name, kind in kernel.types.items() if kind in ("i32", "i64")}
+        if kernel.variant != "uneven" and not kernel.name.startswith("evoformer"):
+            assert plain <= own, f"{kernel.name}: {', '.join(sorted(plain - own))}"
+
+
 @pytest.mark.parametrize("size", ["depth", "columns"])
 def test_a_matrix_of_one_row_or_column_compiles(size):
     """Triton makes a constant of a 1, which has not all that a number has."""

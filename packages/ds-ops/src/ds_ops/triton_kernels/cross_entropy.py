@@ -24,7 +24,7 @@ def _capped(logit, softcap, CAPPED: tl.constexpr):
     return logit
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ignore_index"])
 def cross_entropy_row(
     logits,
     targets,

@@ -46,7 +46,7 @@ def _best_two(by_group, size):
     return tl.where(size > 1, first + tl.max(rest, axis=2), first)
 
 
-@triton.jit(do_not_specialize=["tokens", "k", "top_groups", "factor"])
+@triton.jit(do_not_specialize=["tokens", "k", "groups", "top_groups", "factor"])
 def gate_forward(
     logits,
     bias,

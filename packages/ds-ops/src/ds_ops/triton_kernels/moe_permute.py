@@ -104,7 +104,7 @@ def sum_counts(counts, totals, rows, experts, ROWS: tl.constexpr, EXPERTS: tl.co
     tl.store(totals + 1 + expert, total, mask=expert < experts)
 
 
-@triton.jit(do_not_specialize=["slots", "experts"])
+@triton.jit(do_not_specialize=["slots", "experts", "tokens", "k"])
 def add_counts(homes, ranks, counts, slots, experts, tokens, k, SLOTS: tl.constexpr):
     """Ranks among all slots of an expert, by choice, from those in blocks of SLOTS."""
     begin = tl.program_id(0).to(tl.int64)

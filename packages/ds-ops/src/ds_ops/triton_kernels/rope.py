@@ -12,7 +12,7 @@ from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain, t
 from ds_ops.triton_kernels.launching import launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "heads"])
 def rotate(
     x,
     cos,

@@ -111,7 +111,7 @@ def _factor(FORMAT: tl.constexpr):
     return 16.0 if FORMAT == _INT4 else 1.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def linear_one(
     x,
     codes,
@@ -247,7 +247,7 @@ def _product(a, b, total):
         return tl.dot(a, b, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts"])
 def linear_many(
     x,
     codes,
@@ -312,7 +312,7 @@ def linear_many(
     tl.store(y + at, total.to(y.dtype.element_ty), mask=there & (column < long)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def add_parts(parts, bias, y, size, width, count, BIASED: tl.constexpr, BLOCK: tl.constexpr):
     """y = the sum of `count` parts `[size]`, in their order, + bias; rows are of `width`."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
