@@ -26,13 +26,22 @@ CALLS = {
     "packed": ((64, 4, 64), 64, 2, -1, 0, 40),
     "packed, lengths unknown": ((64, 4, 64), 64, 2, -1, 0, -1),
     "empty": ((2, 64, 4, 64), 0, 2, -1, -1, None),
+    "decode": ((2, 1, 4, 64), 80, 2, -1, -1, None),
+    "some at the end of a window": ((2, 16, 4, 256), 80, 2, 20, 0, None),
+    "first token": ((2, 1, 4, 64), 1, 2, -1, 0, None),
+    "one key": ((2, 64, 4, 64), 1, 2, -1, -1, None),
 }
+#: Few queries, which are flash attention's everywhere.
+FEW = dict.fromkeys(("decode", "some at the end of a window", "first token"), FLASH)
 #: By architecture: what torch's kernels take, and by which.
 TAKEN = {
-    "sm_80": dict.fromkeys(("causal", "full", "causal behind", "window", "wide", "packed"), FLASH),
+    "sm_80": FEW
+    | dict.fromkeys(
+        ("causal", "full", "causal behind", "window", "wide", "packed", "one key"), FLASH
+    ),
     "sm_89": {"causal": FLASH},
-    "sm_90": {"causal": CUDNN, "full": CUDNN},
-    "sm_100": {"causal": CUDNN, "full": CUDNN},
+    "sm_90": FEW | {"causal": CUDNN, "full": CUDNN},
+    "sm_100": FEW | {"causal": CUDNN, "full": CUDNN},
     "gfx942": {},
 }
 
@@ -104,6 +113,33 @@ def test_torch_takes_what_it_computes_faster(gpu, architecture, name):
     assert alike(found, backward_fake(*of_backward(args)))
     backward = kernel.replace("_forward", "") + "_backward"
     assert backward in seen.names
+
+
+@pytest.mark.parametrize(("architecture", "library"), [("sm_80", "flash"), ("sm_90", "cudnn")])
+def test_a_library_that_torch_is_told_not_to_use_is_not_used(gpu, architecture, library):
+    gpu(architecture)
+    turn = getattr(torch.backends.cuda, f"enable_{library}_sdp")
+    turn(False)
+    try:
+        chosen = ops.choose("attention", "cuda").for_call(call("causal")).name
+    finally:
+        turn(True)
+    assert chosen == "triton"
+
+
+@pytest.mark.parametrize(("warns", "chosen"), [(False, "triton"), (True, "torch")])
+def test_gradients_that_must_be_the_same_in_every_run_are_not_cudnns(gpu, warns, chosen):
+    gpu("sm_90")
+    args = call("causal")
+    torch.use_deterministic_algorithms(True, warn_only=warns)
+    try:
+        found = [
+            ops.choose(name, "cuda").for_call(each).name
+            for name, each in (("attention", args), ("attention_backward", of_backward(args)))
+        ]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found == [chosen, chosen]
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])

@@ -137,6 +137,15 @@ def test_how_many_sequences_are_computed_at_once_changes_no_gradient(
         torch.testing.assert_close(whole, parts)
 
 
+def test_without_biases_no_matrix_of_scores_is_in_memory() -> None:
+    made = leaves(9, first=False, second=False, dtype=torch.float32)
+    with torch.profiler.profile() as profile:
+        op.evoformer_attention(*made).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu_backward" in names
+    assert not names & {"aten::softmax", "aten::_softmax", "aten::_safe_softmax", "aten::bmm"}
+
+
 def test_inputs_may_lie_otherwise_in_memory() -> None:
     q, k, v, bias1, bias2 = (None if t is None else t.detach() for t in leaves(5))
     assert q is not None

@@ -14,14 +14,18 @@ import warnings
 
 import interpreter_bf16
 import pytest
+import torch
 from more_cases import MORE
 
+from ds_core.errors import OpError
 from ds_core.testing.contracts import OpContract
+from ds_ops.implementations import Triton
 
 TESTS = (
     "test_results_equal_the_reference",
     "test_gradients_equal_the_reference",
     "test_bad_arguments_are_refused_by_name",
+    "test_a_tensor_on_another_device_is_refused",
 )
 
 
@@ -36,6 +40,15 @@ class Interpreted(OpContract):
 
     def cases(self, device, dtype):
         return [*super().cases(device, dtype), *MORE.get(self.op, lambda *_: [])(device, dtype)]
+
+    def test_a_tensor_on_another_device_is_refused(self):
+        """Which a GPU would read as if it were its own."""
+        args = self.cases(torch.device("cpu"), self._op().dtypes[0])[0]
+        places = [i for i, each in enumerate(args) if torch.is_tensor(each)]
+        kernel = Triton(self.op)._function()
+        for place in places if len(places) > 1 else []:
+            with pytest.raises(OpError):
+                kernel(*args[:place], args[place].to("meta"), *args[place + 1 :])
 
     def _runnable(self, device):
         return [(name, self._timed(compute)) for name, compute in super()._runnable(device)]

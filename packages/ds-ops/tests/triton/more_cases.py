@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from ds_core.ops.adam_step import cases as adam_step_cases
 from ds_core.ops.arguments import randn
 from ds_core.ops.block_layout import BlockLayout
 from ds_core.ops.evoformer_attention import with_gradient
+from ds_core.ops.grouped_mm_fp8 import fp8
 from ds_core.ops.layer_norm import reference as layer_norm
 from ds_core.ops.moe_gate import reference as moe_gate
 from ds_core.ops.paged_attention import example, fp8_example
@@ -78,6 +80,13 @@ def _sparse_attention_backward(device, dtype):
     return [(grad, *args[:3], *sparse_attention(*args), *args[3:])]
 
 
+def _adam_step(device, dtype):
+    """A factor in float64, which steps are told as well."""
+    scaled = [args for args in adam_step_cases(device, dtype) if None not in (args[6], args[4])]
+    *tensors, factor = scaled[-1][:7]
+    return [(*tensors, factor.double(), *scaled[-1][7:])]
+
+
 def _moe_gate(device, dtype):
     """More experts; groups of experts that are no power of two; infinite numbers."""
     logits = randn(device, dtype, 6, 20)
@@ -96,6 +105,23 @@ def _moe_gate_backward(device, dtype):
     _, indices, _, p = moe_gate(*args)
     dw = randn(device, torch.float32, *indices.shape, seed=1)
     return [(dw, p.flip(0), args[0], p, indices, True, "softmax", 1.0)]
+
+
+def _grouped_mm(device, dtype):
+    """More rows per expert, and columns, than the smallest tile has; rows of multiples of 16."""
+    offsets = torch.tensor([50, 80], dtype=torch.int32, device=device)
+    return [(randn(device, dtype, 80, 48), randn(device, dtype, 2, 48, 144, seed=3), offsets)]
+
+
+def _grouped_mm_backward(device, dtype):
+    ((a, _, offsets),) = _grouped_mm(device, dtype)
+    return [(a, randn(device, dtype, 80, 144, seed=5), offsets)]
+
+
+def _grouped_mm_fp8(device, dtype):
+    offsets = torch.tensor([50, 80], dtype=torch.int32, device=device)
+    scales = (randn(device, torch.float32, *shape).exp() for shape in ((80,), (2, 144)))
+    return [(fp8(device, 80, 80), fp8(device, 2, 80, 144, seed=3), *scales, offsets, dtype)]
 
 
 def _quantize_blocks(device, dtype):
@@ -220,6 +246,7 @@ def _weight_only_linear_backward(device, dtype):
 
 #: By op: a function of device and dtype that makes them.
 MORE = {
+    "adam_step_": _adam_step,
     "bias_activation_backward": _bias_activation_backward,
     "evoformer_attention": _evoformer_attention,
     "evoformer_attention_backward": _evoformer_attention_backward,
@@ -231,6 +258,9 @@ MORE = {
     "sample_tokens": _sample_tokens,
     "sparse_attention": _sparse_attention,
     "sparse_attention_backward": _sparse_attention_backward,
+    "grouped_mm": _grouped_mm,
+    "grouped_mm_backward": _grouped_mm_backward,
+    "grouped_mm_fp8": _grouped_mm_fp8,
     "moe_gate": _moe_gate,
     "moe_gate_backward": _moe_gate_backward,
     "quantize_blocks": _quantize_blocks,

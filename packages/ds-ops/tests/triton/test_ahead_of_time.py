@@ -31,6 +31,15 @@ def test_it_compiles_and_fits(kernel, target):
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.parametrize("size", ["depth", "columns"])
+def test_a_matrix_of_one_row_or_column_compiles(size):
+    """Triton makes a constant of a 1, which has not all that a number has."""
+    (kernel,) = (each for each in compiling.kernels() if each.name == "grouped_gradient:single")
+    one = dataclasses.replace(kernel, types={**kernel.types, size: 1}, variant=f"one of {size}")
+    config = one.configs[0]
+    assert not compiling.compiled(one, config, TARGETS[config.targets[0]], cache.root()).problem
+
+
 def test_what_does_not_fit_is_said(tmp_path):
     kernel, config, target = next(compiling.cells("gfx942"))
     found = compiling.compiled(kernel, config, target, tmp_path)

@@ -13,6 +13,7 @@ from ds_core.ops.arguments import (
     expect,
     expect_float,
     expect_like,
+    expect_shape,
     expect_together,
     randn,
     unaligned,
@@ -69,7 +70,7 @@ def backward_reference(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients: of gate `grad * up * act'(gate)`, of up `grad * act(gate)`."""
-    _check(gate, up, activation)
+    _check_backward(grad, gate, up, activation)
     g, v, u = wide(grad), wide(gate), wide(up)
     return (g * u * slope(v, activation)).to(gate.dtype), (g * activate(v, activation)).to(
         gate.dtype
@@ -85,7 +86,7 @@ def packed_reference(x: torch.Tensor, activation: str) -> torch.Tensor:
 
 def packed_backward_reference(grad: torch.Tensor, x: torch.Tensor, activation: str) -> torch.Tensor:
     """As `backward_reference`, of x `[..., 2 f]`; returns the gradient of x."""
-    _check_packed(x, activation)
+    _check_packed_backward(grad, x, activation)
     gate, up = x.chunk(2, dim=-1)
     return torch.cat(backward_reference(grad, gate, up, activation), dim=-1)
 
@@ -104,6 +105,21 @@ def _check_packed(x: torch.Tensor, activation: str) -> None:
     expect(activation in ACTIVATIONS, PACKED, "activation", activation, " or ".join(ACTIVATIONS))
 
 
+def _check_backward(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
+) -> None:
+    _check(gate, up, activation)
+    expect_like(NAME, "grad", grad, gate)
+    expect_together(NAME, gate, grad=grad)
+
+
+def _check_packed_backward(grad: torch.Tensor, x: torch.Tensor, activation: str) -> None:
+    _check_packed(x, activation)
+    expect_shape(PACKED, "grad", grad, (*x.shape[:-1], x.shape[-1] // 2))
+    expect(grad.dtype == x.dtype, PACKED, "grad", grad.dtype, x.dtype)
+    expect_together(PACKED, x, grad=grad)
+
+
 def fake(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     _check(gate, up, activation)
     return torch.empty_like(gate)
@@ -112,6 +128,7 @@ def fake(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
 def backward_fake(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_backward(grad, gate, up, activation)
     return torch.empty_like(gate), torch.empty_like(gate)
 
 
@@ -121,6 +138,7 @@ def packed_fake(x: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 def packed_backward_fake(grad: torch.Tensor, x: torch.Tensor, activation: str) -> torch.Tensor:
+    _check_packed_backward(grad, x, activation)
     return torch.empty_like(x)
 
 
@@ -190,6 +208,24 @@ def packed_refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
     ]
 
 
+def backward_refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
+    x = torch.ones(2, 8, device=device)
+    return [
+        ("grad: (got shape|has)", (x[:1], x, x, "silu")),
+        ("grad: got torch.float16", (x.half(), x, x, "silu")),
+        ("up: (got shape|has)", (x, x, x[:1], "silu")),
+        ("up: got torch.float16", (x, x, x.half(), "silu")),
+    ]
+
+
+def packed_backward_refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
+    x, grad = torch.ones(2, 8, device=device), torch.ones(2, 4, device=device)
+    return [
+        ("grad: (got shape|has)", (x, x, "silu")),
+        ("grad: got torch.float16", (grad.half(), x, "silu")),
+    ]
+
+
 def floor(gate: torch.Tensor, up: torch.Tensor, activation: str) -> Floor:
     return Floor(2 * gate.nbytes, gate.nbytes, 20 * gate.numel())
 
@@ -256,7 +292,7 @@ OPS = (
         dtypes=FLOATS,
         tolerance=CLASS,
         cases=backward_cases,
-        refused=lambda device: [],
+        refused=backward_refused,
         floor=backward_floor,
         benchmarks=backward_benchmarks,
     ),
@@ -281,7 +317,7 @@ OPS = (
         dtypes=FLOATS,
         tolerance=CLASS,
         cases=packed_backward_cases,
-        refused=lambda device: [],
+        refused=packed_backward_refused,
         floor=packed_backward_floor,
         benchmarks=packed_backward_benchmarks,
     ),

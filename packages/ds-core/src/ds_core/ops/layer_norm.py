@@ -101,7 +101,7 @@ def backward_reference(
     `dx = scale * (g - mean(g) - n * mean(g * n)) + grad_sum`, `dweight = sum over rows of grad * n`
     and `dbias = sum over rows of grad`.
     """
-    _check(x, weight, None, 0.0)
+    _check_backward(grad, x, weight, mean, scale, grad_sum)
     wide_grad, scale = wide(grad), scale.unsqueeze(-1)
     normal = (wide(x) - mean.unsqueeze(-1)) * scale
     g = wide_grad * wide(weight)
@@ -134,6 +134,24 @@ def _check(
         expect_like(NAME, "residual", residual, x)
 
 
+def _check_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    scale: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+) -> None:
+    _check(x, weight, None, 0.0)
+    expect_like(NAME, "grad", grad, x)
+    for name, t in (("mean", mean), ("scale", scale)):
+        expect_shape(NAME, name, t, x.shape[:-1])
+        expect(t.dtype == wide_dtype(x.dtype), NAME, name, t.dtype, wide_dtype(x.dtype))
+    if grad_sum is not None:
+        expect_like(NAME, "grad_sum", grad_sum, x)
+    expect_together(NAME, x, grad=grad, mean=mean, scale=scale, grad_sum=grad_sum)
+
+
 def fake(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -155,6 +173,7 @@ def backward_fake(
     scale: torch.Tensor,
     grad_sum: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check_backward(grad, x, weight, mean, scale, grad_sum)
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
@@ -233,6 +252,20 @@ def refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
     ]
 
 
+def backward_refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
+    x = torch.ones(2, 8, device=device)
+    weight, row = x[0], x[:, 0].clone()
+    return [
+        ("grad: (got shape|has)", (x[:1], x, weight, row, row)),
+        ("grad: got torch.float16", (x.half(), x, weight, row, row)),
+        ("weight: got", (x, x, weight[:7], row, row)),
+        ("mean: (got shape|has)", (x, x, weight, x[0].clone(), row)),
+        ("scale: (got shape|has)", (x, x, weight, row, x[0].clone())),
+        ("scale: got torch.float16", (x, x, weight, row, row.half())),
+        ("grad_sum: (got shape|has)", (x, x, weight, row, row, x[:1])),
+    ]
+
+
 def floor(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -297,7 +330,7 @@ OPS = (
         dtypes=FLOATS,
         tolerance=CLASS,
         cases=backward_cases,
-        refused=lambda device: [],
+        refused=backward_refused,
         floor=backward_floor,
         benchmarks=backward_benchmarks,
     ),

@@ -94,6 +94,7 @@ def check_undo(op: str, undo: torch.Tensor, kept: Sequence[torch.Tensor]) -> Non
     """Raise OpError unless `undo` is a flat uint8 tensor with room for exactly `kept`."""
     expect(undo.dtype is torch.uint8, op, "undo", undo.dtype, torch.uint8)
     expect_shape(op, "undo", undo, (sum(t.nbytes for t in kept),))
+    expect(undo.is_contiguous(), op, "undo", "a tensor with gaps", "a contiguous one")
 
 
 def check_rates(op: str, **rates: float) -> None:

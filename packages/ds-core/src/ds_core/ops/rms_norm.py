@@ -81,7 +81,7 @@ def backward_reference(
 
     `dx = scale * (g - n * mean(g * n)) + grad_sum` and `dweight = sum over rows of grad * n`.
     """
-    _check(x, weight, 0.0)
+    _check_backward(grad, x, weight, scale, grad_sum)
     wide_grad, scale = wide(grad), scale.unsqueeze(-1)
     normal = wide(x) * scale
     g = wide_grad * wide(weight)
@@ -106,6 +106,22 @@ def _check(
         expect_like(NAME, "residual", residual, x)
 
 
+def _check_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+) -> None:
+    _check(x, weight, 0.0)
+    expect_like(NAME, "grad", grad, x)
+    expect_shape(NAME, "scale", scale, x.shape[:-1])
+    expect(scale.dtype == wide_dtype(x.dtype), NAME, "scale", scale.dtype, wide_dtype(x.dtype))
+    if grad_sum is not None:
+        expect_like(NAME, "grad_sum", grad_sum, x)
+    expect_together(NAME, x, grad=grad, scale=scale, grad_sum=grad_sum)
+
+
 def fake(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -124,6 +140,7 @@ def backward_fake(
     scale: torch.Tensor,
     grad_sum: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_backward(grad, x, weight, scale, grad_sum)
     return torch.empty_like(x), torch.empty_like(weight)
 
 
@@ -192,6 +209,19 @@ def refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
     ]
 
 
+def backward_refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
+    x = torch.ones(2, 8, device=device)
+    weight, scale = x[0], x[:, 0].clone()
+    return [
+        ("grad: (got shape|has)", (x[:1], x, weight, scale)),
+        ("grad: got torch.float16", (x.half(), x, weight, scale)),
+        ("weight: got", (x, x, weight[:7], scale)),
+        ("scale: (got shape|has)", (x, x, weight, x[0].clone())),
+        ("scale: got torch.float16", (x, x, weight, scale.half())),
+        ("grad_sum: (got shape|has)", (x, x, weight, scale, x[:1])),
+    ]
+
+
 def floor(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -254,7 +284,7 @@ OPS = (
         dtypes=FLOATS,
         tolerance=CLASS,
         cases=backward_cases,
-        refused=lambda device: [],
+        refused=backward_refused,
         floor=backward_floor,
         benchmarks=backward_benchmarks,
     ),

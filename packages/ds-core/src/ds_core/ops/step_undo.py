@@ -101,6 +101,7 @@ def refused(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
         ("states: (got shape|has)", (x.clone(), [x[:7].clone()], None, undo)),
         ("undo: (got shape|has)", (x.clone(), [x.clone()], None, undo[:63])),
         ("undo: got torch.float32", (x.clone(), [x.clone()], None, undo.float())),
+        ("undo: ", (x.clone(), [x.clone()], None, undo.repeat(2)[::2])),
     ]
 
 

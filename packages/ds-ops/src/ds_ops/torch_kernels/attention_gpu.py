@@ -2,7 +2,9 @@
 
 cuDNN uses what sm_90 and newer have for products of matrices, flash attention as torch has it does
 not: there ours is used for what cuDNN does not take. On sm_80 and its kin flash attention is the
-faster one. Source: Dao 2023, section 4 (sm_80); Shah et al. 2024, section 4 (sm_90).
+faster one. Of few queries keys are what is read: flash attention cuts them into parts for more
+programs on any GPU, and cuDNN would plan anew for each number of keys, which in a decode changes
+with every step. Source: Dao 2023, section 4 (sm_80); Shah et al. 2024, section 4 (sm_90).
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ aten = torch.ops.aten
 DTYPES = (torch.bfloat16, torch.float16)
 #: Largest head size of cuDNN's kernels, forward and backward.
 _CUDNN_HEAD = 128
+#: Queries of a sequence, up to which they are few.
+_FEW = 16
 CUDNN, FLASH = "cudnn", "flash"
 
 
@@ -38,7 +42,9 @@ def refusal(
         return f"{q.device.type}: for NVIDIA's GPUs of sm_80 and newer only"
     if q.numel() == 0 or k.numel() == 0:
         return "q or k: without elements"
-    if target.name == "sm_80":
+    if _is_for_flash(target, q, query_starts):
+        if not torch.backends.cuda.flash_sdp_enabled():
+            return "flash attention is turned off (torch.backends.cuda.enable_flash_sdp)"
         known = query_starts is None or UNBOUNDED not in (max_queries, max_keys)
         return None if known else "query_starts: without max_queries and max_keys"
     if query_starts is not None or left != UNBOUNDED:
@@ -47,14 +53,35 @@ def refusal(
         return f"{target.name}: causal for as many queries as keys only"
     if q.shape[-1] > _CUDNN_HEAD:
         return f"q: heads of {q.shape[-1]}, up to {_CUDNN_HEAD} are taken on {target.name}"
+    return _cudnn_refusal(k)
+
+
+def _is_for_flash(
+    target: targets.Target, q: torch.Tensor, query_starts: torch.Tensor | None
+) -> bool:
+    return target.name == "sm_80" or (query_starts is None and q.shape[1:2] <= (_FEW,))
+
+
+def _cudnn_refusal(k: torch.Tensor) -> str | None:
+    """Why cuDNN's kernel is not for these keys, or at all at present, by torch's own rules."""
+    if k.shape[1:2] == (1,):
+        return "k: cuDNN takes no single key"
+    if not torch.backends.cuda.cudnn_sdp_enabled():
+        return "cuDNN's attention is turned off (torch.backends.cuda.enable_cudnn_sdp)"
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    if torch.are_deterministic_algorithms_enabled() and not warned:
+        return "cuDNN's gradients differ from run to run (torch.use_deterministic_algorithms)"
     return None
 
 
-def library(q: torch.Tensor, k: torch.Tensor, *rest: object) -> str | None:
+def library(
+    q: torch.Tensor, k: torch.Tensor, query_starts: torch.Tensor | None, *rest: object
+) -> str | None:
     """Whose kernel is for a call: `CUDNN`, `FLASH`, or None."""
-    if q.dtype not in DTYPES or refusal(q, k, *rest) is not None:  # type: ignore[arg-type]
+    refused = refusal(q, k, query_starts, *rest)  # type: ignore[arg-type]
+    if q.dtype not in DTYPES or refused is not None:
         return None
-    return FLASH if targets.of_device(q.device).name == "sm_80" else CUDNN
+    return FLASH if _is_for_flash(targets.of_device(q.device), q, query_starts) else CUDNN
 
 
 def forward(

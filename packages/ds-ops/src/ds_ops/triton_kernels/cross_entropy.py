@@ -48,17 +48,20 @@ def cross_entropy_row(
     row = tl.program_id(0).to(tl.int64)
     begin = row * classes
     target = tl.load(targets + row)
+    known = (target >= 0) & (target < classes)
+    own = tl.where(known, target, -1).to(tl.int32)
+    # Before any gradient is written, perhaps to the same place.
+    at_target = tl.load(logits + begin + own, mask=known, other=0.0).to(tl.float32)
+    at_target = _capped(at_target, softcap, CAPPED)
     largest = float("-inf")
     exponentials = 0.0
     sum_of_all = 0.0
-    at_target = 0.0
     for start in range(0, classes, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < classes
         z = tl.load(logits + begin + column, mask=inside, other=0.0).to(tl.float32)
         z = _capped(z, softcap, CAPPED)
         sum_of_all += tl.sum(tl.where(inside, z, 0.0), axis=0)
-        at_target += tl.sum(tl.where(column == target, z, 0.0), axis=0)
         z = tl.where(inside, z, float("-inf"))
         larger = tl.maximum(largest, tl.max(z, axis=0))
         shift = tl.where(larger == float("-inf"), 0.0, larger)
@@ -68,7 +71,6 @@ def cross_entropy_row(
     lse = tl.log(exponentials) + tl.where(largest == float("-inf"), 0.0, largest)
     loss = lse - (1.0 - label_smoothing) * at_target - label_smoothing * sum_of_all / classes
     loss += z_loss * lse * lse
-    known = (target >= 0) & (target < classes)
     loss = tl.where(known, loss, float("nan"))
     tl.store(losses + row, tl.where(counts, loss, 0.0))
     if GRADIENT:
@@ -80,7 +82,7 @@ def cross_entropy_row(
             z = tl.load(logits + begin + column, mask=inside, other=0.0).to(tl.float32)
             z = _capped(z, softcap, CAPPED)
             g = tl.exp(z - lse) * (1.0 + 2.0 * z_loss * lse) - label_smoothing / classes
-            g -= tl.where(column == target, 1.0 - label_smoothing, 0.0)
+            g -= tl.where(column == own, 1.0 - label_smoothing, 0.0)
             if CAPPED:
                 g *= 1.0 - (z / softcap) * (z / softcap)
             g = tl.where(counts, g * factor, 0.0).to(gradient.dtype.element_ty)

@@ -67,8 +67,11 @@ def _biased(
 
 @triton.jit
 def _sums(lse, row, rows):
-    """The logarithms to base 2 of rows' sums; 0 for one whose keys are all at -inf."""
-    value = tl.load(lse + row, mask=row < rows, other=0.0) * _LOG2E
+    """The logarithms to base 2 of rows' sums; 0 for one whose keys are all at -inf.
+
+    Infinity from `rows` on, whose weights then are 0 however large a key's bias is.
+    """
+    value = tl.load(lse + row, mask=row < rows, other=float("inf")) * _LOG2E
     return tl.where(value == float("-inf"), 0.0, value)
 
 

@@ -54,8 +54,9 @@ def fake_quantize_tile(
     at = row.to(tl.int64)[:, None] * size + column[None, :]
     value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     if LIMITED:
-        low = tl.load(limits + row * step, mask=there, other=0.0)
-        high = tl.load(limits + row * step + 1, mask=there, other=0.0)
+        at_limits = limits + row.to(tl.int64) * step
+        low = tl.load(at_limits, mask=there, other=0.0)
+        high = tl.load(at_limits + 1, mask=there, other=0.0)
         largest = tl.maximum(magnitude_of(low), magnitude_of(high))
         largest = tl.where(high >= low, largest, 0x7F800000)  # no range
     else:
@@ -145,8 +146,9 @@ def signs_tile(
     tl.store(y + at, found.to(y.dtype.element_ty), mask=mask)
 
 
-#: Groups are numbered with 32 bits, and so are places in them.
-_MOST = 2**31 - 1
+#: Groups are numbered with 32 bits, also those of the last program that are none, and so are places
+#: in them.
+_MOST = 2**31 - 16
 _CONFIGS = (
     *(
         Config({"ROWS": rows, "BLOCK": size, "WHOLE": 1}, {"size": size, "groups": _MOST}, warps)

@@ -8,6 +8,8 @@ all of them. Half the bytes of bf16 are read in any case, which is what counts w
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,7 @@ from ds_core.ops import grouped_mm_fp8 as grouped
 from ds_core.ops import scaled_mm as scaled
 from ds_core.ops.grouped_mm import ends
 from ds_ops.triton_kernels import targets
-from ds_ops.triton_kernels.grouped_mm import most_tiles, place, tile_of_rows
+from ds_ops.triton_kernels.grouped_mm import UNEVEN_TILE, even, most_tiles, place, tile_of_rows
 from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain, types
 from ds_ops.triton_kernels.launching import launch
 from ds_ops.triton_kernels.targets import MATRIX
@@ -156,7 +158,17 @@ PRODUCT, _OF_ROWS = (
     Kernel(fp8_product, _CONFIGS, _TYPES | strides, MATRIX, name)
     for name, strides in (("turned", _TURNED), ("by rows", _AS_ROWS))
 )
-KERNELS = (PRODUCT, _OF_ROWS)
+#: As that of `grouped_mm`.
+_UNEVEN = Kernel(
+    fp8_product,
+    (replace(UNEVEN_TILE, constants={**UNEVEN_TILE.constants, "NUMBERS": 0}),),
+    {
+        name: each.removesuffix(":16") if isinstance(each, str) else each
+        for name, each in PRODUCT.types.items()
+    },
+    variant="uneven",
+)
+KERNELS = (PRODUCT, _OF_ROWS, _UNEVEN)
 
 
 def grouped_mm_fp8(
@@ -214,10 +226,11 @@ def _launch(
     bits = a.view(torch.uint8)
     expect_plain(name, a=bits, scale_a=scale_a, scale_b=scale_b, bias=bias, offsets=offsets)
     (rows, depth), (experts, _, columns) = a.shape, b.shape
-    config = PRODUCT.config(name, a.device, rows=blocks(rows, experts), kin=is_kin(a.device))
+    kernel = PRODUCT if even(depth, columns, b) else _UNEVEN
+    config = kernel.config(name, a.device, rows=blocks(rows, experts), kin=is_kin(a.device))
     tiles = most_tiles(rows, experts, config.constants["M"])
     launch(
-        *(PRODUCT, config, (tiles * blocks(columns, config.constants["N"]),)),
+        *(kernel, config, (tiles * blocks(columns, config.constants["N"]),)),
         *(bits, b.view(torch.uint8), scale_a, scale_b, out if bias is None else bias, offsets),
         *(out, experts, rows, depth, columns, tiles, *b.stride()),
         BIASED=bias is not None,

@@ -18,8 +18,10 @@ import triton.language as tl
 from ds_core.ops import grouped_mm as op
 from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain, types
 from ds_ops.triton_kernels.launching import launch
-from ds_ops.triton_kernels.targets import MATRIX
+from ds_ops.triton_kernels.targets import MATRIX, TARGETS
 
+#: The most programs that clear one expert's matrix.
+_SHARING = 256
 #: Tiles of rows that are computed together, column by column.
 _TOGETHER = tl.constexpr(8)
 
@@ -137,14 +139,15 @@ def grouped_gradient(
     left = a + inner.to(tl.int64)[None, :] * depth + row[:, None]
     right = grad + inner.to(tl.int64)[:, None] * columns + column[None, :]
     above, inside = (row < depth)[:, None], (column < columns)[None, :]
+    step = tl.full((), K, tl.int64)
     total = tl.zeros((M, N), tl.float32)
     for start in range(begin, end, K):
         there = start + tl.arange(0, K) < end
         x = tl.load(left, mask=there[None, :] & above, other=0.0)
         y = tl.load(right, mask=there[:, None] & inside, other=0.0)
         total = tl.dot(x, y, total, input_precision="ieee")
-        left += K * depth.to(tl.int64)
-        right += K * columns.to(tl.int64)
+        left += step * depth
+        right += step * columns
     at = (expert.to(tl.int64) * depth + row)[:, None] * columns + column[None, :]
     tl.store(out + at, total.to(out.dtype.element_ty), mask=above & inside)
 
@@ -155,7 +158,8 @@ def clear_unnamed(
 ):
     """Zeros in those of ROWS rows that are behind the last expert's; mostly none.
 
-    EMPTY: in those of experts without rows; a row is then an expert's matrix.
+    EMPTY: in those of experts without rows; a row is then an expert's matrix. Programs that share
+    rows take every so many blocks of them.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -165,8 +169,8 @@ def clear_unnamed(
     else:
         bare = inside & (row >= tl.load(offsets + experts - 1))
     if tl.sum(bare.to(tl.int32), axis=0) > 0:
-        for start in range(0, width, BLOCK):
-            column = start + tl.arange(0, BLOCK)
+        for block in range(tl.program_id(1), tl.cdiv(width, BLOCK), tl.num_programs(1)):
+            column = block * BLOCK + tl.arange(0, BLOCK)
             at = row.to(tl.int64)[:, None] * width + column[None, :]
             nothing = tl.zeros((ROWS, BLOCK), out.dtype.element_ty)
             tl.store(out + at, nothing, mask=bare[:, None] & (column < width)[None, :])
@@ -223,6 +227,29 @@ _GRADIENT = {
         *(MATRIX, "half"),
     ),
 }
+#: For numbers that lie other than a multiple of 16 apart: they are loaded one at a time, and larger
+#: tiles would have more of them on the way than a thread has registers.
+UNEVEN_TILE = tile(64, 64, 32, 8, 2, *TARGETS)
+_UNEVEN = Kernel(
+    grouped_product,
+    (UNEVEN_TILE,),
+    types(
+        {
+            "*bf16": "a b out",
+            "*i32": "offsets",
+            "i32": "experts rows tiles depth columns b_expert b_row",
+        },
+        b_column=1,
+        EXPERTS=128,
+    ),
+    variant="uneven",
+)
+_UNEVEN_GRADIENT = Kernel(
+    grouped_gradient,
+    (UNEVEN_TILE,),
+    types({"*bf16": "a grad out", "*i32": "offsets", "i32": "experts rows depth columns"}),
+    variant="uneven",
+)
 _BEHIND, _EMPTY = (
     Kernel(
         clear_unnamed,
@@ -235,7 +262,10 @@ _BEHIND, _EMPTY = (
     )
     for rows, block, empty, name in ((16, 256, False, "behind"), (1, 2048, True, "empty"))
 )
-KERNELS = (*_HALVES, _WHOLE, *_GRADIENT.values(), _BEHIND, _EMPTY)
+KERNELS = (
+    *(*_HALVES, _WHOLE, *_GRADIENT.values(), _UNEVEN, _UNEVEN_GRADIENT),
+    *(_BEHIND, _EMPTY),
+)
 
 
 def grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -249,7 +279,12 @@ def grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch
     if a.device.type == "cpu":
         op.ends(op.NAME, offsets, len(a))
     (rows, depth), (experts, _, columns) = a.shape, b.shape
-    kernel = _WHOLE if a.dtype == torch.float32 else _HALVES[0]  # configs are the same
+    if a.dtype == torch.float32:
+        kernel = _WHOLE
+    else:
+        kernel = (
+            _HALVES[0] if even(depth, columns, b) else _UNEVEN
+        )  # configs of halves are the same
     config = kernel.config(op.NAME, a.device, rows=blocks(rows, experts))
     tiles = most_tiles(rows, experts, config.constants["M"])
     launch(
@@ -258,6 +293,11 @@ def grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch
         EXPERTS=triton.next_power_of_2(experts + 1),
     )
     return out
+
+
+def even(depth: int, columns: int, b: torch.Tensor) -> bool:
+    """Whether 16 divides all distances between numbers of a product, so that many load at once."""
+    return all(size % 16 == 0 for size in (depth, columns, *(s for s in b.stride() if s != 1)))
 
 
 def most_tiles(rows: int, experts: int, height: int) -> int:
@@ -273,7 +313,10 @@ def grouped_mm_backward(a: torch.Tensor, grad: torch.Tensor, offsets: torch.Tens
     if a.device.type == "cpu":
         op.ends(op.NAME, offsets, len(a))
     experts, depth, columns = out.shape
-    kernel = _GRADIENT[torch.float32 if a.dtype == torch.float32 else torch.bfloat16]
+    if a.dtype == torch.float32:
+        kernel = _GRADIENT[torch.float32]
+    else:
+        kernel = _GRADIENT[torch.bfloat16] if even(depth, columns, grad) else _UNEVEN_GRADIENT
     config = kernel.config(op.NAME, a.device)
     height, width = config.constants["M"], config.constants["N"]
     grid = (experts * blocks(depth, height) * blocks(columns, width),)
@@ -284,7 +327,7 @@ def grouped_mm_backward(a: torch.Tensor, grad: torch.Tensor, offsets: torch.Tens
 def clear_behind(out: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """A contiguous `[rows, width]` with zeros behind the last expert's rows, in place."""
     config = _BEHIND.config(op.NAME, out.device)
-    grid = (blocks(len(out), config.constants["ROWS"]),)
+    grid = (blocks(len(out), config.constants["ROWS"]), 1)
     sizes = (len(offsets), len(out), out.shape[1])
     launch(_BEHIND, config, grid, offsets, out, *sizes, EMPTY=False)
     return out
@@ -295,5 +338,7 @@ def clear_empty(out: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     config = _EMPTY.config(op.NAME, out.device)
     experts = len(offsets)
     sizes = (experts, experts, out[0].numel())
-    launch(_EMPTY, config, (experts,), offsets, out, *sizes, EMPTY=True)
+    # A matrix is too much for one program: 100 MB, often.
+    grid = (experts, min(blocks(sizes[2], config.constants["BLOCK"]), _SHARING))
+    launch(_EMPTY, config, grid, offsets, out, *sizes, EMPTY=True)
     return out

@@ -82,7 +82,7 @@ def lamb_apply_elements(
     p = tl.load(param + at, mask=live, other=0.0).to(tl.float32)
     factor = step_size
     if RATIO:
-        factor = factor * tl.load(ratio)
+        factor = factor * tl.load(ratio).to(tl.float32)
     p = (p - factor * tl.load(update + at, mask=live, other=0.0)).to(param.dtype.element_ty)
     tl.store(param + at, p, mask=live)
     if COPY:

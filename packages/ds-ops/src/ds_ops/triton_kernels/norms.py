@@ -13,7 +13,6 @@ import triton.language as tl
 
 from ds_core.ops import layer_norm as layer
 from ds_core.ops import rms_norm as rms
-from ds_core.ops.arguments import expect_like
 from ds_ops.triton_kernels.kernel import Config, Kernel, blocks, expect_plain, types
 from ds_ops.triton_kernels.launching import launch
 from ds_ops.triton_kernels.targets import processors
@@ -146,7 +145,7 @@ def norm_backward(
 ):
     """Every so many ROWS rows of dx, and this program's sums for weight and bias.
 
-    weight_sums, bias_sums: `[programs, width]`, fp32, zeros.
+    weight_sums, bias_sums: `[programs, width]`, fp32; zeros unless WHOLE.
     """
     column = tl.arange(0, BLOCK)
     own = tl.program_id(0).to(tl.int64) * width
@@ -211,7 +210,10 @@ _FORWARD = (
     *(_whole(16, 128, 4), _whole(2, 1024, 4), _whole(1, 4096, 8), _whole(1, 8192, 16)),
     _LOOP,
 )
-_BACKWARD = (*(_whole(16, 128, 4), _whole(2, 1024, 8), _whole(1, 4096, 16)), _LOOP)
+_BACKWARD = (
+    *(_whole(16, 128, 4), _whole(2, 1024, 8), _whole(1, 4096, 16), _whole(1, 8192, 16)),
+    _LOOP,
+)
 
 _FORWARD_TYPES = {
     "*bf16": "x weight bias residual y total",
@@ -304,8 +306,9 @@ def rms_norm_backward(
     grad_sum: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `ds_core.ops.rms_norm.backward_reference`."""
-    dx, dweight, _ = _backward(
-        _RMS_BACKWARD, "rms_norm_backward", grad, x, weight, None, scale, grad_sum
+    dx, _ = rms.backward_fake(grad, x, weight, scale, grad_sum)
+    dweight, _ = _backward(
+        _RMS_BACKWARD, "rms_norm_backward", grad, x, weight, None, scale, grad_sum, dx
     )
     return dx, dweight
 
@@ -319,7 +322,9 @@ def layer_norm_backward(
     grad_sum: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `ds_core.ops.layer_norm.backward_reference`."""
-    return _backward(_LAYER_BACKWARD, "layer_norm_backward", grad, x, weight, mean, scale, grad_sum)
+    dx, *_ = layer.backward_fake(grad, x, weight, mean, scale, grad_sum)
+    name = "layer_norm_backward"
+    return dx, *_backward(_LAYER_BACKWARD, name, grad, x, weight, mean, scale, grad_sum, dx)
 
 
 def _backward(
@@ -331,17 +336,17 @@ def _backward(
     mean: torch.Tensor | None,
     scale: torch.Tensor,
     grad_sum: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    for argument, t in (("grad", grad), ("grad_sum", grad_sum)):
-        if t is not None:
-            expect_like(op, argument, t, x)
+    dx: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fills dx; returns the gradients of weight and bias."""
     expect_plain(op, grad=grad, x=x, weight=weight, mean=mean, scale=scale, grad_sum=grad_sum)
     width, rows = x.shape[-1], scale.numel()
     config = kernel.config(op, x.device, width=width)
     tiles = blocks(rows, config.constants["ROWS"])
-    programs = min(tiles, processors(x.device) * max(1, 16 // config.warps))
-    dx = torch.empty_like(x)
-    sums = x.new_zeros((1 if mean is None else 2, programs, width), dtype=torch.float32)
+    # While one program of a multiprocessor adds up a row, another one loads.
+    programs = min(tiles, processors(x.device) * max(2, 16 // config.warps))
+    new = x.new_empty if config.constants["WHOLE"] else x.new_zeros
+    sums = new((1 if mean is None else 2, programs, width), dtype=torch.float32)
     launch(
         *(kernel, config, (programs,)),
         *(grad, x, weight, scale if mean is None else mean, scale),
@@ -356,4 +361,4 @@ def _backward(
         ADDED=grad_sum is not None,
     )
     gradients = sums.sum(1).to(weight.dtype)
-    return dx, gradients.select(0, 0), gradients.select(0, -1)
+    return gradients.select(0, 0), gradients.select(0, -1)

@@ -361,8 +361,8 @@ def dequantize_tile(
 
 # --- Configs --------------------------------------------------------------------------------------
 
-#: Blocks are numbered with 32 bits.
-_BLOCKS = 2**31 - 1
+#: Blocks are numbered with 32 bits, also those of the last program that are none.
+_BLOCKS = 2**31 - 16
 
 
 def _config(rows: int, block: int, warps: int) -> Config:

@@ -53,7 +53,7 @@ def gradient(grad, grad_scale, sign, at, mask, SCALED: tl.constexpr):
     """`grad * grad_scale * sign` in fp32."""
     g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
     if SCALED:
-        g = g * tl.load(grad_scale)
+        g = g * tl.load(grad_scale).to(tl.float32)
     return g * sign
 
 
