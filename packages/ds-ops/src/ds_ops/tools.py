@@ -19,7 +19,7 @@ from ds_ops import gpu_runs
 from ds_ops.cuda_kernels import library as cuda
 from ds_ops.cuda_kernels import toolkit
 from ds_ops.native import build, cache, limits, processor, sources, toolchain
-from ds_ops.triton_kernels import targets
+from ds_ops.triton_kernels import checked, targets
 from ds_ops.triton_kernels.targets import Target
 
 #: What measures, and is no family itself.
@@ -56,7 +56,10 @@ class Tools:
         """Those for GPUs, with the one that result files say their present source ran on."""
         known = gpu_runs.runs()
         return [
-            KernelSource(each.op, each.implementation, each.digest, gpu_runs.ran_on(each, known))
+            KernelSource(
+                *(each.op, each.implementation, each.digest, gpu_runs.ran_on(each, known)),
+                _checks(each),
+            )
             for each in gpu_runs.kernels()
         ]
 
@@ -118,6 +121,13 @@ class Tools:
         return not any(row.missed for row in found)
 
 
+def _checks(kernel: gpu_runs.GpuKernel) -> tuple[str, ...]:
+    """What this machine has seen of a kernel without a GPU."""
+    if kernel.implementation == "triton":
+        return checked.seen(kernel.op)
+    return ("built",) if cuda.find() is not None else ()
+
+
 def _families() -> list[str]:
     package = importlib.import_module("ds_ops.bench")
     found = [module.name for module in pkgutil.iter_modules(package.__path__)]
@@ -168,6 +178,8 @@ def _compiled(target: Target) -> str:
     wrong = [f"\n  {each}" for each in found if each.problem]
     if wrong:
         raise BuildError(f"ds ops build --arch {target.name}:{''.join(wrong)}")
+    for file in module.files():
+        checked.mark_compiled(file, target.name)
     names = {each.kernel for each in found}
     return (
         f"{len(names)} kernels in {len(found)} configs compile for {target.name}: none takes more "

@@ -14,7 +14,7 @@ import rounding_kernel
 from ds_core.errors import BuildError
 from ds_ops.native import cache
 from ds_ops.tools import Tools
-from ds_ops.triton_kernels import compiling
+from ds_ops.triton_kernels import checked, compiling
 from ds_ops.triton_kernels.targets import TARGETS
 
 
@@ -76,6 +76,7 @@ def test_the_command_compiles_for_a_gpu(name, monkeypatch):
     (line,) = Tools().build([name], everything=False, into_package=False)
     assert f"{len(few)} kernels in " in line
     assert "compile for gfx942" in line
+    assert "fits gfx942" in checked.seen("gated_activation")
 
 
 def test_a_long_compilation_says_how_far_it_is(monkeypatch, tmp_path, caplog):

@@ -14,7 +14,7 @@ from ds_core.errors import BuildError, OpError
 from ds_ops import gpu_runs
 from ds_ops.implementations import Triton
 from ds_ops.tools import Tools
-from ds_ops.triton_kernels import catalog, targets
+from ds_ops.triton_kernels import catalog, checked, targets
 from ds_ops.triton_kernels.kernel import Config, Kernel, types
 from ds_ops.triton_kernels.targets import TARGETS
 
@@ -186,3 +186,17 @@ def test_the_tools_tell_every_kernel():
     assert found["rms_norm", "triton"].source == catalog.digest("norms")
     assert found["sign_unpack", "cuda"].source
     assert all(kernel.ran for kernel in found.values())
+
+
+def test_checks_without_a_gpu_count_for_the_source_that_they_saw(tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_OPS_CACHE", str(tmp_path))
+    assert checked.seen("rope") == ()
+    checked.mark_interpreted("rope")
+    checked.mark_compiled("rope", "gfx942")
+    assert checked.seen("rope") == ("interpreted", "fits gfx942")
+    assert checked.seen("rope_") == ("fits gfx942",)  # of the same file
+    told = {(kernel.op, kernel.implementation): kernel.checks for kernel in Tools().kernels()}
+    assert told["rope", "triton"] == ("interpreted", "fits gfx942")
+    assert told["rms_norm", "triton"] == ()
+    monkeypatch.setattr(catalog, "digest", lambda module: "changed")
+    assert checked.seen("rope") == ()

@@ -192,12 +192,12 @@ def render(findings: OpFindings) -> str:
     if reasons:
         parts.append(table("Why not", [(f"[{n}]", reason) for reason, n in reasons.items()]))
     if findings.kernels:
-        sources: dict[tuple[str, str, str], list[str]] = {}
+        sources: dict[tuple[str, ...], list[str]] = {}
         for kernel in findings.kernels:
-            group = (kernel.implementation, kernel.source, kernel.ran)
-            sources.setdefault(group, []).append(kernel.op)
+            seen = ", ".join((*kernel.checks, kernel.ran))
+            sources.setdefault((kernel.implementation, kernel.source, seen), []).append(kernel.op)
         told = [(*group, ", ".join(of)) for group, of in sources.items()]
-        parts.append(table("Kernels for GPUs", told, header=("by", "source", "", "ops")))
+        parts.append(table("Kernels for GPUs", told, header=("by", "source", "checks", "ops")))
     if findings.facts:
         parts.append(table("Here", findings.facts.items()))
     return "\n".join(parts)

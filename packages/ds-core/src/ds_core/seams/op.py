@@ -135,12 +135,14 @@ class KernelSource:
         op, implementation: what it is.
         source: a digest of what it is made from.
         ran: on which device this very source ran, or that it never did.
+        checks: what else was seen of it on this machine, such as "interpreted" or "fits sm_90".
     """
 
     op: str
     implementation: str
     source: str
     ran: str
+    checks: tuple[str, ...] = ()
 
 
 @runtime_checkable

@@ -86,6 +86,11 @@ def kernels() -> list[Kernel]:
     return [kernel for module in modules for kernel in module.KERNELS]
 
 
+def files() -> set[str]:
+    """The files that `kernels` are in, as `catalog.modules` names them."""
+    return {kernel.function.__module__.rpartition(".")[2] for kernel in kernels()}
+
+
 def cells(*names: str) -> Iterator[tuple[Kernel, Config, Target]]:
     """Each kernel with each of its configs for each target of these names; none: for all."""
     for kernel in kernels():
