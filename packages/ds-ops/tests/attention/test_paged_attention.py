@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import ds_ops
+from ds_core.errors import OpError
 from ds_core.ops.paged_attention import example, fp8_example
 from ds_core.testing.contracts import OpContract
 
@@ -166,3 +167,15 @@ def test_every_8_bit_float_is_read_as_torch_reads_it() -> None:
     nan = nan.contiguous()
     out = ds_ops.paged_attention(torch.zeros(1, 1, 16), nan, nan, one[:, None] - 1, one, starts)
     assert out.isnan().all()
+
+
+def test_what_is_no_tensor_is_refused():
+    x = torch.ones(1, 2, 16)
+    with pytest.raises(OpError, match="paged_attention: query_starts: got None, expected a tensor"):
+        ds_ops.paged_attention(x, x, x, x, x, None)
+    with pytest.raises(OpError, match="write_kv_cache_: slots: got None, expected a tensor"):
+        ds_ops.write_kv_cache(x, x, x, x, None)
+    with pytest.raises(OpError, match="rope_write_kv_cache_: sin: got None, expected a tensor"):
+        ds_ops.rope_write_kv_cache(x, x, x, x, None, x, x, x, x)
+    with pytest.raises(OpError, match="grouped_mm: offsets: got None, expected a tensor"):
+        ds_ops.grouped_mm(x, x, None)

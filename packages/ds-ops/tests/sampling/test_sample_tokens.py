@@ -9,6 +9,7 @@ import torch
 
 import ds_ops
 from ds_core import ops
+from ds_core.errors import OpError
 from ds_core.testing.contracts import OpContract
 
 IMPLEMENTATIONS = ("reference", "torch")
@@ -157,3 +158,20 @@ def test_log_probabilities_are_those_of_the_logits_as_given():
     )  # fmt: skip
     expected = logits.log_softmax(1).gather(1, tokens[:, None])[:, 0]
     torch.testing.assert_close(told, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seeds": 1.5}, r"seeds: got 1\.5, expected an integer"),
+        ({"top_k": 2.5}, r"top_k: got 2\.5, expected an integer or torch\.int32"),
+        ({"top_p": "most"}, r"top_p: got most, expected a number or torch\.float32"),
+        ({"temperature": math.nan}, "temperature: got nan, expected a number"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty: got 0\.0, expected more than 0"),
+        ({"logits": None}, "logits: got None, expected a tensor"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(settings, message):
+    given = {"logits": torch.zeros(2, 5), "seeds": 1, "positions": 0} | settings
+    with pytest.raises(OpError, match=f"sample_tokens: {message}"):
+        ds_ops.sample_tokens(given.pop("logits"), **given)

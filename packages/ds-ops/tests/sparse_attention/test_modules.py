@@ -299,3 +299,11 @@ def test_embeddings_are_padded():
         UTILS.pad_to_block_size(8, None, None, None, None, embeds, 3, None)
     with pytest.raises(ConfigError, match="input_ids: got None"):
         UTILS.pad_to_block_size(8, None, None, None, None, None, 3, None)
+
+
+def test_what_is_of_another_kind_is_refused():
+    with pytest.raises(ConfigError, match="sparsity_config: got NoneType, expected a Sparsity"):
+        ds_ops.SparseSelfAttention(None)
+    q, _, v = qkv()
+    with pytest.raises(OpError, match="SparseSelfAttention: key: got None, expected a tensor"):
+        ds_ops.SparseSelfAttention(fixed(), max_seq_length=64)(q, None, v)

@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 
-from ds_core.ops.arguments import FLOATS, expect, expect_float, expect_together, randn, wide
+from ds_core.ops.arguments import (
+    FLOATS,
+    expect,
+    expect_float,
+    expect_tensors,
+    expect_together,
+    randn,
+    wide,
+)
 from ds_core.ops.registry import run
 from ds_core.ops.tolerance import CLASS
 from ds_core.seams.op import Autograd, Floor, Op
@@ -28,6 +36,7 @@ def grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch
     Returns `[tokens, n]` of a's dtype, summed in fp32; rows behind the last expert's are 0.
     Differentiable in a and b. Raises OpError for shapes, dtypes or offsets that do not fit.
     """
+    expect_tensors(NAME, a=a, b=b, offsets=offsets)
     out: torch.Tensor = run(NAME, a.contiguous(), b, offsets)
     return out
 

@@ -15,6 +15,7 @@ from ds_core.ops.arguments import (
     expect,
     expect_float,
     expect_shape,
+    expect_tensors,
     expect_together,
     randn,
     unaligned,
@@ -56,6 +57,7 @@ def write_kv_cache(
     written. On a GPU slots are not looked at, for the host would have to wait for them: a token
     whose slot is not in the cache is skipped, and of two with the same slot either is written.
     """
+    expect_tensors(NAME, k=k, v=v, k_cache=k_cache, v_cache=v_cache, slots=slots)
     run(NAME, k, v, k_cache, v_cache, slots, k_scale, v_scale)
 
 

@@ -16,6 +16,7 @@ from ds_core.ops.arguments import (
     expect,
     expect_float,
     expect_shape,
+    expect_tensors,
     expect_together,
     wide,
     wide_dtype,
@@ -79,6 +80,8 @@ def paged_attention(
     nothing outside of the tensors is read or written, queries that need a block outside of the
     cache or of the table become NaN, and those of no sequence are whatever memory held.
     """
+    expect_tensors(NAME, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table)
+    expect_tensors(NAME, sequence_lengths=sequence_lengths, query_starts=query_starts)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     result: torch.Tensor = run(
         NAME,

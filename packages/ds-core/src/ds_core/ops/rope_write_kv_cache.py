@@ -10,7 +10,15 @@ from typing import Any
 import torch
 
 from ds_core.ops import kv_cache, rope
-from ds_core.ops.arguments import FLOATS, expect, expect_float, expect_shape, expect_together, randn
+from ds_core.ops.arguments import (
+    FLOATS,
+    expect,
+    expect_float,
+    expect_shape,
+    expect_tensors,
+    expect_together,
+    randn,
+)
 from ds_core.ops.kv_cache import FP8
 from ds_core.ops.registry import run
 from ds_core.ops.tolerance import CLASS
@@ -56,6 +64,8 @@ def rope_write_kv_cache(
     nothing is written. On a GPU positions and slots are not looked at: a position that has no row
     makes NaN of the token's q and k, and for slots see `write_kv_cache`.
     """
+    expect_tensors(NAME, q=q, k=k, v=v, cos=cos, sin=sin, positions=positions)
+    expect_tensors(NAME, k_cache=k_cache, v_cache=v_cache, slots=slots)
     cos, sin = cos.contiguous(), sin.contiguous()
     tables = (cos, sin, positions)
     run(NAME, q, k, v, *tables, k_cache, v_cache, slots, interleaved, k_scale, v_scale)

@@ -15,6 +15,7 @@ from ds_core.ops.arguments import (
     expect,
     expect_float,
     expect_shape,
+    expect_tensors,
     expect_together,
     randn,
     wide,
@@ -28,6 +29,10 @@ NAME = "sample_tokens"
 _MASK32 = 0xFFFFFFFF
 #: Scores are cut here, so that no temperature makes infinities of them.
 LARGEST = 3.0e38
+
+
+#: Settings of rows that are no fp32.
+_INTEGERS = {"seeds": torch.int64, "positions": torch.int64, "top_k": torch.int32}
 
 
 def sample_tokens(
@@ -77,21 +82,38 @@ def sample_tokens(
 
     Raises OpError for shapes or dtypes that do not fit.
     """
-    rows = logits.shape[0]
-
-    def spread(value: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
-        if value is None or isinstance(value, torch.Tensor):
-            return value
-        return torch.full((rows,), value, dtype=dtype, device=logits.device)
-
+    expect_tensors(NAME, logits=logits)
+    given = {
+        "seeds": seeds,
+        "positions": positions,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+    }
+    by_row = [_spread(name, value, logits) for name, value in given.items()]
     result: tuple[torch.Tensor, torch.Tensor] = run(
-        NAME,
-        *(logits, spread(seeds, torch.int64), spread(positions, torch.int64)),
-        *(spread(temperature), spread(top_k, torch.int32), spread(top_p), spread(min_p)),
-        *(spread(repetition_penalty), spread(presence_penalty), spread(frequency_penalty)),
-        *(output_counts, prompt_mask),
+        NAME, logits, *by_row, output_counts, prompt_mask
     )
     return result
+
+
+def _spread(name: str, value: Any, logits: torch.Tensor) -> torch.Tensor | None:
+    """A setting for each row; of a number, which is looked at, it is the same for all."""
+    if value is None or isinstance(value, torch.Tensor):
+        return value
+    dtype = _INTEGERS.get(name, torch.float32)
+    if name in _INTEGERS:
+        expect(isinstance(value, int | torch.SymInt), NAME, name, value, f"an integer or {dtype}")
+    else:
+        expect(isinstance(value, int | float), NAME, name, value, f"a number or {dtype}")
+        expect(value == value, NAME, name, value, "a number")
+    if name == "repetition_penalty":
+        expect(value > 0, NAME, name, value, "more than 0")
+    return torch.full(logits.shape[:1], value, dtype=dtype, device=logits.device)
 
 
 def reference(

@@ -8,7 +8,7 @@ import torch
 from torch import distributed, nn
 
 from ds_core.errors import ConfigError
-from ds_core.ops.arguments import expect
+from ds_core.ops.arguments import expect, expect_tensors
 from ds_core.ops.block_layout import BlockLayout
 from ds_core.ops.sparse_attention import MODES, block_sparse_attention
 from ds_ops.sparse_attention.layouts import SparsityConfig
@@ -51,6 +51,9 @@ class SparseSelfAttention(nn.Module):
         causal: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(sparsity_config, SparsityConfig):
+            told = type(sparsity_config).__name__
+            raise ConfigError(f"{_NAME}: sparsity_config: got {told}, expected a SparsityConfig")
         modes = {"key_padding_mask_mode": key_padding_mask_mode, "attn_mask_mode": attn_mask_mode}
         for name, mode in modes.items():
             expect(mode in MODES, _NAME, name, mode, " or ".join(MODES))
@@ -107,6 +110,7 @@ class SparseSelfAttention(nn.Module):
 
         Raises OpError or ConfigError for what does not fit.
         """
+        expect_tensors(_NAME, query=query, key=key, value=value)
         shape = f"shape {list(query.shape)}"
         expect(query.dim() == 4, _NAME, "query", shape, "[batch, heads, tokens, d]")
         batch, heads, length, _ = query.shape
