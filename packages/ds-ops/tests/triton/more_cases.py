@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ds_core.ops.arguments import randn
+from ds_core.ops.attention import reference as attention
 from ds_core.ops.block_layout import BlockLayout
 from ds_core.ops.evoformer_attention import with_gradient
 from ds_core.ops.layer_norm import reference as layer_norm
@@ -43,6 +44,19 @@ def _layer_norm_backward(device, dtype):
     ((x, weight, bias, eps, residual),) = _layer_norm(device, dtype)
     _, mean, scale, _ = layer_norm(x, weight, bias, eps)
     return [(randn(device, dtype, *_WIDE, seed=3), x, weight, mean, scale, residual)]
+
+
+def _attention(device, dtype):
+    """Rows and heads that begin at no multiple of 8 elements."""
+    q = randn(device, dtype, 1, 9, 2, 36)[..., :32]
+    k, v = randn(device, dtype, 1, 70, 1, 2, 34)[..., 2:].unbind(3)
+    return [(q, k, v, None, None, 0.2, 20, 0)]
+
+
+def _attention_backward(device, dtype):
+    (args,) = _attention(device, dtype)
+    grad = randn(device, dtype, 1, 9, 2, 33)[..., :32]
+    return [(grad, None, *args[:3], *attention(*args), *args[3:])]
 
 
 def _paged_attention(device, dtype):
@@ -220,6 +234,8 @@ def _weight_only_linear_backward(device, dtype):
 
 #: By op: a function of device and dtype that makes them.
 MORE = {
+    "attention": _attention,
+    "attention_backward": _attention_backward,
     "bias_activation_backward": _bias_activation_backward,
     "evoformer_attention": _evoformer_attention,
     "evoformer_attention_backward": _evoformer_attention_backward,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 import pytest
 
@@ -29,6 +30,18 @@ def test_it_compiles_and_fits(kernel, target):
     assert found, f"{kernel} has no config for {target}"
     wrong = [str(each) for each in found if each.problem]
     assert not wrong, "\n".join(wrong)
+
+
+FAMILIES = ("attention", "evoformer_attention", "sparse_attention", "paged_attention", "kv_cache")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_that_change_from_call_to_call_make_no_new_code(family):
+    """A decode has a key more at each step: nothing may be compiled for its number."""
+    module = importlib.import_module(f"ds_ops.triton_kernels.{family}")
+    for kernel in module.KERNELS:
+        special = {p.name for p in kernel.function.params if not p.do_not_specialize}
+        assert not special & {name for name, kind in kernel.types.items() if kind == "i32"}, kernel
 
 
 def test_what_does_not_fit_is_said(tmp_path):

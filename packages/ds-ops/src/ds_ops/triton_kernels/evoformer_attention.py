@@ -75,7 +75,11 @@ def _sums(lse, row, rows):
     return tl.where(value == float("-inf"), 0.0, value)
 
 
-@triton.jit
+#: Numbers of alignments and heads, which change from call to call: one code for all.
+_PLAIN = ["sequences", "heads", "batches", "together"]
+
+
+@triton.jit(do_not_specialize=_PLAIN)
 def evoformer_forward(
     q,
     k,
@@ -138,7 +142,7 @@ def evoformer_forward(
     tl.store(lse + own + row, logarithm, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def evoformer_dq(
     grad,
     q,
@@ -200,7 +204,7 @@ def evoformer_dq(
     _put(dq + begin, slope * scale, row, rows, stride, column, width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def evoformer_dkv(
     grad,
     q,
@@ -275,7 +279,7 @@ def evoformer_dkv(
         tl.store(dbias1 + own + first + key, bias_slope, mask=key < there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def evoformer_dbias2(
     grad,
     q,
@@ -376,7 +380,7 @@ _DBIAS2_HALF = (
     _config(64, 32, 128, 4, ("sm_80", "gfx942")),
     _config(64, 64, 128, 8, ("sm_90", "sm_100")),
 )
-_FLOAT = (_config(32, 32, 32), _config(16, 16, 128, 2))
+_FLOAT = (_config(32, 32, 32), _config(16, 16, 128))
 
 _SIZES = {"i32": "sequences heads", "i32:16": "length width", "fp32": "scale"}
 _IN = "q k v bias1 bias2"
