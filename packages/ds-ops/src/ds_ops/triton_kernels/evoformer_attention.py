@@ -380,7 +380,8 @@ _DBIAS2_HALF = (
     _config(64, 32, 128, 4, ("sm_80", "gfx942")),
     _config(64, 64, 128, 8, ("sm_90", "sm_100")),
 )
-_FLOAT = (_config(32, 32, 32), _config(16, 16, 128))
+_FLOAT = (_config(32, 32, 32), _config(16, 16, 128, 2))
+_DKV_FLOAT = (_config(32, 32, 32), _config(16, 16, 128))
 
 _SIZES = {"i32": "sequences heads", "i32:16": "length width", "fp32": "scale"}
 _IN = "q k v bias1 bias2"
@@ -394,11 +395,12 @@ def _both(
     sizes: str = "",
     *,
     configs: tuple[Config, ...],
+    floats: tuple[Config, ...] = _FLOAT,
     **flags: bool,
 ) -> tuple[Kernel, Kernel]:
     """A kernel for tensors of 16 bits, and one for fp32, which no matrix instruction takes."""
     made = []
-    for kind, table, instructions in (("bf16", configs, MATRIX), ("fp32", _FLOAT, {})):
+    for kind, table, instructions in (("bf16", configs, MATRIX), ("fp32", floats, {})):
         signature = types({f"*{kind}": tensors, **_SIZES}, **flags)
         signature |= types({"*fp32": sums, "i32": f"{_SIZES['i32']} {sizes}"})
         made.append(Kernel(function, table, signature, instructions, variant=kind))
@@ -412,6 +414,7 @@ _DQ = _both(
 _DKV = _both(
     *(evoformer_dkv, f"{_GIVEN} dk dv", "lse level dbias1"),
     configs=_DKV_HALF,
+    floats=_DKV_FLOAT,
     FIRST=True,
     SECOND=True,
     WANTED=True,
