@@ -184,3 +184,21 @@ def test_the_products_compute_what_the_reference_does(index, monkeypatch):
     gradients = ops.get("attention_backward").cases(torch.device("cpu"), FP32)[index]
     truth = ops.get("attention_backward").reference(*gradients)
     torch.testing.assert_close(kernels._plain_backward(*gradients), truth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("strides", "copied"),
+    [
+        ((6400, 32, 16, 1), False),
+        ((0, 96, 32, 1), False),
+        ((6400, 36, 16, 1), True),
+        ((1 << 40, 1 << 23, 16, 1), False),
+        ((1 << 40, 1 << 24, 16, 1), True),
+    ],
+)
+def test_only_rows_that_kernels_would_not_reach_are_copied(strides, copied):
+    triton_attention = pytest.importorskip("ds_ops.triton_kernels.attention")
+    t = torch.empty_strided((1, 200, 2, 16), strides, device="meta")
+    found = triton_attention._near("q", t)
+    assert (found is not t) == copied
+    assert found.is_contiguous() or not copied

@@ -6,6 +6,7 @@ import torch
 
 from ds_core.ops.adam_step import cases as adam_step_cases
 from ds_core.ops.arguments import randn
+from ds_core.ops.attention import reference as attention
 from ds_core.ops.block_layout import BlockLayout
 from ds_core.ops.evoformer_attention import with_gradient
 from ds_core.ops.grouped_mm_fp8 import fp8
@@ -45,6 +46,19 @@ def _layer_norm_backward(device, dtype):
     ((x, weight, bias, eps, residual),) = _layer_norm(device, dtype)
     _, mean, scale, _ = layer_norm(x, weight, bias, eps)
     return [(randn(device, dtype, *_WIDE, seed=3), x, weight, mean, scale, residual)]
+
+
+def _attention(device, dtype):
+    """Rows and heads that begin at no multiple of 8 elements."""
+    q = randn(device, dtype, 1, 9, 2, 36)[..., :32]
+    k, v = randn(device, dtype, 1, 70, 1, 2, 34)[..., 2:].unbind(3)
+    return [(q, k, v, None, None, 0.2, 20, 0)]
+
+
+def _attention_backward(device, dtype):
+    (args,) = _attention(device, dtype)
+    grad = randn(device, dtype, 1, 9, 2, 33)[..., :32]
+    return [(grad, None, *args[:3], *attention(*args), *args[3:])]
 
 
 def _paged_attention(device, dtype):
@@ -247,6 +261,8 @@ def _weight_only_linear_backward(device, dtype):
 #: By op: a function of device and dtype that makes them.
 MORE = {
     "adam_step_": _adam_step,
+    "attention": _attention,
+    "attention_backward": _attention_backward,
     "bias_activation_backward": _bias_activation_backward,
     "evoformer_attention": _evoformer_attention,
     "evoformer_attention_backward": _evoformer_attention_backward,

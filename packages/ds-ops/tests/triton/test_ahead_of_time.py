@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 import pytest
 
@@ -47,6 +48,18 @@ def test_a_matrix_of_one_row_or_column_compiles(size):
     one = dataclasses.replace(kernel, types={**kernel.types, size: 1}, variant=f"one of {size}")
     config = one.configs[0]
     assert not compiling.compiled(one, config, TARGETS[config.targets[0]], cache.root()).problem
+
+
+FAMILIES = ("attention", "evoformer_attention", "sparse_attention", "paged_attention", "kv_cache")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_that_change_from_call_to_call_make_no_new_code(family):
+    """A decode has a key more at each step: nothing may be compiled for its number."""
+    module = importlib.import_module(f"ds_ops.triton_kernels.{family}")
+    for kernel in module.KERNELS:
+        special = {p.name for p in kernel.function.params if not p.do_not_specialize}
+        assert not special & {name for name, kind in kernel.types.items() if kind == "i32"}, kernel
 
 
 def test_what_does_not_fit_is_said(tmp_path):

@@ -347,6 +347,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     by_row = of([1.3, 1.0, 0.7, 1.1, 2.0, 1.2]), of([0.5, 0.0, -0.3, 1.0, 0.0, 0.2])
     strange = logits.clone()
     strange[0], strange[1, 3], strange[2, :200] = -torch.inf, torch.nan, -torch.inf
+    infinite = torch.where(logits == logits.amax(1, keepdim=True), torch.inf, logits)
+    prompt |= infinite.isinf()
     return [
         (logits, seeds, positions, *mixed),
         (equal, seeds, positions, *mixed),
@@ -361,6 +363,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
         (equal, seeds, positions, *mixed, by_row[0], None, None, None, prompt),
         (logits, seeds, positions, *mixed, None, *by_row, counts, None),
         (strange, seeds, positions, *settings(device, rows, 1.0, 9, 0.9)[2:]),
+        (infinite, seeds, positions, *mixed, by_row[0], None, None, None, prompt),
     ]
 
 

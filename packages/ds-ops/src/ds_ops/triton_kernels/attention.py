@@ -64,9 +64,9 @@ def _place(query_starts, key_starts, sequences, queries, keys, BY_KEYS: tl.const
 
 @triton.jit
 def _at(base, batch, head, begin, batch_stride, row_stride, head_stride):
-    """Where the rows of a head of a sequence begin."""
+    """Where the rows of a head of a sequence begin; strides in eights of elements."""
     at = batch * batch_stride + tl.cast(head, tl.int64) * head_stride
-    return base + at + tl.cast(begin, tl.int64) * row_stride
+    return base + (at + tl.cast(begin, tl.int64) * row_stride) * 8
 
 
 @triton.jit
@@ -96,8 +96,14 @@ def _forward_step(q, k, v, start, row, column, inner, shift, queries, keys, left
     return top, total, result
 
 
-#: Numbers that change from call to call and that no address depends on: one code for all.
-_PLAIN = ["left", "right", "sequences", "queries", "keys", "heads", "group", "eighths"]
+#: Numbers that change from call to call: one code for all. Those that addresses depend on, the head
+#: size and strides, are in eights of elements, so that addresses are known to be multiples of 16
+#: bytes whatever they are.
+_STRIDES = "q_batch q_row q_head k_batch k_row k_head v_batch v_row v_head g_batch g_row g_head"
+_PLAIN = [
+    *("left", "right", "sequences", "queries", "keys", "heads", "group", "eighths"),
+    *_STRIDES.split(),
+]
 
 
 @triton.jit(do_not_specialize=_PLAIN)
@@ -136,7 +142,8 @@ def attention_forward(
     """`out` and `lse` of M queries of one head.
 
     queries, keys: of a sequence of the batch, or of all packed ones. group: how many heads share
-    keys and values. eighths: of the head size, which D is the next size of tiles to.
+    keys and values. eighths: of the head size, which D is the next size of tiles to; strides are in
+    eights of elements too.
     """
     batch, tile, query_begin, query_count, key_begin, key_count = _place(
         query_starts, key_starts, sequences, queries, keys, False, PACKED, M
@@ -256,8 +263,9 @@ def attention_backward_queries(
     there = first + row < query_count
     grad = _at(grad, batch, head, query_begin, g_batch, g_row, g_head)
     g_tile = load_rows(grad, first, g_row, row, inner, query_count, width, True, PADDED)
-    out = _at(out, batch * queries, head, query_begin, heads * width, heads * width, width)
-    result = load_rows(out, first, heads * width, row, inner, query_count, width, True, PADDED)
+    tokens = heads * eighths
+    out = _at(out, batch * queries, head, query_begin, tokens, tokens, eighths)
+    result = load_rows(out, first, tokens, row, inner, query_count, width, True, PADDED)
     lowered = tl.sum(g_tile.to(tl.float32) * result.to(tl.float32), 1)
     at = (batch * heads + head) * queries + query_begin + first + row
     if OF_LSE:
@@ -382,19 +390,23 @@ def attention_backward_keys(
     lse += at
     delta += at
     inner_tiles, edge_tiles = inner_high - inner_low, high - low - (inner_high - inner_low)
+    # Loads are begun ahead of a loop even if it has no round: never divide by 0.
+    of_inner, of_edge = tl.maximum(inner_tiles, 1), tl.maximum(edge_tiles, 1)
     for index in range(group * inner_tiles):
-        head = tl.cast(index // inner_tiles, tl.int64)
-        start = (inner_low + index % inner_tiles) * M
+        head = tl.cast(index // of_inner, tl.int64)
+        start = (inner_low + index % of_inner) * M
         k_sum, v_sum = _key_step(
-            q + head * q_head, grad + head * g_head, lse + head * queries, delta + head * queries,
+            q + head * q_head * 8, grad + head * g_head * 8,
+            lse + head * queries, delta + head * queries,
             k_tile, v_tile, start, row, column, inner, shift, query_count, key_count, left, right,
             q_row, g_row, width, factor, k_sum, v_sum, False, PADDED,
         )  # fmt: skip
     for index in range(group * edge_tiles):
-        head = tl.cast(index // edge_tiles, tl.int64)
-        start = edge_tile(index % edge_tiles, low, inner_low, inner_high) * M
+        head = tl.cast(index // of_edge, tl.int64)
+        start = edge_tile(index % of_edge, low, inner_low, inner_high) * M
         k_sum, v_sum = _key_step(
-            q + head * q_head, grad + head * g_head, lse + head * queries, delta + head * queries,
+            q + head * q_head * 8, grad + head * g_head * 8,
+            lse + head * queries, delta + head * queries,
             k_tile, v_tile, start, row, column, inner, shift, query_count, key_count, left, right,
             q_row, g_row, width, factor, k_sum, v_sum, True, PADDED,
         )  # fmt: skip
@@ -417,7 +429,7 @@ _NEW = _NVIDIA[1:]
 #: Of sm_80: what fits into the 99 KiB of its smaller kin. Of gfx942: four warps have twice the
 #: registers that eight have. wgmma and tcgen05 need 64 rows for every four warps.
 _FORWARD = (
-    _config(128, 64, 64, 4, 3, "sm_80"),
+    _config(128, 64, 64, 8, 3, "sm_80"),
     _config(128, 64, 128, 8, 2, "sm_80"),
     _config(64, 32, 256, 8, 2, "sm_80"),
     _config(128, 128, 64, 8, 3, *_NEW),
@@ -432,7 +444,8 @@ _QUERIES = (
     _config(128, 64, 64, 8, 2, "sm_80"),
     _config(64, 64, 128, 8, 2, "sm_80"),
     _config(64, 32, 256, 8, 1, "sm_80"),
-    _config(128, 64, 64, 8, 3, *_NEW),
+    _config(128, 64, 64, 8, 3, "sm_90"),
+    _config(128, 64, 64, 4, 2, "sm_100"),
     _config(128, 64, 128, 8, 2, *_NEW),
     _config(128, 32, 256, 8, 2, *_NEW),
     _config(128, 64, 64, 4, 1, "gfx942"),
@@ -440,7 +453,7 @@ _QUERIES = (
     _config(64, 32, 256, 4, 1, "gfx942"),
 )
 _KEYS = (
-    _config(64, 64, 64, 4, 2, "sm_80"),
+    _config(64, 64, 64, 8, 2, "sm_80"),
     _config(64, 64, 128, 8, 2, "sm_80"),
     _config(64, 128, 64, 8, 2, *_NEW),
     _config(32, 128, 128, 8, 2, "sm_90"),
@@ -459,8 +472,7 @@ _TYPES = {
     "*fp32": "lse grad_lse delta",
     "*i32": "query_starts key_starts",
     "fp32": "scale",
-    "i32": "left right sequences queries keys heads group eighths",
-    "i32:16": "q_batch q_row q_head k_batch k_row k_head v_batch v_row v_head g_batch g_row g_head",
+    "i32": " ".join(_PLAIN),
 }
 
 
@@ -509,7 +521,7 @@ def attention(
         _OF_FORWARD,
         config,
         grid,
-        *(q, k, v, out, lse, *call.arguments, *call.strides(q, k, v)),
+        *(*call.tensors, out, lse, *call.arguments, *call.strides(*call.tensors)),
         **call.constants(config),
     )
     return out, lse
@@ -536,8 +548,8 @@ def attention_backward(
     dq, dk, dv = op.backward_fake(grad, grad_lse, q, k, v, out, lse, *rest)
     expect_plain("attention_backward", grad_lse=grad_lse, out=out, lse=lse)
     call = _Call(q, k, v, *rest)
-    expect(grad.stride(-1) == 1, op.NAME, "grad", f"strides {list(grad.stride())}", _ROWS)
-    head, strides = q.shape[-1], call.strides(grad, q, k, v)
+    grad = _near("grad", grad)
+    head, strides = q.shape[-1], call.strides(grad, *call.tensors)
     delta = torch.empty_like(lse)
     config = _OF_QUERIES.config("attention_backward", q.device, head=head)
     grid = (call.tiles(call.queries, config.constants["M"]), q.shape[-2])
@@ -545,7 +557,7 @@ def attention_backward(
         _OF_QUERIES,
         config,
         grid,
-        *(grad, lse if grad_lse is None else grad_lse, q, k, v, out, lse, dq, delta),
+        *(grad, lse if grad_lse is None else grad_lse, *call.tensors, out, lse, dq, delta),
         *(*call.arguments, *strides),
         OF_LSE=grad_lse is not None,
         **call.constants(config),
@@ -557,13 +569,26 @@ def attention_backward(
         of_keys,
         config,
         grid,
-        *(grad, q, k, v, lse, delta, dk, dv, *call.arguments, *strides),
+        *(grad, *call.tensors, lse, delta, dk, dv, *call.arguments, *strides),
         **call.constants(config),
     )
     return dq, dk, dv
 
 
-_ROWS = "a contiguous last dimension"
+#: Rows of the largest tile.
+_TILE = 128
+
+
+def _near(name: str, t: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied if kernels would not find its rows where they look for them.
+
+    That is at multiples of 8 elements, those of a tile within what 32 bits reach.
+    """
+    told = f"strides {list(t.stride())}"
+    expect(t.stride(-1) == 1, op.NAME, name, told, "a contiguous last dimension")
+    steps = zip(t.stride()[:-1], t.shape[:-1], strict=True)
+    even = all(stride % 8 == 0 for stride, size in steps if size > 1)
+    return t if even and t.stride(-3) * _TILE < 1 << 31 else t.contiguous()
 
 
 class _Call:
@@ -587,8 +612,7 @@ class _Call:
             raise OpError(
                 f"{op.NAME}: {refusal}; another takes it: DS_OPS_IMPL={op.NAME}=reference"
             )
-        for name, t in (("q", q), ("k", k), ("v", v)):
-            expect(t.stride(-1) == 1, op.NAME, name, f"strides {list(t.stride())}", _ROWS)
+        self.tensors = tuple(_near(name, t) for name, t in (("q", q), ("k", k), ("v", v)))
         if q.device.type == "cpu":  # a GPU would have to be waited for
             op.check_starts(q, k, query_starts, key_starts, max_queries, max_keys)
         self.queries, self.keys, self._head = q.shape[-3], k.shape[-3], q.shape[-1]
@@ -613,8 +637,9 @@ class _Call:
         return {"PACKED": self._packed, "PADDED": self._head != config.constants["D"]}
 
     def strides(self, *tensors: torch.Tensor) -> tuple[int, ...]:
-        """From one sequence of a batch, row and head to the next, of each tensor."""
+        """From one sequence of a batch, row and head to the next, of each tensor, in eights."""
         found: list[int] = []
         for t in tensors:
-            found += (0, *t.stride()[:-1]) if self._packed else t.stride()[:-1]
+            steps = [stride // 8 for stride in t.stride()[:-1]]
+            found += [0, *steps] if self._packed else steps
         return tuple(found)

@@ -47,9 +47,11 @@ def load_rows(base, start, stride, row, inner, rows, width, EDGE: tl.constexpr,
               PADDED: tl.constexpr):  # fmt: skip
     """Rows `start + row` of a matrix, `[len(row), len(inner)]`; 0 outside of it.
 
-    EDGE: some of them may be behind its `rows`; PADDED: inner may be longer than its `width`.
+    stride: from row to row, in eights of elements. EDGE: some of them may be behind its `rows`;
+    PADDED: inner may be longer than its `width`.
     """
     # Only the first row may be far away: offsets in a tile are 32 bits.
+    stride *= 8
     at = base + tl.cast(start, tl.int64) * stride + (row[:, None] * stride + inner[None, :])
     if EDGE:
         mask = (row < rows - start)[:, None]

@@ -75,7 +75,11 @@ def _sums(lse, row, rows):
     return tl.where(value == float("-inf"), 0.0, value)
 
 
-@triton.jit
+#: Numbers of alignments and heads, which change from call to call: one code for all.
+_PLAIN = ["sequences", "heads", "batches", "together"]
+
+
+@triton.jit(do_not_specialize=_PLAIN)
 def evoformer_forward(
     q,
     k,
@@ -138,7 +142,7 @@ def evoformer_forward(
     tl.store(lse + own + row, logarithm, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def evoformer_dq(
     grad,
     q,
@@ -200,7 +204,7 @@ def evoformer_dq(
     _put(dq + begin, slope * scale, row, rows, stride, column, width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def evoformer_dkv(
     grad,
     q,
@@ -275,7 +279,7 @@ def evoformer_dkv(
         tl.store(dbias1 + own + first + key, bias_slope, mask=key < there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def evoformer_dbias2(
     grad,
     q,
@@ -377,6 +381,7 @@ _DBIAS2_HALF = (
     _config(64, 64, 128, 8, ("sm_90", "sm_100")),
 )
 _FLOAT = (_config(32, 32, 32), _config(16, 16, 128, 2))
+_DKV_FLOAT = (_config(32, 32, 32), _config(16, 16, 128))
 
 _SIZES = {"i32": "sequences heads", "i32:16": "length width", "fp32": "scale"}
 _IN = "q k v bias1 bias2"
@@ -390,11 +395,12 @@ def _both(
     sizes: str = "",
     *,
     configs: tuple[Config, ...],
+    floats: tuple[Config, ...] = _FLOAT,
     **flags: bool,
 ) -> tuple[Kernel, Kernel]:
     """A kernel for tensors of 16 bits, and one for fp32, which no matrix instruction takes."""
     made = []
-    for kind, table, instructions in (("bf16", configs, MATRIX), ("fp32", _FLOAT, {})):
+    for kind, table, instructions in (("bf16", configs, MATRIX), ("fp32", floats, {})):
         signature = types({f"*{kind}": tensors, **_SIZES}, **flags)
         signature |= types({"*fp32": sums, "i32": f"{_SIZES['i32']} {sizes}"})
         made.append(Kernel(function, table, signature, instructions, variant=kind))
@@ -408,6 +414,7 @@ _DQ = _both(
 _DKV = _both(
     *(evoformer_dkv, f"{_GIVEN} dk dv", "lse level dbias1"),
     configs=_DKV_HALF,
+    floats=_DKV_FLOAT,
     FIRST=True,
     SECOND=True,
     WANTED=True,

@@ -55,7 +55,11 @@ def _copy(source, target, begin, end, there, scale, FORMAT: tl.constexpr, BLOCK:
         _put(target + element, x, x.dtype, scale, mask, FORMAT)
 
 
-@triton.jit
+#: Numbers that no address depends on: one code for all.
+_CHANGING = ["heads", "kv_heads", "places", "room", "k_step", "v_step"]
+
+
+@triton.jit(do_not_specialize=_CHANGING)
 def write_kv(
     q,
     k,
@@ -173,7 +177,7 @@ _TYPES = {
     "*bf16": "q k v",
     "*fp32": "cos sin k_scale v_scale",
     "*i64": "positions slots",
-    "i32": "heads kv_heads places room k_step v_step",
+    "i32": " ".join(_CHANGING),
     "i32:16": "width pairs page_size q_token q_head k_token k_head v_token v_head k_page k_slot "
     "k_cache_head v_page v_slot v_cache_head",
 }

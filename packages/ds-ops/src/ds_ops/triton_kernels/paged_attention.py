@@ -46,7 +46,15 @@ def _sequence_of(starts, sequences, group, tile, M: tl.constexpr):
     return tl.maximum(found - 1, 0)
 
 
-@triton.jit
+#: Numbers that change from step to step of a decode, or that no address depends on: one code for
+#: all.
+_PLAIN = [
+    *("tokens", "sequences", "width", "pages", "kv_heads", "group"),
+    *("k_step", "v_step", "window", "parts"),
+]
+
+
+@triton.jit(do_not_specialize=_PLAIN)
 def paged_attention_tile(
     q,
     k,
@@ -128,8 +136,9 @@ def paged_attention_tile(
     factor = scale
     if K_SCALED:
         factor *= tl.load(k_scale + head * k_step)
-    k += head * head_stride
-    v += head * head_stride
+    # Heads may lie as far apart as a whole cache.
+    k += head.to(tl.int64) * head_stride
+    v += head.to(tl.int64) * head_stride
     table += sequence.to(tl.int64) * width
     largest = tl.full((M,), float("-inf"), tl.float32)
     weight = tl.zeros((M,), tl.float32)
@@ -178,7 +187,7 @@ def paged_attention_tile(
         tl.store(out + at, (total / weight[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", *_PLAIN])
 def paged_attention_combine(
     sums,
     maxima,
@@ -248,7 +257,7 @@ _WIDE = (
 _SHAPES = {
     "*i32": "table lengths starts",
     "*fp32": "k_scale v_scale sums maxima weights",
-    "i32": "tokens sequences width pages kv_heads group k_step v_step window parts",
+    "i32": " ".join(_PLAIN),
     "i32:16": "page_size head_size page_stride token_stride head_stride",
     "fp32": "scale softcap",
 }

@@ -54,11 +54,11 @@ def penalize(
     if COUNTED:
         count = tl.load(counts + at, mask=mask, other=0)
     if REPEATED:
-        factor = tl.load(repetition + row)
+        factor = tl.load(repetition + row) + tl.zeros((BLOCK,), tl.float32)
         seen = count > 0
         if PROMPTED:
             seen = seen | (tl.load(prompt + at, mask=mask, other=0) != 0)
-        z = tl.where(seen, tl.where(z > 0, tl.div_rn(z, factor + z * 0.0), z * factor), z)
+        z = tl.where(seen, tl.where(z > 0, tl.div_rn(z, factor), z * factor), z)
     if COUNTED:
         if FREQUENT:
             z -= tl.load(frequency + row) * count.to(tl.float32)

@@ -155,7 +155,11 @@ def _attend(
     return higher, total * shrink + tl.sum(weights, 1), sums
 
 
-@triton.jit(do_not_specialize=["tiles", "layout_heads", "programs"])
+#: Numbers that no address depends on: one code for all.
+_PLAIN = ["layout_heads", "tiles", "programs", "heads"]
+
+
+@triton.jit(do_not_specialize=_PLAIN)
 def sparse_forward(
     q, k, v, out, lse, plan, rpe, padding, mask,
     tokens, width, heads, layout_heads, tiles, programs,
@@ -235,7 +239,7 @@ def _level(lse, at, there):
     return tl.where(found == float("-inf"), float("inf"), found * _LOG2E)
 
 
-@triton.jit(do_not_specialize=["tiles", "layout_heads", "programs"])
+@triton.jit(do_not_specialize=_PLAIN)
 def sparse_backward_queries(
     grad, q, k, v, out, lse, delta, dq, plan, rpe, padding, mask,
     tokens, width, heads, layout_heads, tiles, programs,
@@ -310,7 +314,7 @@ def _key_gradients(
     return key_sums, value_sums
 
 
-@triton.jit(do_not_specialize=["tiles", "layout_heads", "programs"])
+@triton.jit(do_not_specialize=_PLAIN)
 def sparse_backward_keys(
     grad, q, k, v, lse, delta, dk, dv, plan, rpe, padding, mask,
     tokens, width, heads, layout_heads, tiles, programs,
@@ -379,7 +383,7 @@ _NARROW_TURNED = (
     *(_config(16, ("sm_80",), 8, up_to=64), _config(32, ("gfx942",), up_to=64)),
 )
 _SIZES = {
-    "i32": "layout_heads tiles programs heads",
+    "i32": " ".join(_PLAIN),
     "i32:16": "tokens width stride_batch stride_head stride out_batch out_head out_row "
     "rpe_batch rpe_head rpe_row padding_batch mask_row",
     "fp32": "factor",
