@@ -17,6 +17,8 @@ from ds_core.ops.arguments import randn
 from ds_core.ops.checking import comparable
 from ds_core.testing.contracts import OpContract
 from ds_ops import gpu_runs
+from ds_ops.gpu_runs import GpuKernel
+from ds_ops.implementations import TORCH
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,6 +57,19 @@ def passed():
 @pytest.fixture(params=gpu_runs.kernels(), ids=lambda kernel: kernel.key)
 def contract(request):
     return OnGpu(request.param)
+
+
+@pytest.mark.parametrize(
+    "op", sorted(name for name, row in TORCH.items() if not row.devices or "cuda" in row.devices)
+)
+def test_torchs_own_kernels_compute_what_the_reference_does(op):
+    """Which are asked for by operators that no document promises."""
+    contract = OnGpu(GpuKernel(op, "torch", ""))
+    if not list(contract._cells()):
+        pytest.skip("it takes none of the cases on this GPU")
+    contract.test_results_equal_the_reference()
+    if ops.get(op).autograd is not None:
+        contract.test_gradients_equal_the_reference()
 
 
 def tensors(value):
