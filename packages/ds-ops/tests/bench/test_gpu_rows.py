@@ -41,7 +41,13 @@ def test_sizes_are_arguments_that_the_op_takes(op):
 
 
 @pytest.mark.parametrize(
-    ("op", "size"), [("attention", 64), ("attention_backward", 64), ("paged_attention", 256)]
+    ("op", "size"),
+    [
+        ("attention", 64),
+        ("attention_backward", 64),
+        ("paged_attention", 256),
+        ("sparse_attention", 1024),
+    ],
 )
 def test_attention_at_smaller_sizes_is_what_the_op_takes(op, size, monkeypatch):
     cases = attention.SIZES[op](torch.device("cpu"), size)
@@ -52,7 +58,7 @@ def test_attention_at_smaller_sizes_is_what_the_op_takes(op, size, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("op", sorted(PEERS.keys() - {"sample_tokens"}))
+@pytest.mark.parametrize("op", sorted(PEERS.keys() - {"sample_tokens", "sparse_attention"}))
 def test_peers_compute_the_same(op, monkeypatch):
     from ds_ops.bench.gpu import peers
 
@@ -68,6 +74,13 @@ def test_peers_compute_the_same(op, monkeypatch):
             found = result[0] if isinstance(result, tuple) else result
             if found.shape == first.shape and op != "cross_entropy":
                 torch.testing.assert_close(found, first, rtol=1e-4, atol=1e-5)
+
+
+def test_sparse_attention_may_take_the_share_of_its_layout():
+    (_, args), *_ = attention.SIZES["sparse_attention"](torch.device("cpu"), 1024)
+    share = float(args[3].float().mean())
+    assert 0 < share < 1
+    assert attention.TARGETS["sparse_attention"](*args) == pytest.approx(1 / (share + 0.05))
 
 
 def test_rows_go_into_the_file_of_the_device(tmp_path):

@@ -12,7 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ds_core.ops import attention as dense
 from ds_core.ops import paged_attention as paged
+from ds_core.ops import sparse_attention as sparse
 from ds_core.ops.arguments import randn
+from ds_core.ops.block_layout import BlockLayout
+from ds_ops.sparse_attention import BigBirdSparsityConfig, FixedSparsityConfig
 
 Cases = list[tuple[str, tuple[Any, ...]]]
 Calls = dict[str, Callable[[], object]]
@@ -109,6 +112,31 @@ def _paged(device: torch.device, divided: int = 1) -> Cases:
     return found
 
 
+def _sparse(device: torch.device, tokens: int = 8192) -> Cases:
+    found: Cases = []
+    for config in (FixedSparsityConfig(16, block=64), BigBirdSparsityConfig(16, block=64)):
+        layout = BlockLayout(config.make_layout(tokens), 64)
+        args = sparse.example(device, _LOW, (2, 16, tokens, 64), layout)
+        name = type(config).__name__.removesuffix("SparsityConfig")
+        found.append((f"{name} 2x{tokens}, density {layout.density:.2f} bf16", args))
+    return found
+
+
+def _sparse_peers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_rest: Any) -> Calls:
+    """The same without a layout."""
+
+    def call() -> object:
+        with sdpa_kernel(list(_BACKENDS.values())):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return {"dense SDPA": call}
+
+
+def _sparse_target(_q: Any, _k: Any, _v: Any, blocks: torch.Tensor, *_rest: Any) -> float:
+    """It may take the layout's share of the dense time, and 0.05 of that more."""
+    return 1 / (float(blocks.float().mean()) + 0.05)
+
+
 def _drawn_by_sorting(logits: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     ordered, order = logits.float().softmax(-1).sort(-1, descending=True)
     kept = ordered.cumsum(-1) - ordered < top_p[:, None]
@@ -126,6 +154,7 @@ SIZES: Mapping[str, Callable[[torch.device], Cases]] = MappingProxyType(
         dense.NAME: _attention,
         "attention_backward": _attention_backward,
         paged.NAME: _paged,
+        sparse.NAME: _sparse,
     }
 )
 PEERS: Mapping[str, Callable[..., Calls]] = MappingProxyType(
@@ -133,5 +162,8 @@ PEERS: Mapping[str, Callable[..., Calls]] = MappingProxyType(
         dense.NAME: _attention_peers,
         "attention_backward": _attention_backward_peers,
         "sample_tokens": _sample_peers,
+        sparse.NAME: _sparse_peers,
     }
 )
+#: How many times as fast as its peer an op must be, by its arguments; what is not here: as fast.
+TARGETS: Mapping[str, Callable[..., float]] = MappingProxyType({sparse.NAME: _sparse_target})

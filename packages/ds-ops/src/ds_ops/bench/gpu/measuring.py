@@ -19,13 +19,16 @@ from ds_core import ops
 from ds_core.errors import OpError
 from ds_ops import gpu_runs
 from ds_ops.bench import timing
+from ds_ops.bench.gpu.attention import TARGETS
 from ds_ops.bench.gpu.peers import PEERS
 from ds_ops.bench.gpu.sizes import SIZES
 from ds_ops.bench.gpu.timing import Ceilings, ceilings, interleave
 from ds_ops.gpu_runs import GpuKernel
 
-#: How many times the floor a kernel may take: 0.9 of the bandwidth of a copy.
+#: How many times the floor a kernel may take: 0.9 of the bandwidth of a copy; packed weights of one
+#: row of inputs are unpacked on the way.
 _MAX_X_FLOOR = 1 / 0.9
+_MAX_X_FLOOR_OF = {"weight_only_linear": 1 / 0.85}
 _MIN_BYTES = 64 << 20  # less is over before a GPU is at its best
 
 
@@ -52,13 +55,15 @@ def measured(kernel: GpuKernel, best: Ceilings, seconds: float) -> Iterator[timi
         floor = op.floor(*args)
         dtype = next(a.dtype for a in args if torch.is_tensor(a))
         bound_by_memory = floor.bytes > _MIN_BYTES and floor.flops < 16 * floor.bytes
+        allowed = _MAX_X_FLOOR_OF.get(kernel.op, _MAX_X_FLOOR)
+        least = TARGETS[kernel.op](*args) if kernel.op in TARGETS else 1.0
         for peer in peers or ("",):
             yield timing.row(
                 *(kernel.key, label, dtype, found),
                 peer=peer,
                 floor_ms=best.floor_ms(floor.bytes, floor.flops, dtype),
-                max_x_floor=_MAX_X_FLOOR if bound_by_memory else None,
-                min_x_peer=1.0 if peer else None,
+                max_x_floor=allowed if bound_by_memory else None,
+                min_x_peer=least if peer else None,
             )
 
 
