@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -82,13 +83,21 @@ class Compiled:
 
 def kernels() -> list[Kernel]:
     """Every kernel there is."""
-    modules = (importlib.import_module(f"ds_ops.triton_kernels.{m}") for m in catalog.modules())
-    return [kernel for module in modules for kernel in module.KERNELS]
+    return [kernel for module in catalog.modules() for kernel in _loaded(module).KERNELS]
 
 
 def files() -> set[str]:
-    """The files that `kernels` are in, as `catalog.modules` names them."""
-    return {kernel.function.__module__.rpartition(".")[2] for kernel in kernels()}
+    """The files whose kernels are all among `kernels`, as `catalog.modules` names them."""
+    named = {kernel.name for kernel in kernels()}
+    return {
+        module
+        for module in catalog.modules()
+        if {kernel.name for kernel in _loaded(module).KERNELS} <= named
+    }
+
+
+def _loaded(module: str) -> Any:
+    return importlib.import_module(f"ds_ops.triton_kernels.{module}")
 
 
 def cells(*names: str) -> Iterator[tuple[Kernel, Config, Target]]:
