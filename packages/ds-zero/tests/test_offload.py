@@ -18,7 +18,7 @@ import torch
 from offload_loops import assert_same_bits, everything
 from torch import nn
 from zero_loops import adamw, compare, sharded, sharded_steps
-from zero_models import CASES
+from zero_models import CASES, COMPARED
 
 import ds_zero
 from ds_core import tensor_files
@@ -60,7 +60,7 @@ def compared(name: str, stage: int, tier: str, folder: Path, *, host: bool, **op
 # --- Training -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(CASES.keys() - {"autocast", "overfit"}))
+@pytest.mark.parametrize("name", COMPARED)
 def test_all_on_disk_equals_one_process(name: str, tmp_path: Path):
     run_ranks(2, compared, name, 3, "nvme", tmp_path, host=False, timeout_s=30)
 
@@ -284,11 +284,7 @@ _NOT_IN_BACKWARD = {"unused", "two-losses", "early-exits", "inner-asymmetric", "
 
 @pytest.mark.parametrize(
     "name",
-    sorted(
-        name
-        for name in CASES.keys() - _NOT_IN_BACKWARD - {"autocast", "overfit"}
-        if not name.startswith("branches")
-    ),
+    sorted(name for name in set(COMPARED) - _NOT_IN_BACKWARD if not name.startswith("branches")),
 )
 def test_updates_in_backward_equal_one_process(name: str, stage: int):
     run_ranks(2, compare, name, stage, update_in_backward=True, timeout_s=30)

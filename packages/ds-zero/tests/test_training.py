@@ -13,13 +13,13 @@ from zero_loops import (
     sharded,
     sharded_steps,
 )
-from zero_models import CASES, Block, Stack, tokens, vectors
+from zero_models import CASES, COMPARED, Block, Stack, tokens, vectors
 
 from ds_core.precision import Precision
 from ds_core.testing import run_ranks
 
 
-@pytest.mark.parametrize("name", sorted(CASES.keys() - {"autocast", "overfit"}))
+@pytest.mark.parametrize("name", COMPARED)
 def test_sharded_training_equals_one_process(name: str, stage: int):
     run_ranks(2, compare, name, stage, timeout_s=30)
 

@@ -466,3 +466,6 @@ CASES: dict[str, Case] = {
     "modules": Case(Normed, square),
     "compiled": Case(_compiled, square),
 }
+
+#: Those that are compared with one process. Test modules add cases, which only they are sure to have.
+COMPARED = tuple(sorted(CASES.keys() - {"autocast", "overfit"}))
