@@ -467,5 +467,5 @@ CASES: dict[str, Case] = {
     "compiled": Case(_compiled, square),
 }
 
-#: Those that are compared with one process. Test modules add cases, which only they are sure to have.
+#: Those that are compared with one process. A test module may add cases, which it alone has.
 COMPARED = tuple(sorted(CASES.keys() - {"autocast", "overfit"}))
