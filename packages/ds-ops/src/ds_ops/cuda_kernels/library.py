@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import platform
-import re
 import threading
 from functools import cache as once
 from pathlib import Path
@@ -40,9 +39,7 @@ _lock = threading.Lock()
 @once
 def ops() -> tuple[str, ...]:
     """The ops that the library computes."""
-    texts = [path.read_text(encoding="utf-8") for path in FOLDER.glob("*.cpp")]
-    found = [re.findall(r"^DS_OP\((\w+),", text, re.MULTILINE) for text in texts]
-    return tuple(sorted(name for names in found for name in names))
+    return sources.registered(FOLDER)
 
 
 def unavailable(device_type: str) -> str | None:
@@ -75,10 +72,7 @@ def find() -> Path | None:
 
 def state() -> str:
     """Either "prebuilt", "cached" or "will build"."""
-    found = find()
-    if found is None:
-        return "will build"
-    return "prebuilt" if cache.PREBUILT in found.parents else "cached"
+    return cache.state_of(find())
 
 
 def ensure() -> Path:

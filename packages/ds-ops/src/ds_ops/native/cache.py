@@ -120,6 +120,13 @@ def built(folder: Path, sources: str, compiler: str | None = None) -> Path | Non
     return None
 
 
+def state_of(library: Path | None) -> str:
+    """Of a library that was looked for: "prebuilt", "cached" or "will build"."""
+    if library is None:
+        return "will build"
+    return "prebuilt" if PREBUILT in library.parents else "cached"
+
+
 def is_whole(library: Path) -> bool:
     """Whether a library is what its builder wrote, to the last byte.
 

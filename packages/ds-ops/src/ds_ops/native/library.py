@@ -59,10 +59,7 @@ def state() -> str:
 
     Raises BuildError as `find` does.
     """
-    found = find()
-    if found is None:
-        return "will build"
-    return "prebuilt" if cache.PREBUILT in found.parents else "cached"
+    return cache.state_of(find())
 
 
 def ensure() -> Path:

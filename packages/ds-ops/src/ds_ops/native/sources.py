@@ -109,9 +109,14 @@ def units(kind: str | None = None) -> list[Unit]:
 
 @cache
 def ops() -> tuple[str, ...]:
-    """The ops that the library computes: those that a `DS_OP(op, function)` registers."""
+    """The ops that the library computes."""
+    return registered(CSRC)
+
+
+def registered(folder: Path) -> tuple[str, ...]:
+    """The ops that a `DS_OP(op, function)` below a folder registers."""
     found: set[str] = set()
-    for path in CSRC.rglob("*.cpp"):
+    for path in folder.rglob("*.cpp"):
         text = path.read_text(encoding="utf-8")
         found.update(re.findall(r"^DS_OP\((\w+),", text, re.MULTILINE))
     return tuple(sorted(found))
